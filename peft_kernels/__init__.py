@@ -1,0 +1,15 @@
+"""Fused kernels for parameter-efficient fine-tuning. One import line per room; importing does nothing else."""
+
+from peft_kernels._core.dispatch import use_backend
+from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.lora_linear import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedLoRALinear",
+    "UnsupportedError",
+    "lora_linear",
+    "lora_linear_dropout_mask",
+    "use_backend",
+]

@@ -1,0 +1,10 @@
+"""What F.linear does under autocast, for operators that autocast does not know."""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast gives a matrix product on this device, or None outside autocast."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

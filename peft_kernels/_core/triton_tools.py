@@ -1,0 +1,81 @@
+"""Host-side questions about Triton; imports it only inside functions."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MINIMUM_ARCH = 80
+_TMA_ALIGNMENT = 16
+
+
+@lru_cache(maxsize=None)
+def why_not_installed() -> str | None:
+    """Reason why Triton cannot be imported, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken installation raises anything; the text goes to the user
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def why_not_environment() -> str | None:
+    """Reason why no Triton kernel can run in this process, or None."""
+    reason = why_not_installed()
+    if reason is not None:
+        return reason
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def why_not_device(device: torch.device) -> str | None:
+    """Reason why Triton kernels cannot run on this device, or None."""
+    reason = why_not_environment()
+    if reason is not None:
+        return reason
+    if interpreting():
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels run on CUDA tensors, these are on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major * 10 + minor < MINIMUM_ARCH:
+        return f"it needs sm_{MINIMUM_ARCH} or newer, {device} is sm_{major}{minor}"
+    return None
+
+
+def tma_can_read(matrix: Tensor) -> bool:
+    """Whether a matrix meets the copy engine's rules: contiguous rows; base and row stride multiples of 16 bytes."""
+    rows, cols = matrix.shape
+    stride = matrix.stride(0)
+    return (
+        rows > 0
+        and cols > 0
+        and matrix.stride(1) == 1
+        and stride >= cols
+        and stride * matrix.element_size() % _TMA_ALIGNMENT == 0
+        and matrix.data_ptr() % _TMA_ALIGNMENT == 0
+    )
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Triton's name for what torch allows float32 products to do on this process's CUDA devices."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()

@@ -1,0 +1,145 @@
+"""Which elements of x the low-rank branch drops: one recipe, the same bits on torch, Triton and CUDA.
+
+Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, table 2: the fewest rounds
+that pass BigCrush), key = the 64-bit seed, counter = (column // 8, row low, row high, 0). One call decides on 8
+columns: column c takes the 16-bit half c % 8 of the four output words, low half first, and is kept when that half is at
+least ``threshold``.
+
+torch has no unsigned 32-bit product, so the words live in int64 tensors. A 32 x 32 bit product fits in 64 bits, and
+int64 products wrap modulo 2^64, so the bits are right although their sign is not.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+DECISIONS_PER_CALL = 8
+LEVELS = 1 << 16  # a decision is a 16-bit draw
+
+_MULTIPLIER_0 = 0xD2511F53
+_MULTIPLIER_1 = 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+class Draw(NamedTuple):
+    """One dropout: seed (0-d int64, None if nothing is dropped), threshold of ``threshold``, factor of ``keep_scale``."""
+
+    seed: Tensor | None
+    threshold: int
+    keep_scale: float
+
+
+NONE = Draw(seed=None, threshold=0, keep_scale=1.0)
+
+
+def threshold(p: float) -> int:
+    """Quantise a dropout probability to 1/65536; below 1 something is always kept.
+
+    Raises:
+        ValueError: p is not in [0, 1).
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {p}")
+    return min(int(p * LEVELS + 0.5), LEVELS - 1)
+
+
+def keep_scale(limit: int) -> float:
+    """One over the exact probability that an element is kept."""
+    return LEVELS / (LEVELS - limit)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw a seed from torch's generator of the device, so that checkpointing and CUDA graphs replay it."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """Turn the public argument into a 0-d int64 tensor; an int is written by a fill, which a CUDA graph can capture.
+
+    Raises:
+        ValueError: seed is neither an int that fits int64 nor a tensor.
+    """
+    if isinstance(seed, Tensor):
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"lora_linear: seed must be None, a 64-bit int or a 0-d int64 tensor, got {seed!r}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def keep_mask(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) -> Tensor:
+    """Compute the keep-mask of some rows.
+
+    Args:
+        seed: 0-d int64 tensor; the mask is made on its device.
+        first_row: index of the first row in the whole (M, K) matrix.
+        rows, cols: size of the mask.
+        limit: as ``threshold`` returns it.
+
+    Returns:
+        (rows, cols) bool tensor, True where the element is kept.
+    """
+    device = seed.device
+    groups = (cols + DECISIONS_PER_CALL - 1) // DECISIONS_PER_CALL
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1)
+    col = torch.arange(groups, dtype=torch.int64, device=device).unsqueeze(0)
+    words = _philox(seed, col, row & _LOW, row >> 32)
+    keep = torch.empty(rows, groups, DECISIONS_PER_CALL, dtype=torch.bool, device=device)
+    for index, word in enumerate(words):
+        # The high half is compared in place: word >= limit * 2^16 exactly when word >> 16 >= limit.
+        torch.ge(word & (LEVELS - 1), limit, out=keep[:, :, 2 * index])
+        torch.ge(word, limit * LEVELS, out=keep[:, :, 2 * index + 1])
+    return keep.view(rows, groups * DECISIONS_PER_CALL)[:, :cols]
+
+
+def lora_linear_dropout_mask(
+    seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the keep-mask that ``lora_linear`` uses for a seed, on every backend.
+
+    Semantics: ``drop(x) = where(mask, x, 0) / (1 - q)`` with ``q = round(p * 65536) / 65536``.
+
+    Args:
+        seed: int, or 0-d int64 tensor.
+        rows, cols: M and K of the flattened x.
+        p: dropout probability in [0, 1).
+        device: where the mask is made.
+
+    Returns:
+        (rows, cols) bool tensor, True where the element is kept.
+
+    Raises:
+        ValueError: p outside [0, 1), a seed that is no 64-bit integer, a negative size.
+
+    Example:
+        >>> lora_linear_dropout_mask(seed=0, rows=2, cols=3, p=0.0)
+        tensor([[True, True, True],
+                [True, True, True]])
+    """
+    if rows < 0 or cols < 0:
+        raise ValueError(f"lora_linear_dropout_mask: rows and cols must not be negative, got ({rows}, {cols})")
+    limit = threshold(p)
+    return keep_mask(as_seed(seed, torch.device(device)).to(device), 0, rows, cols, limit)
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the rounds on counters that broadcast against each other.
+
+    The counters stay unbroadcast: until the words of rows and columns mix in the third round, each product is made on
+    a row or a column alone.
+    """
+    key_0, key_1 = seed & _LOW, (seed >> 32) & _LOW
+    c3 = torch.zeros((), dtype=torch.int64, device=seed.device)
+    for _ in range(ROUNDS):
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        # Only multiplicands need clean upper halves, so c1 and c3 carry the whole product until the next mask.
+        c0 = ((product_1 >> 32) ^ (c1 ^ key_0)) & _LOW
+        c2 = ((product_0 >> 32) ^ (c3 ^ key_1)) & _LOW
+        c1, c3 = product_1, product_0
+        key_0, key_1 = (key_0 + _WEYL_0) & _LOW, (key_1 + _WEYL_1) & _LOW
+    return c0, c1 & _LOW, c2, c3 & _LOW
