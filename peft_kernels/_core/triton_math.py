@@ -20,8 +20,8 @@ def dot(a, b, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b, where one operand may be float32 and the other half precision.
 
     EXACT keeps the float32 operand's 24 bits, as eager torch does when it casts the other operand to float32, and
-    still multiplies on the half-precision tensor cores: three bfloat16 pieces hold a float32. float16 pieces would
-    leave its exponent range, so there the exact product takes three TF32 passes; a float16 fits TF32 exactly.
+    still multiplies on the tensor cores: three bfloat16 pieces of 8 bits hold a float32. float16 pieces would leave
+    their exponent range, so beside float16 the pieces are TF32, which holds a float16 exactly.
     Without EXACT the float32 operand is rounded to the other's dtype.
     """
     if a.dtype == b.dtype:
@@ -29,32 +29,37 @@ def dot(a, b, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     elif a.dtype == tl.float32:
         if not EXACT:
             return tl.dot(a.to(b.dtype), b, acc)
-        elif b.dtype == tl.bfloat16:
-            high, middle, low = _bfloat16_pieces(a)
-            acc = tl.dot(low, b, acc)
-            acc = tl.dot(middle, b, acc)
-            return tl.dot(high, b, acc)
-        else:
-            return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32x3")
+        high, middle, low = _pieces(a, b.dtype)
+        other = b if b.dtype == tl.bfloat16 else b.to(tl.float32)
+        acc = tl.dot(low, other, acc, input_precision="tf32")
+        acc = tl.dot(middle, other, acc, input_precision="tf32")
+        return tl.dot(high, other, acc, input_precision="tf32")
     else:
         if not EXACT:
             return tl.dot(a, b.to(a.dtype), acc)
-        elif a.dtype == tl.bfloat16:
-            high, middle, low = _bfloat16_pieces(b)
-            acc = tl.dot(a, low, acc)
-            acc = tl.dot(a, middle, acc)
-            return tl.dot(a, high, acc)
-        else:
-            return tl.dot(a.to(tl.float32), b, acc, input_precision="tf32x3")
+        high, middle, low = _pieces(b, a.dtype)
+        other = a if a.dtype == tl.bfloat16 else a.to(tl.float32)
+        acc = tl.dot(other, low, acc, input_precision="tf32")
+        acc = tl.dot(other, middle, acc, input_precision="tf32")
+        return tl.dot(other, high, acc, input_precision="tf32")
 
 
 @triton.jit
-def _bfloat16_pieces(value):
-    high = value.to(tl.bfloat16)
+def _pieces(value, OTHER: tl.constexpr):
+    """Three addends of a float32 value, the largest first, each with few enough bits to multiply with dtype OTHER."""
+    high = _leading_bits(value, OTHER)
     rest = value - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    return high, middle, low
+    middle = _leading_bits(rest, OTHER)
+    return high, middle, _leading_bits(rest - middle.to(tl.float32), OTHER)
+
+
+@triton.jit
+def _leading_bits(value, OTHER: tl.constexpr):
+    if OTHER == tl.bfloat16:
+        return value.to(tl.bfloat16)
+    else:
+        # TF32 has 10 stored bits of mantissa; cutting the other 13 here leaves the hardware nothing to round.
+        return (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MINIMUM_ARCH = 80
-_TMA_ALIGNMENT = 16
+TMA_ALIGNMENT = 16
 
 
 @lru_cache(maxsize=None)
@@ -67,8 +67,8 @@ def tma_can_read(matrix: Tensor) -> bool:
         and cols > 0
         and matrix.stride(1) == 1
         and stride >= cols
-        and stride * matrix.element_size() % _TMA_ALIGNMENT == 0
-        and matrix.data_ptr() % _TMA_ALIGNMENT == 0
+        and stride * matrix.element_size() % TMA_ALIGNMENT == 0
+        and matrix.data_ptr() % TMA_ALIGNMENT == 0
     )
 
 

@@ -77,16 +77,20 @@ class GradDownConfig:
     num_stages: int
 
 
-def base_product_path(m: int, n: int, k: int, dtype: torch.dtype, hardware: Hardware) -> Path:
+def base_product_path(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool, hardware: Hardware) -> Path:
     """Whether the base product runs in the fused kernel or in cuBLAS, with the low-rank term added in place after it.
 
     Args:
         m, n: size of the result. k: length of the reduction.
+        aligned: all rows start at multiples of 16 bytes.
     """
     if dtype == torch.float32:
         # Triton's float32 product without TF32 uses no tensor core; nothing to win over cuBLAS.
         return "cublas"
-    if -(-m // 128) * -(-n // 256) < hardware.sm_count:
+    if not aligned:
+        # Ahead-of-time compiles of ragged rows show two-byte loads and no asynchronous copy.
+        return "cublas"
+    if _cdiv(m, 128) * _cdiv(n, 256) < hardware.sm_count:
         # Less than one tile per multiprocessor: cuBLAS splits K there, this kernel does not.
         return "cublas"
     # Assumption, not measured: the fused kernel stays within 9 % of cuBLAS, which is the break-even at K = 4096;
@@ -103,75 +107,92 @@ def reads_dy_once(r: int) -> bool:
     return r <= 32
 
 
-def down_config(m: int, k: int, r: int, itemsize: int, hardware: Hardware) -> DownConfig:
+def down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> DownConfig:
     """A tile per multiprocessor: rows are halved, then K is split, until there is one (assumption: bandwidth needs all)."""
     block_r = min(128, max(16, next_power_of_2(r)))
     block_m = 64
-    while block_m > 16 and -(-m // block_m) < hardware.sm_count:
+    while block_m > 16 and _cdiv(m, block_m) < hardware.sm_count:
         block_m //= 2
-    block_k = 128 if itemsize == 2 and block_r <= 32 else 64 if itemsize == 2 or block_r <= 32 else 32
-    programs = -(-m // block_m) * -(-r // block_r)
-    blocks_k = -(-k // block_k)
-    split_k = max(1, min(blocks_k // 4, hardware.sm_count // programs))
+    # 32 KiB of a float32 operand's tile and its pieces in registers is what 255 registers a thread hold.
+    block_k = 128 if block_r <= 32 else 64
+    if _multiplies_pieces(dtype, exact) or dtype == torch.float32:
+        block_k //= 2
+    programs = _cdiv(m, block_m) * _cdiv(r, block_r)
+    split_k = max(1, min(_cdiv(k, block_k) // 4, hardware.sm_count // programs))
     return DownConfig(
-        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT_K=split_k, num_warps=4, num_stages=3
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        SPLIT_K=split_k,
+        num_warps=8 if block_r > 32 else 4,
+        num_stages=3,
     )
 
 
-def gemm_config(r: int, itemsize: int, has_dropout: bool, hardware: Hardware) -> GemmConfig:
-    """Tiles by architecture; sizes are those whose ahead-of-time compile shows no spill (tests/codegen)."""
-    block_r = min(64, max(16, next_power_of_2(r)))
-    if itemsize == 4:
-        return GemmConfig(
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, BLOCK_R=min(block_r, 32), GROUP_M=8, USE_TMA=False, num_warps=8, num_stages=3
-        )
-    if hardware.arch >= 90:
+def gemm_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, hardware: Hardware) -> GemmConfig:
+    """Tiles by architecture; sizes are those whose ahead-of-time compile shows no spill (tests/codegen).
+
+    Args:
+        aligned: all rows start at multiples of 16 bytes.
+    """
+    block_r = min(32, max(16, next_power_of_2(r)))
+    block_m, block_n, block_k, stages = 128, 128, 64, 3
+    if dtype == torch.float32:
+        block_n, block_k = 64, 32
+    elif hardware.arch < 90:
+        # Three stages of 128 x 64 and 64 x 128 would leave sm_89's 99 KiB no room for the rank step.
+        block_k, stages = 32, 4
+    elif aligned and not has_dropout:
         # Under dropout the masked product has an accumulator of its own, so the tile is half as wide.
-        block_n = 128 if has_dropout else 256
-        return GemmConfig(
-            BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=64, BLOCK_R=block_r, GROUP_M=8, USE_TMA=True, num_warps=8, num_stages=3
-        )
+        block_n = 256
+    if has_dropout and hardware.arch < 90:
+        block_n = 64
     return GemmConfig(
-        BLOCK_M=128,
-        BLOCK_N=64 if has_dropout else 128,
-        BLOCK_K=32,
-        BLOCK_R=min(block_r, 32),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
         GROUP_M=8,
-        USE_TMA=False,
+        USE_TMA=aligned and hardware.arch >= 90 and dtype != torch.float32,
         num_warps=8,
-        num_stages=4,
+        num_stages=stages,
     )
 
 
-def up_config(r: int, itemsize: int) -> UpConfig:
+def up_config(r: int, dtype: torch.dtype) -> UpConfig:
     """Wide rows for whole cache lines; the rank is walked in blocks, so any rank takes the same registers."""
-    block_r = min(64 if itemsize == 2 else 32, max(16, next_power_of_2(r)))
-    return UpConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_R=block_r, num_warps=8, num_stages=2)
+    return UpConfig(
+        BLOCK_M=64,
+        BLOCK_N=64 if dtype == torch.float32 else 128,
+        BLOCK_R=min(32, max(16, next_power_of_2(r))),
+        num_warps=8,
+        num_stages=2,
+    )
 
 
-def grad_up_config(m: int, n: int, r: int, itemsize: int, hardware: Hardware) -> GradUpConfig:
+def grad_up_config(m: int, n: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> GradUpConfig:
     """Rows are split until there is a program per multiprocessor; ``reads_dy_once`` bounds the rank."""
-    block_n, block_m = 128, 64 if itemsize == 2 else 32
+    block_n = 128
+    block_m = 32 if dtype == torch.float32 or _multiplies_pieces(dtype, exact) else 64
     return GradUpConfig(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_R=max(16, next_power_of_2(r)),
-        SPLIT_M=_splits(m, block_m, -(-n // block_n), hardware),
+        SPLIT_M=_row_splits(m, block_m, _cdiv(n, block_n), hardware),
         num_warps=8,
         num_stages=3,
     )
 
 
-def grad_down_config(m: int, k: int, r: int, itemsize: int, hardware: Hardware) -> GradDownConfig:
+def grad_down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> GradDownConfig:
     """As ``grad_up_config``; ranks beyond 64 take further programs, which re-read x from L2."""
-    block_r = min(64, max(16, next_power_of_2(r)))
-    block_k, block_m = 128, 64 if itemsize == 2 else 32
-    tiles = -(-k // block_k) * -(-r // block_r)
+    block_r, block_k = min(64, max(16, next_power_of_2(r))), 128
+    block_m = 32 if dtype == torch.float32 or _multiplies_pieces(dtype, exact) else 64
     return GradDownConfig(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
-        SPLIT_M=_splits(m, block_m, tiles, hardware),
+        SPLIT_M=_row_splits(m, block_m, _cdiv(k, block_k) * _cdiv(r, block_r), hardware),
         num_warps=8,
         num_stages=3,
     )
@@ -187,5 +208,14 @@ def torch_rows_per_block(width: int, device_type: str) -> int:
     return max(1, elements // max(1, width))
 
 
-def _splits(m: int, block_m: int, tiles: int, hardware: Hardware) -> int:
-    return max(1, min(-(-m // block_m), hardware.sm_count // tiles))
+def _multiplies_pieces(dtype: torch.dtype, exact: bool) -> bool:
+    """Whether products are made of three pieces of a float32 operand, which live in registers beside it."""
+    return exact and dtype != torch.float32
+
+
+def _row_splits(m: int, block_m: int, tiles: int, hardware: Hardware) -> int:
+    return max(1, min(_cdiv(m, block_m), hardware.sm_count // tiles))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

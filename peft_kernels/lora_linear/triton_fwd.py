@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peft_kernels._core.triton_math import dot, load_scalar, tile_of
-from peft_kernels._core.triton_tools import dot_precision, tma_can_read
+from peft_kernels._core.triton_tools import TMA_ALIGNMENT, dot_precision, tma_can_read
 from peft_kernels.lora_linear.config import DownConfig, GemmConfig, UpConfig
 from peft_kernels.lora_linear.dropout import Draw
 from peft_kernels.lora_linear.triton_dropout import keep_tile
@@ -75,10 +75,15 @@ def lora_down_kernel(
 @triton.jit
 def _rank_product(
     s_ptr, b_ptr, factor, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, acc,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc + factor * S B^T for one tile; the factor meets S in float32, never B in half precision."""
-    for r in range(0, R, BLOCK_R):
+    """acc + factor * S B^T for one tile.
+
+    Beside half-precision activations the product is TF32: S keeps float32's range and three bits more than bfloat16,
+    and B in half precision is exact. (Ahead-of-time compiled, this costs the GEMM one HGMMA per 16 ranks and no register.)
+    """
+    # One stage: prefetching further rank blocks would take the shared memory that the K loop's stages fill.
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         s_mask = (offs_m < M)[:, None] & mask_r[None, :]
@@ -86,7 +91,7 @@ def _rank_product(
         s = tl.load(s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :], mask=s_mask, other=0.0)
         b_offsets = offs_r.to(tl.int64)[:, None] * stride_br + offs_n.to(tl.int64)[None, :] * stride_bn
         b = tl.load(b_ptr + b_offsets, mask=b_mask, other=0.0)
-        acc = tl.dot((s * factor).to(DTYPE), b.to(DTYPE), acc, input_precision=PRECISION)
+        acc = tl.dot(s * factor, b.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 
 
@@ -101,12 +106,14 @@ def lora_gemm_kernel(
     # strides
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, stride_sm, stride_bn, stride_br,
     # constexprs
-    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    PRECISION: tl.constexpr, RANK_PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr, W_ROWS_ARE_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     scale = load_scalar(factor, FACTOR_IS_TENSOR)
+    DTYPE: tl.constexpr = x_ptr.dtype if USE_TMA else x_ptr.dtype.element_ty
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -131,20 +138,20 @@ def lora_gemm_kernel(
             product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             product = _rank_product(
                 s_ptr, b_ptr, scale, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, product,
-                x.dtype, PRECISION, BLOCK_R,
+                RANK_PRECISION, BLOCK_R,
             )  # fmt: skip
             keep = keep_tile(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, dropout_threshold, BLOCK_N)
             acc += tl.where(keep, product, 0.0) * keep_scale
         else:
             acc = _rank_product(
                 s_ptr, b_ptr, scale, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, acc,
-                x.dtype, PRECISION, BLOCK_R,
+                RANK_PRECISION, BLOCK_R,
             )  # fmt: skip
         if HAS_BIAS:
             acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
 
         if USE_TMA:
-            y_ptr.store([pid_m * BLOCK_M, pid_n * BLOCK_N], acc.to(y_ptr.dtype))
+            y_ptr.store([pid_m * BLOCK_M, pid_n * BLOCK_N], acc.to(DTYPE))
         else:
             y_offsets = offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
             tl.store(y_ptr + y_offsets, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
@@ -159,7 +166,7 @@ def lora_up_kernel(
     # strides
     stride_ym, stride_sm, stride_bn, stride_br,
     # constexprs
-    HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, RANK_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
@@ -170,7 +177,7 @@ def lora_up_kernel(
     y = tl.load(y_tile, mask=mask, other=0.0)
     product = _rank_product(
         s_ptr, b_ptr, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), RANK_PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_DROPOUT:
         keep = keep_tile(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, dropout_threshold, BLOCK_N)
@@ -214,8 +221,8 @@ def gemm(
     (m, k), n = x.shape, w.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
 
-    rows_are_k = w.stride(0) == 1 and w.stride(1) != 1
-    operands, use_tma = _gemm_operands(x, w, y, rows_are_k, config)
+    rows_are_k = _rows_are_k(w)
+    operands = _descriptors(x, w, y, config) if config.USE_TMA else (x, w, y)
     grid = (min(sm_count, triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)),)
     s, b, factor = term
     lora_gemm_kernel[grid](
@@ -224,25 +231,36 @@ def gemm(
         m, n, k, b.shape[1], draw.threshold, draw.keep_scale,
         x.stride(0), x.stride(1), w.stride(0), w.stride(1), y.stride(0), s.stride(0), b.stride(0), b.stride(1),
         HAS_BIAS=bias is not None, HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        PRECISION=dot_precision(x.dtype), W_ROWS_ARE_K=rows_are_k, **{**asdict(config), "USE_TMA": use_tma},
+        PRECISION=dot_precision(x.dtype), RANK_PRECISION=_rank_precision(x.dtype),
+        W_ROWS_ARE_K=rows_are_k, **asdict(config),
     )  # fmt: skip
     return y
 
 
-def _gemm_operands(
-    x: Tensor, w: Tensor, y: Tensor, rows_are_k: bool, config: GemmConfig
-) -> tuple[tuple[object, object, object], bool]:
-    """The tensors themselves, or descriptors of them where the config wants the copy engine and it can read them."""
-    w_rows = w.t() if rows_are_k else w
-    if not (config.USE_TMA and all(tma_can_read(matrix) for matrix in (x, w_rows, y))):
-        return (x, w, y), False
+def has_aligned_rows(x: Tensor, w: Tensor) -> bool:
+    """Whether 16-byte copies, and so the copy engine, can move both operands of ``gemm`` and a contiguous (M, N) result."""
+    w_rows = w.t() if _rows_are_k(w) else w
+    writes = w.shape[0] * x.element_size() % TMA_ALIGNMENT == 0
+    return writes and tma_can_read(x) and tma_can_read(w_rows)
+
+
+def _rows_are_k(w: Tensor) -> bool:
+    """Whether w (N, K) is the transposed view of a matrix that is stored by rows of N."""
+    return w.stride(0) == 1 and w.stride(1) != 1
+
+
+def _descriptors(x: Tensor, w: Tensor, y: Tensor, config: GemmConfig) -> tuple[TensorDescriptor, ...]:
+    rows_are_k = _rows_are_k(w)
     w_block = [config.BLOCK_K, config.BLOCK_N] if rows_are_k else [config.BLOCK_N, config.BLOCK_K]
-    descriptors = (
+    return (
         TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]),
-        TensorDescriptor.from_tensor(w_rows, w_block),
+        TensorDescriptor.from_tensor(w.t() if rows_are_k else w, w_block),
         TensorDescriptor.from_tensor(y, [config.BLOCK_M, config.BLOCK_N]),
     )
-    return descriptors, True
+
+
+def _rank_precision(dtype: torch.dtype) -> str:
+    return dot_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
 def add_up(y: Tensor, term: LowRank, draw: Draw, config: UpConfig) -> None:
@@ -256,5 +274,5 @@ def add_up(y: Tensor, term: LowRank, draw: Draw, config: UpConfig) -> None:
         m, n, b.shape[1], draw.threshold, draw.keep_scale,
         y.stride(0), s.stride(0), b.stride(0), b.stride(1),
         HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        PRECISION=dot_precision(y.dtype), **asdict(config),
+        RANK_PRECISION=_rank_precision(y.dtype), **asdict(config),
     )  # fmt: skip

@@ -95,7 +95,7 @@ class _Launches(NamedTuple):
 
     def down(self, x: Tensor, a: Tensor, factor: float | Tensor, draw: Draw) -> Tensor:
         """factor * drop(x) a^T, float32."""
-        chosen = config.down_config(x.shape[0], x.shape[1], a.shape[0], x.dtype.itemsize, self.hardware)
+        chosen = config.down_config(*x.shape, a.shape[0], x.dtype, self.exact, self.hardware)
         return self.fwd.down(x, a, factor, draw, self.exact, chosen)
 
     def product(
@@ -103,12 +103,12 @@ class _Launches(NamedTuple):
     ) -> Tensor:
         """x w^T + bias + the low-rank term, by the fused kernel or by cuBLAS and one pass in place."""
         (m, k), n, r = x.shape, w.shape[0], term[1].shape[1]
-        low_rank = self.fwd.LowRank(*term)
-        if config.base_product_path(m, n, k, x.dtype, self.hardware) == "fused":
-            chosen = config.gemm_config(r, x.dtype.itemsize, draw.seed is not None, self.hardware)
+        low_rank, aligned = self.fwd.LowRank(*term), self.fwd.has_aligned_rows(x, w)
+        if config.base_product_path(m, n, k, x.dtype, aligned, self.hardware) == "fused":
+            chosen = config.gemm_config(r, x.dtype, draw.seed is not None, aligned, self.hardware)
             return self.fwd.gemm(x, w, low_rank, bias, draw, self.hardware.sm_count, chosen)
         y = F.linear(x, w, bias)
-        self.fwd.add_up(y, low_rank, draw, config.up_config(r, x.dtype.itemsize))
+        self.fwd.add_up(y, low_rank, draw, config.up_config(r, x.dtype))
         return y
 
     def grad_up(
@@ -118,7 +118,7 @@ class _Launches(NamedTuple):
         (m, n), r = dy.shape, b.shape[1]
         needs_ds = needs.x or needs.lora_a
         if config.reads_dy_once(r) and (needs_ds or needs.lora_b):
-            chosen = config.grad_up_config(m, n, r, dy.dtype.itemsize, self.hardware)
+            chosen = config.grad_up_config(m, n, r, dy.dtype, self.exact, self.hardware)
             return self.bwd.grad_up(dy, s, b, scale, (needs_ds, needs.lora_b, needs.bias), self.exact, chosen)
         ds = self.down(dy, b.t(), scale, NONE) if needs_ds else None
         db = self.grad_down(dy, s, scale, NONE).t() if needs.lora_b else None
@@ -126,7 +126,7 @@ class _Launches(NamedTuple):
 
     def grad_down(self, x: Tensor, ds: Tensor, factor: float | Tensor, draw: Draw) -> Tensor:
         """factor * ds^T drop(x), float32."""
-        chosen = config.grad_down_config(x.shape[0], x.shape[1], ds.shape[1], x.dtype.itemsize, self.hardware)
+        chosen = config.grad_down_config(*x.shape, ds.shape[1], x.dtype, self.exact, self.hardware)
         return self.bwd.grad_down(x, ds, factor, draw, self.exact, chosen)
 
 
