@@ -124,7 +124,7 @@ def down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardwar
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         SPLIT_K=split_k,
-        num_warps=8 if block_r > 32 else 4,
+        num_warps=8 if block_r > 32 and hardware.arch < 100 else 4,
         num_stages=3,
     )
 
@@ -138,13 +138,16 @@ def gemm_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, ha
     block_r = min(32, max(16, next_power_of_2(r)))
     block_m, block_n, block_k, stages = 128, 128, 64, 3
     if dtype == torch.float32:
-        block_n, block_k = 64, 32
+        block_m, block_n, block_k = 64, 64, 32
     elif hardware.arch < 90:
         # Three stages of 128 x 64 and 64 x 128 would leave sm_89's 99 KiB no room for the rank step.
         block_k, stages = 32, 4
-    elif aligned and not has_dropout:
-        # Under dropout the masked product has an accumulator of its own, so the tile is half as wide.
+    elif hardware.arch < 100 and aligned and not has_dropout:
+        # Under dropout the masked product has an accumulator of its own, so the tile is half as wide. On sm_100 the
+        # epilogue's 256 columns come out of tensor memory at once and spill.
         block_n = 256
+    if hardware.arch >= 100 and not aligned:
+        block_n = 64
     if has_dropout and hardware.arch < 90:
         block_n = 64
     return GemmConfig(
@@ -159,13 +162,13 @@ def gemm_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, ha
     )
 
 
-def up_config(r: int, dtype: torch.dtype) -> UpConfig:
+def up_config(r: int, dtype: torch.dtype, hardware: Hardware) -> UpConfig:
     """Wide rows for whole cache lines; the rank is walked in blocks, so any rank takes the same registers."""
     return UpConfig(
         BLOCK_M=64,
         BLOCK_N=64 if dtype == torch.float32 else 128,
         BLOCK_R=min(32, max(16, next_power_of_2(r))),
-        num_warps=8,
+        num_warps=4 if dtype == torch.float32 and hardware.arch >= 100 else 8,
         num_stages=2,
     )
 
@@ -179,7 +182,7 @@ def grad_up_config(m: int, n: int, r: int, dtype: torch.dtype, exact: bool, hard
         BLOCK_N=block_n,
         BLOCK_R=max(16, next_power_of_2(r)),
         SPLIT_M=_row_splits(m, block_m, _cdiv(n, block_n), hardware),
-        num_warps=8,
+        num_warps=4 if dtype == torch.float32 and hardware.arch >= 100 else 8,
         num_stages=3,
     )
 
@@ -193,7 +196,7 @@ def grad_down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, ha
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         SPLIT_M=_row_splits(m, block_m, _cdiv(k, block_k) * _cdiv(r, block_r), hardware),
-        num_warps=8,
+        num_warps=4 if hardware.arch >= 100 else 8,
         num_stages=3,
     )
 

@@ -108,7 +108,7 @@ class _Launches(NamedTuple):
             chosen = config.gemm_config(r, x.dtype, draw.seed is not None, aligned, self.hardware)
             return self.fwd.gemm(x, w, low_rank, bias, draw, self.hardware.sm_count, chosen)
         y = F.linear(x, w, bias)
-        self.fwd.add_up(y, low_rank, draw, config.up_config(r, x.dtype))
+        self.fwd.add_up(y, low_rank, draw, config.up_config(r, x.dtype, self.hardware))
         return y
 
     def grad_up(
