@@ -1,0 +1,55 @@
+// peft_kernels._C: kernels behind raw pointers. Free of torch, so that one binary serves every torch version; the CUDA
+// runtime is linked statically and finds the driver when it is first called, so the import needs no driver.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "core/error.h"
+#include "core/registry.h"
+
+namespace py = pybind11;
+
+namespace peft_kernels {
+namespace {
+
+// PEFT_KERNELS_ARCHS is set by setup.py to what the binary holds, such as "80;90a".
+py::dict build_info() {
+  py::dict info;
+  info["archs"] = py::str(PEFT_KERNELS_ARCHS).attr("split")(";");
+  info["nvcc"] = std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "." +
+                 std::to_string(__CUDACC_VER_BUILD__);
+  info["cudart"] = CUDART_VERSION;
+  return info;
+}
+
+py::object why_no_device() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    return py::str(describe_error(error));
+  }
+  if (count == 0) {
+    return py::str("the CUDA runtime sees no device");
+  }
+  return py::none();
+}
+
+int device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+}  // namespace
+}  // namespace peft_kernels
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CUDA C++ kernels of peft_kernels, behind raw pointers.";
+  module.def("build_info", &peft_kernels::build_info,
+             "What the extension was built with: archs (list of str), nvcc (str), cudart (int).");
+  module.def("device_count", &peft_kernels::device_count, "Number of CUDA devices; 0 where there is no driver.");
+  module.def("why_no_device", &peft_kernels::why_no_device, "Reason why device_count() is 0, or None.");
+  module.def("driver_version", &peft_kernels::driver_version,
+             "The driver's CUDA version, such as 13000; 0 where there is no driver.");
+  peft_kernels::Registrar::bind_all(module);
+}

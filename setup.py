@@ -1,0 +1,286 @@
+"""Build of the CUDA extension `peft_kernels._C`; everything else is declared in pyproject.toml.
+
+The extension is optional: where it cannot be built, the reason is printed and recorded in the package's
+`_build_info.json`, and the package installs without it. Environment variables of the build:
+
+    PEFT_KERNELS_NO_CUDA=1         do not build it
+    PEFT_KERNELS_REQUIRE_CUDA=1    fail where it cannot be built
+    PEFT_KERNELS_CUDA_ARCHS        architectures, such as "80;90a"; else all of ARCHS that the nvcc knows
+    CUDA_HOME                      whose bin/nvcc to take; else the first nvcc on PATH
+    MAX_JOBS                       compilers to run at a time; else as many as there are cores
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+ARCHS = ("80", "86", "89", "90a", "100")
+OLDEST_NVCC = (12, 0)  # the first with sm_90a
+
+
+class CannotBuild(Exception):
+    """Reason why the extension is not built."""
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """What `_build_info.json` holds.
+
+    Attributes:
+        built: whether the extension is there.
+        reason: why not, if not.
+        archs: architectures with machine code.
+        ptx: architecture whose PTX is embedded for GPUs that came later, or None.
+        nvcc: the compiler's version.
+        python_abi: file name suffix of the extension, which says what Python loads it.
+    """
+
+    built: bool
+    reason: str | None = None
+    archs: tuple[str, ...] = ()
+    ptx: str | None = None
+    nvcc: str | None = None
+    python_abi: str | None = None
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    path: str
+    version: str
+    known_archs: frozenset[str]
+
+
+class BuildCuda(build_ext):
+    """build_ext through nvcc and ninja, which records what it did beside the extension."""
+
+    def run(self) -> None:
+        extension = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
+        record_file = extension.parent / "_build_info.json"
+        # Neither an extension nor a record of an earlier build may pass for this one's.
+        extension.unlink(missing_ok=True)
+        record_file.unlink(missing_ok=True)
+        extension.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            record = build(extension, Path(self.build_temp).resolve())
+            print(f"peft_kernels: built the CUDA extension for {', '.join(record.archs)}")
+        except CannotBuild as reason:
+            if os.environ.get("PEFT_KERNELS_REQUIRE_CUDA") == "1":
+                raise SystemExit(f"peft_kernels: cannot build the CUDA extension: {reason}") from None
+            record = BuildRecord(built=False, reason=str(reason))
+            print(f"peft_kernels: installs without the CUDA extension: {reason}", file=sys.stderr)
+        record_file.write_text(json.dumps(asdict(record), indent=2) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {new: old for new, old in super().get_output_mapping().items() if os.path.exists(old)}
+
+
+def build(extension: Path, build_dir: Path) -> BuildRecord:
+    """Compile and link the extension.
+
+    Raises:
+        CannotBuild: with the reason.
+    """
+    if os.environ.get("PEFT_KERNELS_NO_CUDA") == "1":
+        raise CannotBuild("PEFT_KERNELS_NO_CUDA=1 was set at build time")
+    nvcc = find_nvcc()
+    archs = choose_archs(nvcc)
+    ptx = ptx_arch(archs)
+    includes = [str(CSRC), pybind11_include(), sysconfig.get_path("include")]
+    missing = [path for path in includes if not Path(path).is_dir()]
+    if missing:
+        raise CannotBuild(f"the include folder {missing[0]} does not exist")
+
+    build_dir.mkdir(parents=True, exist_ok=True)
+    ninja_file = build_dir / "build.ninja"
+    write_if_changed(ninja_file, ninja_text(nvcc, archs, ptx, includes, extension))
+    run_ninja(ninja_file)
+    return BuildRecord(
+        built=True,
+        archs=archs,
+        ptx=ptx,
+        nvcc=nvcc.version,
+        python_abi=sysconfig.get_config_var("EXT_SUFFIX"),
+    )
+
+
+def find_nvcc() -> Nvcc:
+    home = os.environ.get("CUDA_HOME")
+    path = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if path is None:
+        where = "in CUDA_HOME's bin" if home else "on PATH, and CUDA_HOME is not set"
+        raise CannotBuild(f"there is no nvcc {where}")
+    match = re.search(r"\bV(\d+)\.(\d+)\.(\d+)", output_of([path, "--version"]))
+    if match is None:
+        raise CannotBuild(f"{path} --version names no version")
+    version = tuple(int(number) for number in match.groups())
+    if version[:2] < OLDEST_NVCC:
+        oldest = ".".join(map(str, OLDEST_NVCC))
+        raise CannotBuild(f"{path} is version {match[0].strip('V')}, older than {oldest}")
+    known = re.findall(r"compute_(\w+)", output_of([path, "--list-gpu-arch"]))
+    return Nvcc(path, match[0].strip("V"), frozenset(known))
+
+
+def output_of(command: list[str]) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        details = getattr(error, "stderr", None) or ""
+        raise CannotBuild(f"{' '.join(command)} failed: {error} {details}".strip()) from error
+    return result.stdout
+
+
+def choose_archs(nvcc: Nvcc) -> tuple[str, ...]:
+    """The architectures to build for, oldest first."""
+
+    def is_known(arch: str) -> bool:
+        # The list leaves out the architecture-specific names, which exist for 90 and everything after it.
+        number = arch.rstrip("af")
+        return number in nvcc.known_archs and (number == arch or int(number) >= 90)
+
+    requested = re.split(r"[;,\s]+", os.environ.get("PEFT_KERNELS_CUDA_ARCHS", "").strip("; ,"))
+    if requested == [""]:
+        chosen = [arch for arch in ARCHS if is_known(arch)]
+        if not chosen:
+            raise CannotBuild(f"nvcc {nvcc.version} knows none of the architectures {', '.join(ARCHS)}")
+    else:
+        chosen = list(dict.fromkeys(requested))
+        for arch in chosen:
+            if not re.fullmatch(r"\d{2,3}[af]?", arch) or not is_known(arch):
+                raise CannotBuild(f"PEFT_KERNELS_CUDA_ARCHS names {arch!r}, which nvcc {nvcc.version} does not know")
+    return tuple(sorted(chosen, key=arch_number))
+
+
+def arch_number(arch: str) -> int:
+    return int(arch.rstrip("af"))
+
+
+def ptx_arch(archs: tuple[str, ...]) -> str | None:
+    """The newest architecture whose PTX later GPUs can run, which that of "90a" and the like is not."""
+    return max((arch for arch in archs if arch.isdigit()), key=arch_number, default=None)
+
+
+def pybind11_include() -> str:
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CannotBuild(f"pybind11 cannot be imported: {error}") from error
+    return pybind11.get_include()
+
+
+def ninja_text(nvcc: Nvcc, archs: tuple[str, ...], ptx: str | None, includes: list[str], extension: Path) -> str:
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if ptx is not None:
+        targets.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
+    host_flags = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        *(f"-Xcompiler={flag}" for flag in host_flags),
+        f"-DPEFT_KERNELS_ARCHS='\"{';'.join(archs)}\"'",
+        *(f"-I{quoted(path)}" for path in includes),
+    ]
+    # torch loads a CUDA runtime of its own, with its symbols visible to every library. Those of the static runtime must
+    # stay inside the extension, or its calls would end in torch's, which may be another version.
+    link_flags = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"]
+
+    lines = [
+        "ninja_required_version = 1.5",
+        f"nvcc = {escaped(quoted(nvcc.path))}",
+        f"flags = {escaped(' '.join(flags))}",
+        f"targets = {' '.join(targets)}",
+        "",
+        "rule device",
+        "  command = $nvcc $flags $targets -MD -MF $out.d -c $in -o $out",
+        "  description = nvcc $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "",
+        "rule host",
+        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+        "  description = host compiler $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "",
+        "rule link",
+        f"  command = $nvcc {' '.join(link_flags)} $in -o $out",
+        "  description = link $out",
+        "",
+    ]
+    objects = []
+    for rule, pattern in (("device", "*.cu"), ("host", "*.cpp")):
+        for source in sorted(CSRC.rglob(pattern)):
+            name = escaped_path(f"{source.relative_to(CSRC).as_posix()}.o")
+            objects.append(name)
+            lines.append(f"build {name}: {rule} {escaped_path(str(source))}")
+    lines.append(f"build {escaped_path(str(extension))}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def quoted(path: str) -> str:
+    return f'"{path}"'
+
+
+def escaped(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def escaped_path(path: str) -> str:
+    return escaped(path).replace(":", "$:").replace(" ", "$ ")
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def run_ninja(ninja_file: Path) -> None:
+    try:
+        import ninja
+
+        executable = os.path.join(ninja.BIN_DIR, "ninja")
+    except ImportError:
+        executable = shutil.which("ninja") or ""
+    if not executable:
+        raise CannotBuild("there is no ninja on PATH, and the package ninja is not installed")
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    command = [executable, "-C", str(ninja_file.parent), "-j", jobs]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        output = []
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            output.append(line)
+    if process.returncode != 0:
+        raise CannotBuild(f"compilation failed; the end of its output:\n{''.join(output)[-2000:]}")
+
+
+def package_version() -> str:
+    text = (ROOT / "peft_kernels" / "__init__.py").read_text()
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise SystemExit('peft_kernels/__init__.py has no line __version__ = "..."')
+    return match[1]
+
+
+setup(
+    version=package_version(),
+    # setuptools only needs the name: nvcc takes the sources from csrc.
+    ext_modules=[Extension("peft_kernels._C", sources=[])],
+    cmdclass={"build_ext": BuildCuda},
+)

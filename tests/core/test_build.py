@@ -1,0 +1,126 @@
+"""setup.py: what it does where it cannot build the extension, and that the record says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+pytestmark = pytest.mark.cpu_only
+
+
+@pytest.fixture(autouse=True)
+def _needs_setuptools() -> None:
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("these tests run in a source tree")
+
+
+def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any] | None]:
+    """Run build_ext into tmp_path; returns the process and the record that it left, if any."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PEFT_KERNELS_", "CUDA_HOME"))}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}/lib", f"--build-temp={tmp_path}/temp"],
+        cwd=ROOT,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    record = tmp_path / "lib" / "peft_kernels" / "_build_info.json"
+    return result, json.loads(record.read_text()) if record.exists() else None
+
+
+def fake_nvcc(tmp_path: Path, version: str, archs: tuple[str, ...] = ("90",)) -> str:
+    """A CUDA_HOME whose nvcc answers questions and fails to compile."""
+    script = tmp_path / "home" / "bin" / "nvcc"
+    script.parent.mkdir(parents=True)
+    known = "\n".join(f"echo compute_{arch}" for arch in archs)
+    script.write_text(
+        f'#!/bin/sh\ncase "$1" in\n--version) echo release, V{version} ;;\n--list-gpu-arch)\n{known} ;;\n'
+        "*) echo no such instruction; exit 1 ;;\nesac\n"
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return str(script.parent.parent)
+
+
+def assert_not_built(outcome: tuple[subprocess.CompletedProcess[str], dict[str, Any] | None], reason: str) -> None:
+    result, record = outcome
+    assert result.returncode == 0, result.stderr
+    assert record is not None and record["built"] is False
+    assert reason in record["reason"]
+    assert reason in result.stderr
+
+
+def test_switched_off(tmp_path: Path) -> None:
+    assert_not_built(build(tmp_path, PEFT_KERNELS_NO_CUDA="1"), "PEFT_KERNELS_NO_CUDA=1 was set")
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    assert_not_built(build(tmp_path, PATH=str(tmp_path)), "there is no nvcc on PATH, and CUDA_HOME is not set")
+
+
+def test_cuda_home_without_compiler(tmp_path: Path) -> None:
+    assert_not_built(build(tmp_path, CUDA_HOME=str(tmp_path)), "there is no nvcc in CUDA_HOME's bin")
+
+
+def test_old_compiler(tmp_path: Path) -> None:
+    assert_not_built(build(tmp_path, CUDA_HOME=fake_nvcc(tmp_path, "11.8.89")), "version 11.8.89, older than 12.0")
+
+
+def test_compiler_without_our_architectures(tmp_path: Path) -> None:
+    home = fake_nvcc(tmp_path, "12.0.1", archs=("50",))
+    assert_not_built(build(tmp_path, CUDA_HOME=home), "knows none of the architectures")
+
+
+@pytest.mark.parametrize("archs", ["75", "80;90b", "80a", "sm_90"])
+def test_unknown_architecture(tmp_path: Path, archs: str) -> None:
+    home = fake_nvcc(tmp_path, "12.0.1", archs=("80", "90"))
+    outcome = build(tmp_path, CUDA_HOME=home, PEFT_KERNELS_CUDA_ARCHS=archs)
+    assert_not_built(outcome, f"names '{archs.split(';')[-1]}', which nvcc 12.0.1 does not know")
+
+
+def test_failed_compilation(tmp_path: Path) -> None:
+    assert_not_built(build(tmp_path, CUDA_HOME=fake_nvcc(tmp_path, "12.0.1")), "no such instruction")
+
+
+def test_required_build_fails(tmp_path: Path) -> None:
+    result, record = build(tmp_path, CUDA_HOME=fake_nvcc(tmp_path, "12.0.1"), PEFT_KERNELS_REQUIRE_CUDA="1")
+    assert result.returncode != 0
+    assert record is None
+    assert "cannot build the CUDA extension: compilation failed" in result.stderr
+
+
+def test_earlier_extension_is_removed(tmp_path: Path) -> None:
+    """A wheel must not hold an extension that its record denies."""
+    import sysconfig
+
+    stale = tmp_path / "lib" / "peft_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    assert_not_built(build(tmp_path, PEFT_KERNELS_NO_CUDA="1"), "PEFT_KERNELS_NO_CUDA=1 was set")
+    assert not stale.exists()
+
+
+@pytest.mark.slow
+def test_one_architecture(tmp_path: Path) -> None:
+    """PTX of an architecture-specific target runs nowhere else, so none is embedded for 90a alone."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc on PATH")
+    result, record = build(tmp_path, PEFT_KERNELS_CUDA_ARCHS="90a", PEFT_KERNELS_REQUIRE_CUDA="1")
+    assert result.returncode == 0, result.stderr
+    assert record is not None
+    assert (record["archs"], record["ptx"]) == (["90a"], None)
+    ninja = (tmp_path / "temp" / "build.ninja").read_text()
+    assert "-gencode=arch=compute_90a,code=sm_90a" in ninja
+    assert "code=compute_" not in ninja

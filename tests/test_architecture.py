@@ -1,0 +1,248 @@
+"""Imports flow downhill, nothing sideways, and importing the package does nothing else.
+
+The statements are read with ast, those inside functions too: a lazy import has a direction like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "peft_kernels"
+
+# Lower may not import higher. A room's other modules have no floor of their own: they stand on what they import.
+FLOOR = {
+    "problem": 1,
+    "config": 1,
+    "torch_impl": 2,
+    "triton_fwd": 2,
+    "triton_bwd": 2,
+    "triton_impl": 3,
+    "cuda_impl": 3,
+    "op": 4,
+    "module": 5,
+    "__init__": 6,
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    return {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+
+
+def rooms() -> list[str]:
+    return sorted(path.parent.name for path in (ROOT / PACKAGE).glob("*/problem.py"))
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Every import of a file, as (module, name taken from it or None)."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")
+                base = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])])
+            yield from ((base, alias.name) for alias in node.names)
+
+
+@cache
+def edges(name: str) -> frozenset[str]:
+    """The package's modules that a module imports; ``from package import submodule`` counts as the submodule."""
+    found = set()
+    for base, attribute in imported_names(modules()[name]):
+        if base.split(".")[0] == PACKAGE:
+            submodule = f"{base}.{attribute}"
+            found.add(submodule if attribute and submodule in modules() else base)
+    return frozenset(found)
+
+
+@cache
+def reachable(name: str) -> frozenset[str]:
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        new = (edges(current) if current in modules() else frozenset()) - seen
+        seen |= new
+        waiting.extend(new)
+    return frozenset(seen)
+
+
+def room_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in rooms() else None
+
+
+def floor_of(name: str) -> int | None:
+    parts = name.split(".")
+    return FLOOR["__init__"] if len(parts) == 2 else FLOOR.get(".".join(parts[2:]))
+
+
+ROOM_MODULES = [name for name in modules() if room_of(name)]
+CORE_MODULES = [name for name in modules() if name.split(".")[1:2] == ["_core"]]
+
+
+def test_there_are_rooms() -> None:
+    assert rooms()
+    assert CORE_MODULES
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_exist(name: str) -> None:
+    """A name that resolves to no module would slip through every other test here."""
+    missing = {target for target in edges(name) if target not in modules() and target != f"{PACKAGE}._C"}
+    assert not missing
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_cycle(name: str) -> None:
+    assert name not in reachable(name)
+
+
+@pytest.mark.parametrize("name", CORE_MODULES)
+def test_core_knows_no_family(name: str) -> None:
+    above = {target for target in edges(name) if target.split(".")[1:2] not in (["_core"], ["_C"])}
+    assert not above
+
+
+@pytest.mark.parametrize("name", ROOM_MODULES)
+def test_room_imports_itself_and_core_only(name: str) -> None:
+    room = room_of(name)
+    elsewhere = {target for target in edges(name) if room_of(target) != room and target.split(".")[1:2] != ["_core"]}
+    assert not elsewhere
+
+
+@pytest.mark.parametrize("name", ROOM_MODULES)
+def test_room_imports_flow_downhill(name: str) -> None:
+    floor = floor_of(name)
+    if floor is None:
+        above = {target for target in edges(name) if target == f"{PACKAGE}.{room_of(name)}"}
+    else:
+        above = {target for target in reachable(name) if room_of(target) and (floor_of(target) or 0) > floor}
+    assert not above
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_only_the_package_imports_integrations(name: str) -> None:
+    inside = name == PACKAGE or name.startswith(f"{PACKAGE}.integrations")
+    assert inside or not any(target.startswith(f"{PACKAGE}.integrations") for target in edges(name))
+
+
+def test_package_imports_each_room_in_one_line() -> None:
+    taken = [base for base, _ in set(imported_names(modules()[PACKAGE])) if room_of(base)]
+    assert {room_of(base) for base in taken} == set(rooms())
+    lines = [
+        node.module
+        for node in ast.walk(ast.parse(modules()[PACKAGE].read_text()))
+        if isinstance(node, ast.ImportFrom) and room_of(node.module or "")
+    ]
+    assert sorted(lines) == [f"{PACKAGE}.{room}" for room in rooms()]
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, "examples"])
+def test_oracle_is_no_backend(folder: str) -> None:
+    users = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / folder).rglob("*.py")
+        for base, _ in imported_names(path)
+        if base.split(".")[0] == "python_ref"
+    ]
+    assert not users
+
+
+def test_oracle_stands_on_torch_and_the_standard_library() -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "python_ref"}
+    strangers = {
+        f"{path.relative_to(ROOT)}: {base}"
+        for path in (ROOT / "python_ref").rglob("*.py")
+        for base, _ in imported_names(path)
+        if base.split(".")[0] not in allowed
+    }
+    assert not strangers
+
+
+# Runs after `import torch` alone, so that what torch does by itself is not held against the package. Environment reads
+# are told apart by the frame that makes them, for the same reason.
+_IMPORT_PROBE = """
+import json, os, sys, tempfile
+import torch
+
+root, package = sys.argv[1:]
+sys.path.insert(0, root)
+folder = os.path.join(root, package)
+read = []
+
+class Recording(dict):
+    def _note(self, key):
+        frame = sys._getframe(2)
+        while frame.f_globals["__name__"] in ("os", "collections.abc"):
+            frame = frame.f_back
+        if frame.f_code.co_filename.startswith(folder):
+            read.append(f"{key!r} in {frame.f_code.co_filename}:{frame.f_lineno}")
+
+    def __getitem__(self, key):
+        self._note(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        self._note(key)
+        return super().__contains__(key)
+
+    def __iter__(self):
+        self._note("all of it")
+        return super().__iter__()
+
+os.environ._data = Recording(os.environ._data)
+before = set(sys.modules)
+with tempfile.TemporaryFile() as printed:
+    saved = os.dup(1), os.dup(2)
+    os.dup2(printed.fileno(), 1)
+    os.dup2(printed.fileno(), 2)
+    __import__(package)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(saved[0], 1)
+    os.dup2(saved[1], 2)
+    printed.seek(0)
+    text = printed.read().decode()
+
+imported = {name.split(".")[0] for name in set(sys.modules) - before}
+print(json.dumps({
+    "libraries": sorted(imported & {"triton", "peft", "transformers", "adapters", "accelerate"}),
+    "extension": package + "._C" in sys.modules,
+    "cuda": torch.cuda.is_initialized(),
+    "printed": text,
+    "environment": read,
+}))
+"""
+
+
+def test_importing_the_package_does_nothing_else() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", _IMPORT_PROBE, str(ROOT), PACKAGE], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "libraries": [],
+        "extension": False,
+        "cuda": False,
+        "printed": "",
+        "environment": [],
+    }
