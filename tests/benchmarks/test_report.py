@@ -1,0 +1,198 @@
+"""Tables from records: what is compared with what, what counts as a loss, and the part of the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import record, report, tables
+from benchmarks.family import discover
+
+FIRST, SECOND = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
+PROBLEM = {
+    "model": "Toy", "projection": "q", "m": 8, "n": 4, "k": 2, "r": 1, "dtype": "bfloat16", "adapter_dtype": "float32",
+    "p": 0.0,
+}  # fmt: skip
+ROLES = {"base": "limit", "peft": "baseline", "addmm": "baseline", "ours_torch": "ours", "ours_triton": "ours"}
+
+
+def line(provider: str, us: float | None, mode: str = "both", run: str = FIRST, **problem: Any) -> dict[str, Any]:
+    """One record; without a time a skipped one."""
+    common = {
+        "schema": record.SCHEMA,
+        "family": "lora_linear",
+        "run": run,
+        "date": run,
+        "commit": "abcdef0123456789",
+        "dirty": False,
+        "device": {"type": "cpu", "name": "Toy", "driver": None, "sm_clock_mhz": None, "max_sm_clock_mhz": None},
+        "versions": {"torch": "2.13", "triton": None, "peft": "0.21"},
+        "ceilings": {"copy_bytes_per_s": 3e10, "matmul_flops_per_s": {"bfloat16": 2e11}},
+        "problem": {**PROBLEM, **problem},
+        "provider": provider,
+        "role": ROLES[provider],
+        "mode": mode,
+    }
+    if us is None:
+        return {**common, "status": "skipped", "reason": "not here"}
+    measured = {
+        "status": "ok", "reason": None, "timing": "host", "timing_note": None, "repetitions": 9, "calls": 1,
+        "median_us": us, "p20_us": us, "p80_us": us, "bytes": 1, "flops": 1, "roofline_us": 1.0,
+        "roofline_fraction": 1.0 / us, "peak_memory_bytes": int(us), "error": {"y": 1e-3},
+    }  # fmt: skip
+    return {**common, **measured}
+
+
+def problem_lines(times: dict[str, float | None], **rest: Any) -> list[dict[str, Any]]:
+    return [line(provider, us, **rest) for provider, us in times.items()]
+
+
+TIMES = {"base": 80.0, "peft": 150.0, "addmm": 110.0, "ours_torch": 120.0, "ours_triton": 100.0}
+
+
+def test_lines_are_valid_records() -> None:
+    for one in problem_lines({**TIMES, "addmm": None}):
+        record.check(one)
+
+
+def test_the_fastest_of_ours_counts() -> None:
+    (found,) = tables.compare(problem_lines(TIMES))
+    assert found.best("ours") == "ours_triton"
+    assert found.best("baseline") == "addmm"
+    assert found.speed_up("peft") == pytest.approx(1.5)
+    assert found.speed_up("base") == pytest.approx(0.8)
+    assert found.memory_ratio("peft") == pytest.approx(100 / 150)
+
+
+def test_what_was_not_measured_has_no_ratio() -> None:
+    (found,) = tables.compare(problem_lines({"base": 1.0, "peft": None, "ours_torch": None}))
+    assert found.best("baseline") is None
+    assert found.best("ours") is None
+    assert found.speed_up("peft") is None
+    assert found.speed_up("base") is None
+    assert found.memory_ratio("peft") is None
+
+
+def test_only_the_last_run_of_a_problem_counts() -> None:
+    later = problem_lines({"base": 81.0, "peft": 100.0, "ours_torch": 125.0}, run=SECOND)
+    other = problem_lines(TIMES, m=16)
+    found = tables.compare([*later, *problem_lines(TIMES), *other])
+    assert {(one.problem["m"], one.run) for one in found} == {(8, SECOND), (16, FIRST)}
+    (last,) = [one for one in found if one.run == SECOND]
+    # addmm and ours_triton are of the first run: they were never side by side with these.
+    assert set(last.records) == {"base", "peft", "ours_torch"}
+
+
+def test_losses_are_all_listed_worst_first() -> None:
+    records = [
+        *problem_lines({"peft": 90.0, "ours_torch": 100.0}),
+        *problem_lines({"peft": 50.0, "ours_torch": 100.0}, m=16),
+        *problem_lines({"peft": 100.0, "ours_torch": 100.0}, m=32),
+        *problem_lines({"base": 10.0, "peft": 101.0, "ours_torch": 100.0}, m=64),
+    ]
+    found = tables.losses(tables.compare(records))
+    assert [(comparison.problem["m"], baseline) for comparison, baseline, _ in found] == [(16, "peft"), (8, "peft")]
+    assert found[0][2] == pytest.approx(0.5)
+
+
+def test_label_is_one_readable_line() -> None:
+    assert tables.label(PROBLEM) == "Toy q m=8 n=4 k=2 r=1 bf16 fp32 p=0"
+
+
+def test_summary_groups_by_fields_and_takes_medians() -> None:
+    records = [
+        entry
+        for m, us in ((1, 100.0), (2, 200.0), (4, 400.0))
+        for entry in problem_lines({"base": 50.0, "peft": us, "ours_torch": 100.0}, m=m)
+    ]
+    records += problem_lines({"base": 50.0, "peft": 70.0, "ours_torch": 100.0}, p=0.1)
+    rows = tables.summary_table(tables.compare(records), ["p"], ["base", "peft"]).splitlines()
+    assert rows[2].startswith("| both | 0 | 3 | 0.50 (0.50 to 0.50) | 2.00 (1.00 to 4.00) |")
+    assert rows[3].startswith("| both | 0.1 | 1 | 0.50 (0.50 to 0.50) | 0.70 (0.70 to 0.70) |")
+
+
+def test_problem_table_marks_the_fastest() -> None:
+    table = tables.problem_table(tables.compare(problem_lines({**TIMES, "addmm": None})), list(TIMES))
+    assert table.splitlines()[2].endswith("| both | **80.0** | 150.0 | - | 120.0 | 100.0 | 1.50 | 1% |")
+
+
+def test_terminal_table_gives_reasons_once() -> None:
+    records = problem_lines({"peft": 1.0, "addmm": None}) + problem_lines({"peft": 2.0, "addmm": None}, mode="forward")
+    text = tables.terminal_table(records)
+    assert text.count("addmm skipped: not here") == 1
+    header, *rows = text.splitlines()
+    assert header.split()[:2] == ["provider", "mode"]
+    assert len(rows) == 3
+
+
+def test_aligned_columns() -> None:
+    assert tables.aligned(["a", "bb"], [["long", "1"]]) == "a     bb\nlong   1"
+
+
+def test_replace_part_keeps_the_rest() -> None:
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.replace_part(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nothing", report.BEGIN, f"{report.END}{report.BEGIN}", f"{report.BEGIN}{report.END}{report.BEGIN}{report.END}"],
+)
+def test_replace_part_needs_both_marks_once(text: str) -> None:
+    with pytest.raises(ValueError, match="once each"):
+        report.replace_part(text, "new")
+
+
+def _write(folder: Path, records: list[dict[str, Any]]) -> list[str]:
+    record.append(record.path(folder / "results", "toy", "lora_linear"), records)
+    readme = folder / "README.md"
+    if not readme.exists():
+        readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\n")
+    return ["--results", str(folder / "results"), "--readme", str(readme)]
+
+
+def test_check_fails_until_the_readme_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = _write(tmp_path, problem_lines(TIMES))
+    assert report.main([*options, "--check"]) == 1
+    assert "python -m benchmarks.report" in capsys.readouterr().err
+    assert report.main(options) == 0
+    assert report.main([*options, "--check"]) == 0
+    _write(tmp_path, problem_lines({**TIMES, "ours_torch": 70.0}, run=SECOND))
+    assert report.main([*options, "--check"]) == 1
+
+
+def test_readme_says_device_date_commit_and_losses(tmp_path: Path) -> None:
+    options = _write(tmp_path, problem_lines(TIMES) + problem_lines({**TIMES, "addmm": 50.0}, m=16))
+    assert report.main(options) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Title\n")
+    assert "### lora_linear on Toy" in text
+    assert "2026-01-01, commit abcdef012345;" in text
+    assert "A baseline is faster in 1 of 2 measurements" in text
+    assert "* Toy q m=16 n=4 k=2 r=1 bf16 fp32 p=0, both: addmm takes 0.50 of our time" in text
+
+
+def test_a_readme_without_marks_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = _write(tmp_path, problem_lines(TIMES))
+    (tmp_path / "README.md").write_text("# Title\n")
+    assert report.main(options) == 1
+    assert "needs <!-- benchmarks:begin -->" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "# Title\n"
+
+
+def test_gpus_come_first_and_nothing_is_said_plainly() -> None:
+    families = discover()
+    cuda = [{**one, "device": {**one["device"], "type": "cuda", "name": "Zed GPU"}} for one in problem_lines(TIMES)]
+    text = report.render({("a-cpu", "lora_linear"): problem_lines(TIMES), ("z-gpu", "lora_linear"): cuda}, families)
+    assert text.index("Zed GPU") < text.index("on Toy")
+    assert report.render({}, families) == "No measurements are recorded yet."
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    records = problem_lines(TIMES) + problem_lines({**TIMES, "addmm": None}, p=0.1)
+    (picture,) = report.draw({("toy", "lora_linear"): records}, discover(), tmp_path)
+    assert picture.name == "lora_linear-toy-both.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,153 @@
+"""Every backend on every case, forward and each gradient, against the float64 oracle under the error budget."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import peft_kernels as pk
+from peft_kernels._core.triton_tools import why_not_environment
+from python_ref import compare
+from tests.lora_linear.cases import (
+    GRID,
+    SEED,
+    VARIANTS,
+    Case,
+    Result,
+    keep_mask,
+    make,
+    output_gradient,
+    run_eager,
+    run_oracle,
+    run_ours,
+    variant,
+)
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def _skip_without(name: str) -> None:
+    if name.startswith("triton") and (reason := why_not_environment()):
+        pytest.skip(reason)
+
+
+def _named(result: Result) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor) for name, tensor in zip(Result._fields, result, strict=True) if tensor is not None]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_error_budget(case: Case, name: str, device: torch.device) -> None:
+    """The budget compares norms of rounding errors, which scatter where few numbers are summed: few rows, more draws."""
+    _skip_without(name)
+    draws: list[tuple[Result, Result, Result]] = []
+    for seed in range(1 if case.m * case.r >= 64 else 16):
+        tensors, dy = make(case, device, seed), output_gradient(case, device)
+        before = [tensor.clone() for tensor in (*tensors, dy) if tensor is not None]
+        ours = run_ours(case, tensors, dy, name)
+        for old, new in zip(before, (tensor for tensor in (*tensors, dy) if tensor is not None), strict=True):
+            compare.assert_bitwise_equal("an input after the call", new, old)
+        draws.append((ours, run_eager(case, tensors, dy), run_oracle(case, tensors, dy)))
+
+    for label, *_ in _named(draws[0][0]):
+        ours, eager, exact = (torch.stack([getattr(draw[index], label) for draw in draws]) for index in range(3))
+        compare.assert_close(f"{case} {label}", ours, eager, exact)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "adapter"), [(torch.float32, None), (torch.bfloat16, torch.float32)])
+def test_two_runs_give_the_same_bits(
+    name: str, p: float, dtype: torch.dtype, adapter: torch.dtype | None, device: torch.device
+) -> None:
+    _skip_without(name)
+    case = Case(m=260, n=136, k=72, r=8, dtype=dtype, adapter_dtype=adapter, p=p)
+    tensors, dy = make(case, device), output_gradient(case, device)
+    first, second = run_ours(case, tensors, dy, name), run_ours(case, tensors, dy, name)
+    for (label, a), (_, b) in zip(_named(first), _named(second), strict=True):
+        compare.assert_bitwise_equal(label, a, b)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tensor_scale_equals_float_scale(name: str, device: torch.device) -> None:
+    _skip_without(name)
+    case = Case(p=0.3)
+    tensors, dy = make(case, device), output_gradient(case, device)
+    by_tensor = dataclasses.replace(case, scale=torch.tensor(case.scale, device=device))
+    expected, got = run_ours(case, tensors, dy, name), run_ours(by_tensor, tensors, dy, name)
+    for (label, a), (_, b), (_, exact) in zip(
+        _named(got), _named(expected), _named(run_oracle(case, tensors, dy)), strict=True
+    ):
+        compare.assert_close(label, a, b, exact)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_dropout_draws_the_published_mask(name: str, device: torch.device) -> None:
+    """With x all ones, one rank and identity-like factors, the output is the mask itself."""
+    _skip_without(name)
+    m, k, p = 48, 24, 0.4
+    x, weight = torch.ones(m, k, device=device), torch.zeros(k, k, device=device)
+    with variant(name) as backend:
+        y = pk.lora_linear(
+            x, weight, torch.eye(k, device=device), torch.eye(k, device=device), dropout_p=p, seed=SEED, backend=backend
+        )
+    mask = keep_mask(Case(m=m, k=k, p=p), device)
+    assert torch.equal(y != 0, mask)
+    assert torch.equal(y != 0, pk.lora_linear_dropout_mask(SEED, m, k, p, device))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("needs", ["x", "weight", "lora_a", "lora_b", "bias"])
+def test_each_gradient_alone(name: str, needs: str, device: torch.device) -> None:
+    """A gradient does not depend on which others are asked for, and nothing else gets one."""
+    _skip_without(name)
+    case = Case(p=0.3, r=40)
+    tensors, dy = make(case, device), output_gradient(case, device)
+    expected = getattr(run_ours(case, tensors, dy, name), needs)
+    leaves = {field: getattr(tensors, field).detach().requires_grad_(field == needs) for field in tensors._fields}
+    with variant(name) as backend:
+        y = pk.lora_linear(scale=case.scale, dropout_p=case.p, seed=SEED, backend=backend, **leaves)
+        y.backward(dy)
+    compare.assert_bitwise_equal(needs, leaves[needs].grad, expected)
+    assert all(leaf.grad is None for field, leaf in leaves.items() if field != needs)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rows_beyond_two_to_the_31_elements(name: str, device: torch.device) -> None:
+    """Offsets are 64-bit: x and dY are rows 2^30 elements apart in an allocation of which only these rows are touched."""
+    _skip_without(name)
+    case = Case(m=4, n=24, k=16, r=4, dtype=torch.bfloat16)
+    tensors, dy = make(case, device), output_gradient(case, device)
+    stride = 2**30
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # poison would touch all of it
+    try:
+        far = torch.empty(3 * stride + 64, dtype=torch.bfloat16, device=device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    far_x, far_dy = far.as_strided((4, 16), (stride, 1)), far.as_strided((4, 24), (stride, 1), 32)
+    far_x.copy_(tensors.x)
+    far_dy.copy_(dy)
+    near = run_ours(case, tensors, dy, name)
+    got = run_ours(case, tensors._replace(x=far_x), far_dy, name)
+    for (label, a), (_, b) in zip(_named(got), _named(near), strict=True):
+        compare.assert_bitwise_equal(label, a, b)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("shape", [(16,), (2, 3, 16), (2, 1, 3, 16), (0, 16), (3, 0, 16)])
+def test_leading_dimensions(name: str, shape: tuple[int, ...], device: torch.device) -> None:
+    _skip_without(name)
+    case = Case(m=max(1, torch.Size(shape[:-1]).numel()), n=24, k=16, r=4)
+    tensors = make(case, device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    with variant(name) as backend:
+        y = pk.lora_linear(x, *tensors[1:4], case.scale, tensors.bias, backend=backend)
+        flat = pk.lora_linear(x.reshape(-1, 16), *tensors[1:4], case.scale, tensors.bias, backend=backend)
+        y.sum().backward()
+    assert y.shape == (*shape[:-1], 24)
+    compare.assert_bitwise_equal("y", y.reshape(-1, 24), flat)
+    assert x.grad.shape == x.shape
+    assert torch.isfinite(x.grad).all()
