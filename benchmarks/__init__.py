@@ -1,0 +1,19 @@
+"""Every provider of a kernel family timed side by side, in one process, on the shapes of real models.
+
+    python -m benchmarks [family] [--quick] [--out DIR]    time, print tables, append records
+    python -m benchmarks.report                            write README.md's tables from the records
+    pytest benchmarks --benchmark-only                     host overhead of one call
+
+Map:
+    family.py        what a family hands over: problems, inputs, providers, the work of each
+    shapes.py        layers of real models, with where the numbers come from
+    <family>.py      one family; found by its FAMILY
+    timing.py        interleaved rounds, CUDA graph replay, quantiles
+    memory.py        peak memory of one call
+    roofline.py      measured ceilings, and the time they leave to a problem
+    record.py        one line of results/<device>/<family>.jsonl, and its check
+    environment.py   device, versions, commit
+    harness.py       one problem: check, time, weigh, record
+    tables.py        comparisons between the providers of one problem; Markdown
+    report.py        README.md and pictures
+"""
