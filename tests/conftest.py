@@ -17,23 +17,54 @@ if not HAS_CUDA:
 
 
 def _mend_interpreter() -> None:
-    """Make the interpreter multiply bfloat16 by value: it holds them as 16-bit integers and would multiply those."""
+    """Make the interpreter's arithmetic that of a GPU, where it is not.
+
+    It holds bfloat16 values as 16-bit integers and would multiply those; it cuts float32 to bfloat16 where a GPU rounds
+    to the nearest; it multiplies TF32 operands with all their bits, where the tensor cores read the upper 19; and it
+    sums rows one after another, where the threads of a GPU sum in a tree.
+    """
     import numpy as np
     import triton.language as tl
+    from triton._C.libtriton import ir
     from triton.runtime import interpreter
 
-    def as_float32(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
-        if handle.dtype.scalar != tl.bfloat16 or handle.data.dtype != np.uint16:
+    create_dot = interpreter.InterpreterBuilder.create_dot
+    convert_float = interpreter._convert_float
+    sum_in_order = interpreter.ReduceOps.sum
+
+    def as_multiplied(handle: interpreter.TensorHandle, is_tf32: bool) -> interpreter.TensorHandle:
+        if handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16:
+            values = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        elif handle.dtype.scalar == tl.float32 and is_tf32:
+            values = (np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+        else:
             return handle
-        values = (handle.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(values, tl.float32)
 
-    create_dot = interpreter.InterpreterBuilder.create_dot
+    def create_dot_as_on_a_gpu(self, a, b, acc, input_precision, *rest):
+        is_tf32 = input_precision == ir.INPUT_PRECISION.TF32
+        return create_dot(self, as_multiplied(a, is_tf32), as_multiplied(b, is_tf32), acc, input_precision, *rest)
 
-    def create_dot_by_value(self, a, b, *rest):  # type: ignore[no-untyped-def]
-        return create_dot(self, as_float32(a), as_float32(b), *rest)
+    def convert_float_to_nearest(values, source, target, rounding_mode):
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert_float(values, source, target, rounding_mode)
+        bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot_by_value
+    def sum_in_a_tree(self, values):
+        if self.axis is None or not np.issubdtype(values.handle.data.dtype, np.floating):
+            return sum_in_order(self, values)
+        rows = np.moveaxis(values.handle.data, self.axis, 0)
+        while rows.shape[0] > 1:
+            half = rows.shape[0] // 2
+            rows = rows[:half] + rows[half:]
+        total = np.moveaxis(rows, 0, self.axis) if self.keep_dims else rows[0]
+        return self.to_tensor(total, values.dtype)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot_as_on_a_gpu
+    interpreter.ReduceOps.sum = sum_in_a_tree
+    interpreter._convert_float = convert_float_to_nearest
 
 
 if not HAS_CUDA:

@@ -63,6 +63,15 @@ def _leading_bits(value, OTHER: tl.constexpr):
 
 
 @triton.jit
+def nearest_tf32(value):
+    """Round a float32 value to the 10 stored bits of mantissa that TF32 has, halves away from zero; inf and nan stay."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -8192).to(tl.float32, bitcast=True)
+    # The carry would turn a nan with all bits set into zero.
+    return tl.where(value == value, rounded, value)
+
+
+@triton.jit
 def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Row and column of a tile in an order that walks GROUP_M tile rows together, so that both operands stay in L2."""
     group = index // (GROUP_M * tiles_n)

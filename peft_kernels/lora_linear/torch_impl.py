@@ -90,7 +90,7 @@ def _grad_up(
     b, scale = inputs.lora_b, inputs.scale
     if _is_uniform(problem):
         ds = (dy @ b).to(s.dtype).mul_(scale) if needs_ds else None
-        db = (dy.t() @ s.to(dy.dtype)).mul_(scale) if needs.lora_b else None
+        db = dy.t() @ (s * scale).to(dy.dtype) if needs.lora_b else None
         return ds, db
     wide_b = b.to(s.dtype)
     ds = torch.empty_like(s) if needs_ds else None

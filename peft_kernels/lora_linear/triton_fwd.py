@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peft_kernels._core.triton_math import dot, load_scalar, tile_of
+from peft_kernels._core.triton_math import dot, load_scalar, nearest_tf32, tile_of
 from peft_kernels._core.triton_tools import TMA_ALIGNMENT, dot_precision, tma_can_read
 from peft_kernels.lora_linear.config import DownConfig, GemmConfig, UpConfig
 from peft_kernels.lora_linear.dropout import Draw
@@ -81,7 +81,10 @@ def _rank_product(
 
     Beside half-precision activations the product is TF32: S keeps float32's range and three bits more than bfloat16,
     and B in half precision is exact. (Ahead-of-time compiled, this costs the GEMM one HGMMA per 16 ranks and no register.)
+    The tensor cores cut what TF32 has no bits for, so operands that have more are rounded before.
     """
+    ROUNDS_S: tl.constexpr = PRECISION == "tf32"
+    ROUNDS_B: tl.constexpr = ROUNDS_S and b_ptr.dtype.element_ty == tl.float32
     # One stage: prefetching further rank blocks would take the shared memory that the K loop's stages fill.
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
@@ -90,8 +93,9 @@ def _rank_product(
         b_mask = mask_r[:, None] & (offs_n < N)[None, :]
         s = tl.load(s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :], mask=s_mask, other=0.0)
         b_offsets = offs_r.to(tl.int64)[:, None] * stride_br + offs_n.to(tl.int64)[None, :] * stride_bn
-        b = tl.load(b_ptr + b_offsets, mask=b_mask, other=0.0)
-        acc = tl.dot(s * factor, b.to(tl.float32), acc, input_precision=PRECISION)
+        b = tl.load(b_ptr + b_offsets, mask=b_mask, other=0.0).to(tl.float32)
+        s = s * factor
+        acc = tl.dot(nearest_tf32(s) if ROUNDS_S else s, nearest_tf32(b) if ROUNDS_B else b, acc, PRECISION)
     return acc
 
 

@@ -8,8 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch._dynamo.testing
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +16,7 @@ import peft_kernels as pk
 from peft_kernels.lora_linear import dropout, op
 from python_ref import compare
 from python_ref import lora_linear as oracle
-from tests.lora_linear.cases import SEED, Case, make, output_gradient, run_eager, run_oracle, run_ours
+from tests.lora_linear.cases import SEED, Case, make, output_gradient
 
 
 def _double(*shape: int, requires_grad: bool = True) -> Tensor:
@@ -37,7 +36,8 @@ def test_gradcheck(p: float) -> None:
 
 def test_second_derivative_is_refused() -> None:
     x, w, a, b = _double(3, 5), _double(4, 5, requires_grad=False), _double(2, 5), _double(4, 2)
-    (dx,) = torch.autograd.grad(pk.lora_linear(x, w, a, b).sum(), x, create_graph=True)
+    dy = _double(3, 4)
+    (dx,) = torch.autograd.grad(pk.lora_linear(x, w, a, b), x, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
@@ -171,33 +171,6 @@ def test_inference_saves_nothing() -> None:
     with mock.patch.object(op._LoraLinear, "backward", side_effect=AssertionError), torch.no_grad():
         y = pk.lora_linear(*tensors[:4], 0.5, tensors.bias)
     assert y.grad_fn is None
-
-
-_DTYPES = st.sampled_from([(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)])
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    m=st.integers(1, 40),
-    n=st.integers(1, 40),
-    k=st.integers(1, 40),
-    r=st.integers(1, 40),
-    dtypes=_DTYPES,
-    p=st.sampled_from([0.0, 0.25]),
-    bias=st.booleans(),
-    layout=st.sampled_from(["rows", "columns", "strided", "expanded"]),
-)
-def test_any_shape_rank_stride_and_dtype(m, n, k, r, dtypes, p, bias, layout) -> None:  # type: ignore[no-untyped-def]
-    case = Case(m, n, k, r, dtypes[0], dtypes[1], p, bias, 0.75, layout)
-    tensors, dy = make(case, torch.device("cpu")), output_gradient(case, torch.device("cpu"))
-    ours, eager, exact = (run(case, tensors, dy) for run in (_run_torch, run_eager, run_oracle))
-    for label, a, e, o in zip(ours._fields, ours, eager, exact, strict=True):
-        if a is not None:
-            compare.assert_close(f"{case} {label}", a, e, o)
-
-
-def _run_torch(case, tensors, dy):  # type: ignore[no-untyped-def]
-    return run_ours(case, tensors, dy, "torch")
 
 
 def _arguments(**changes: object) -> dict[str, object]:
