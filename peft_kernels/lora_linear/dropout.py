@@ -1,9 +1,11 @@
 """Which elements of x the low-rank branch drops: one recipe, the same bits on torch, Triton and CUDA.
 
-Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, table 2: the fewest rounds
-that pass BigCrush), key = the 64-bit seed, counter = (column // 8, row low, row high, 0). One call decides on 8
-columns: column c takes the 16-bit half c % 8 of the four output words, low half first, and is kept when that half is at
-least ``threshold``.
+Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), key = the 64-bit seed,
+counter = (column // 8, row low, row high, 0). One call decides on 8 columns: column c takes the 16-bit half c % 8 of the
+four output words, low half first, and is kept when that half is at least ``threshold``.
+
+Ten rounds are the usual margin. Seven are enough for the statistical tests of BigCrush (its authors' library Random123
+documents so), which ask for more than independent decisions do, and the rounds are what dropout costs a kernel.
 
 torch has no unsigned 32-bit product, so the words live in int64 tensors. A 32 x 32 bit product fits in 64 bits, and
 int64 products wrap modulo 2^64, so the bits are right although their sign is not.
