@@ -59,3 +59,15 @@ def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: co
         triton_impl.backward(problem, inputs, s, dy, Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=True))
     finally:
         config.base_product_path = chosen
+
+
+def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
+    """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
+    dtype, _, _, _, _, k = launch.split("/")
+    if dtype == "fp32":
+        # Without TF32, float32 products have no tensor core.
+        return ("FFMA",)
+    if kernel != "lora_gemm_kernel" or arch < 90:
+        return ("HMMA|HGMMA|UTCHMMA",)
+    product = "HGMMA" if arch < 100 else "UTCHMMA"
+    return (product, "UTMALDG", "UTMASTG") if k == "K4096" else (product,)

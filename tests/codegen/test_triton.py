@@ -1,0 +1,86 @@
+"""Every Triton kernel, compiled ahead of time with its default configs: no spills, shared memory that fits, the copy engine
+and the tensor cores where they belong.
+
+Which launches are compiled, and which instructions a kernel must show, is in ``<family>_launches.py``. Another Triton is
+put to the same test by its folder: ``PYTHONPATH=<folder> pytest tests/codegen``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_kernels._core.triton_tools import why_not_installed
+
+FOLDER = Path(__file__).parent
+FAMILIES = sorted(path.name.removesuffix("_launches.py") for path in FOLDER.glob("*_launches.py"))
+ARCHS = (80, 89, 90, 100)
+# Bytes of shared memory that a block may take: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability".
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not_installed() is not None, reason=str(why_not_installed())),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_machine_code(family: str, arch: int) -> None:
+    rows = _compile(family, arch)
+    required = importlib.import_module(f"tests.codegen.{family}_launches").required_opcodes
+    wrong = [text for row in rows for text in _complaints(row, required(row["kernel"], row["launch"], arch))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"LDL": 1}, "spills"),
+        ({"STL": 2}, "spills"),
+        ({"shared": 227 * 1024 + 1}, "shared memory"),
+        ({"HGMMA": 0}, "no HGMMA"),
+    ],
+)
+def test_each_fault_is_seen(change: dict[str, int], complaint: str) -> None:
+    row = {"launch": "case", "kernel": "kernel", "arch": 90, "stack": 0, "LDL": 0, "STL": 0, "shared": 0, "HGMMA": 4}
+    assert _complaints(row, ("HGMMA",)) == []
+    (text,) = _complaints({**row, **change}, ("HGMMA",))
+    assert complaint in text
+
+
+def _compile(family: str, arch: int) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, FOLDER / "aot.py", family, str(arch)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert rows, "no kernel was compiled"
+    return rows
+
+
+def _complaints(row: dict[str, Any], required: tuple[str, ...]) -> list[str]:
+    found = []
+    if row["stack"]:
+        found.append(f"{row['stack']} bytes of stack")
+    if row["LDL"] or row["STL"]:
+        found.append(f"spills: {row['STL']} stores and {row['LDL']} loads of local memory")
+    if row["shared"] > SHARED_LIMIT[row["arch"]]:
+        found.append(f"{row['shared']} bytes of shared memory, sm_{row['arch']} has {SHARED_LIMIT[row['arch']]}")
+    found += [f"no {opcodes}" for opcodes in required if not any(row[opcode] for opcode in opcodes.split("|"))]
+    return [f"{row['kernel']} ({row['launch']}) on sm_{row['arch']}: {text}" for text in found]
