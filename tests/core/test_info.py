@@ -1,0 +1,73 @@
+"""The environment report: complete, JSON, and alive where imports are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_kernels import info
+
+SOURCE = Path(info.__file__)
+
+
+def _run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=SOURCE.parents[1],
+        env={**os.environ, **environment},
+    )
+
+
+def test_json_names_every_family_and_backend() -> None:
+    result = _run("-m", "peft_kernels.info", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert set(report["families"]) == set(info.families())
+    for backends in report["families"].values():
+        assert backends["torch"] == info.AVAILABLE
+        assert all(isinstance(answer, str) and answer for answer in backends.values())
+
+
+def test_text_shows_reasons() -> None:
+    result = _run("-m", "peft_kernels.info", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    assert "torch sees no CUDA device" in result.stdout or "not installed" in result.stdout
+
+
+def test_broken_torch_leaves_a_report(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: no such file')")
+    result = _run(SOURCE, "--json", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["torch"] == {"error": "OSError: libtorch.so: no such file"}
+    assert report["python"]["version"]
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [({"error": "OSError: x"}, "key  failed: OSError: x"), ([], "key  none"), (None, "key  none"), ([1, 2], "key  1, 2")],
+)
+def test_layout(value: object, line: str) -> None:
+    assert info.format_report({"key": value}) == line
+
+
+def test_layout_of_nested_values() -> None:
+    report = {"gpus": [{"name": "A"}, {"name": "B"}], "libraries": {"peft": "1", "triton": "2"}}
+    assert info.format_report(report).splitlines() == [
+        "gpus",
+        "  0",
+        "    name  A",
+        "  1",
+        "    name  B",
+        "libraries",
+        "  peft    1",
+        "  triton  2",
+    ]
