@@ -22,8 +22,8 @@ RELATIVE_TO_EAGER = 1.1
 # the output dtype costs 0.19 to 0.21 eps in the norm (uniform and normal values, float32 and both half precisions), so
 # a quarter admits one rounding beside an exact eager result and not truncation, which costs 0.38 to 0.42.
 # A float32 result has no rounding at its end that tells it from its sums, and two orders of one sum differ by more:
-# sums of 40 products taken one after another lay 0.4 eps above those of eager's vector units. One eps admits that and no
-# mistake: TF32, the least that a kernel can do wrong to float32, costs more than a thousand.
+# sums of 40 products taken one after another lay 0.4 eps above those of eager's vector units. One eps admits that and
+# no mistake: TF32, the least that a kernel can do wrong to float32, costs more than a thousand.
 FLOOR_IN_EPS = {torch.float32: 1.0, torch.bfloat16: 0.25, torch.float16: 0.25}
 
 # The largest of many errors scatters more than their norm; a wrong tile, row or edge is off by the size of the values.

@@ -1,4 +1,4 @@
-"""Each family stands on each floor under one name. Families come from the tree; docs/adding_a_family.md is the checklist."""
+"""Each family stands on each floor under one name. Families come from the tree; checklist: docs/adding_a_family.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ NO_ROOMS = {"_core", "integrations", "__pycache__"}
 
 # A room has all of its files: one that is missing is named here, instead of making the family invisible to discovery.
 FAMILIES = sorted(
-    folder.name for folder in PACKAGE.iterdir() if folder.is_dir() and folder.name not in NO_ROOMS and any(folder.glob("*.py"))
+    folder.name
+    for folder in PACKAGE.iterdir()
+    if folder.is_dir() and folder.name not in NO_ROOMS and any(folder.glob("*.py"))
 )
 
 FLOORS = (

@@ -35,9 +35,7 @@ def same_device(family: str, name: str, tensor: Tensor, other_name: str, device:
 def shape(family: str, name: str, tensor: Tensor, symbols: str, expected: Sequence[int]) -> None:
     """``symbols`` is the shape in letters, such as "(r, K)"; ``expected`` is the same shape in numbers."""
     if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(
-            f"{family}: {name} must be {symbols} = {_tuple(expected)}, got {_tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{family}: {name} must be {symbols} = {_tuple(expected)}, got {_tuple(tensor.shape)}")
 
 
 def dims(family: str, name: str, tensor: Tensor, symbols: str, ndim: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -15,17 +15,15 @@ class Hardware:
     Attributes:
         arch: compute capability as one number: 80, 89, 90, 100.
         sm_count: streaming multiprocessors, the size of a persistent grid.
-        shared_memory: bytes of shared memory that one block may take.
     """
 
     arch: int
     sm_count: int
-    shared_memory: int
 
 
 # Triton's interpreter runs on CPU tensors. It gets the configs of sm_90, because these are the ones with most code in
 # them, and a grid that is smaller than any test's tile count, so that persistent loops are walked more than once.
-INTERPRETER = Hardware(arch=90, sm_count=3, shared_memory=232448)
+INTERPRETER = Hardware(arch=90, sm_count=3)
 
 
 def hardware(device: torch.device) -> Hardware:
@@ -35,11 +33,10 @@ def hardware(device: torch.device) -> Hardware:
     return _cuda_hardware(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_hardware(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)
     return Hardware(
         arch=properties.major * 10 + properties.minor,
         sm_count=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
     )

@@ -31,7 +31,7 @@ class Implementation:
         name: "torch", "triton" or "cuda".
         why_not_environment: reason why it cannot run in this process at all, or None.
         why_not: reason why it cannot run this problem, or None; implies the environment's reason.
-        why_not_auto: reason why ``auto`` passes over it although it can run (never verified on this GPU, slower), or None.
+        why_not_auto: reason why ``auto`` passes over it although it can run (never verified on this GPU), or None.
         forward, backward: the family's own signature, the same for all its implementations.
     """
 
@@ -102,7 +102,9 @@ def choose(family: str, implementations: Sequence[Implementation], problem: Any,
     raise UnsupportedError(f"{family}: no backend can run this problem ({'; '.join(refusals)})")
 
 
-def _choose_forced(family: str, implementations: Sequence[Implementation], problem: Any, backend: str) -> Implementation:
+def _choose_forced(
+    family: str, implementations: Sequence[Implementation], problem: Any, backend: str
+) -> Implementation:
     for implementation in implementations:
         if implementation.name == backend:
             reason = implementation.why_not(problem)

@@ -28,8 +28,6 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     return qualified
 
 
-def register_autograd(
-    qualified: str, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> None:
+def register_autograd(qualified: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give an operator of this library its backward formula."""
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)

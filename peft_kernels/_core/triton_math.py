@@ -64,7 +64,7 @@ def _leading_bits(value, OTHER: tl.constexpr):
 
 @triton.jit
 def nearest_tf32(value):
-    """Round a float32 value to the 10 stored bits of mantissa that TF32 has, halves away from zero; inf and nan stay."""
+    """Round a float32 value to TF32's 10 stored bits of mantissa, halves away from zero; inf and nan stay."""
     bits = value.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & -8192).to(tl.float32, bitcast=True)
     # The carry would turn a nan with all bits set into zero.

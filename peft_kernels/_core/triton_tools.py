@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ MINIMUM_ARCH = 80
 TMA_ALIGNMENT = 16
 
 
-@lru_cache(maxsize=None)
+@cache
 def why_not_installed() -> str | None:
     """Reason why Triton cannot be imported, or None."""
     if importlib.util.find_spec("triton") is None:

@@ -4,10 +4,11 @@
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
 
-| backend | runs where             | dtypes                 | rank | status                                              |
-| torch   | any device             | fp32, bf16, fp16, fp64 | any  | tested on CPU                                       |
-| triton  | CUDA, sm_80 and newer  | fp32, bf16, fp16       | any  | tested in Triton's interpreter, compiled for sm_80, |
-|         |                        |                        |      | 89, 90 and 100; run by no GPU yet: not in `auto`    |
+| backend | runs where            | dtypes                 | rank | status                                          |
+| torch   | any device            | fp32, bf16, fp16, fp64 | any  | tested on CPU                                   |
+| triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | any  | tested in Triton's interpreter and compiled for |
+|         |                       |                        |      | sm_80, 89, 90, 100; run by no GPU yet: not in   |
+|         |                       |                        |      | `auto`                                          |
 
 Map, top to bottom:
     problem.py         the tensors of a call, the facts backends decide on, every check

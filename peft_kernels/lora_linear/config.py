@@ -108,7 +108,7 @@ def reads_dy_once(r: int) -> bool:
 
 
 def down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> DownConfig:
-    """A tile per multiprocessor: rows are halved, then K is split, until there is one (assumption: bandwidth needs all)."""
+    """A tile per multiprocessor: rows are halved, then K split, until there is one (assumed: bandwidth needs all)."""
     block_r = min(128, max(16, next_power_of_2(r)))
     block_m = 64
     while block_m > 16 and _cdiv(m, block_m) < hardware.sm_count:
@@ -117,11 +117,8 @@ def down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardwar
     block_k = 128 if block_r <= 32 else 64
     if _multiplies_pieces(dtype, exact) or dtype == torch.float32:
         block_k //= 2
-    if hardware.arch >= 100:
-        # The other way round some of these spill eight bytes there.
-        num_warps = 4 if block_r > 64 else 8
-    else:
-        num_warps = 8 if block_r > 32 else 4
+    # On sm_100 it is the narrow ones that spill with four warps, and the widest with eight (ahead-of-time compiles).
+    takes_eight_warps = block_r <= 64 if hardware.arch >= 100 else block_r > 32
     programs = _cdiv(m, block_m) * _cdiv(r, block_r)
     split_k = max(1, min(_cdiv(k, block_k) // 4, hardware.sm_count // programs))
     return DownConfig(
@@ -129,7 +126,7 @@ def down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardwar
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         SPLIT_K=split_k,
-        num_warps=num_warps,
+        num_warps=8 if takes_eight_warps else 4,
         num_stages=3,
     )
 
@@ -209,8 +206,8 @@ def grad_down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, ha
 def torch_rows_per_block(width: int, device_type: str) -> int:
     """Rows that the torch backend casts or drops at a time.
 
-    On a CPU a block of float32 values and of the mask's int64 words should stay in a core's L2 cache; on a GPU it should
-    be worth its launches and small beside the activations.
+    On a CPU a block of float32 values and of the mask's int64 words should stay in a core's L2 cache; on a GPU it
+    should be worth its launches and small beside the activations.
     """
     elements = 1 << 17 if device_type == "cpu" else 1 << 24
     return max(1, elements // max(1, width))

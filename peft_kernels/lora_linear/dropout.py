@@ -1,8 +1,8 @@
 """Which elements of x the low-rank branch drops: one recipe, the same bits on torch, Triton and CUDA.
 
 Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), key = the 64-bit seed,
-counter = (column // 8, row low, row high, 0). One call decides on 8 columns: column c takes the 16-bit half c % 8 of the
-four output words, low half first, and is kept when that half is at least ``threshold``.
+counter = (column // 8, row low, row high, 0). One call decides on 8 columns: column c takes the 16-bit half c % 8 of
+the four output words, low half first, and is kept when that half is at least ``threshold``.
 
 Ten rounds are the usual margin. Seven are enough for the statistical tests of BigCrush (its authors' library Random123
 documents so), which ask for more than independent decisions do, and the rounds are what dropout costs a kernel.
@@ -30,7 +30,7 @@ _LOW = 0xFFFFFFFF
 
 
 class Draw(NamedTuple):
-    """One dropout: seed (0-d int64, None if nothing is dropped), threshold of ``threshold``, factor of ``keep_scale``."""
+    """One dropout: seed (0-d int64, None: nothing is dropped), and what ``threshold`` and ``keep_scale`` return."""
 
     seed: Tensor | None
     threshold: int

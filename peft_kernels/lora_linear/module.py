@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ _MERGE_ROWS = 1024
 class FusedLoRALinear(nn.Module):
     """Hold a frozen linear layer and train low-rank adapters beside it.
 
-    Semantics: ``y = x @ weight.T + bias + scaling[active] * (drop(x) @ lora_A[active].T) @ lora_B[active].T``, with dropout in
-    training mode only; with no active adapter, or merged, ``y = F.linear(x, weight, bias)`` on the base or merged weight.
+    Semantics: ``y = x @ weight.T + bias + scaling[active] * (drop(x) @ lora_A[active].T) @ lora_B[active].T``, with
+    dropout in training mode only; with no active adapter, or merged, ``y = F.linear(x, weight, bias)`` on the base or
+    merged weight.
 
     Args:
         in_features, out_features: K and N.
@@ -44,6 +46,10 @@ class FusedLoRALinear(nn.Module):
         >>> layer(torch.ones(5, 4)).shape
         torch.Size([5, 3])
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _merged_weight: Tensor | None
 
     def __init__(
         self,
@@ -99,8 +105,10 @@ class FusedLoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_dropout, self.use_rslora = lora_dropout, use_rslora
         self.adapter_dtype = adapter_dtype
-        self.weight = base.weight.requires_grad_(False)
-        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
+        self.weight, self.bias = base.weight, cast("nn.Parameter | None", base.bias)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad = False
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scaling: dict[str, float] = {}
         self.register_buffer("_merged_weight", None, persistent=False)
@@ -128,12 +136,12 @@ class FusedLoRALinear(nn.Module):
         _check_adapter(name, r)
         if name in self.scaling:
             raise ValueError(f"FusedLoRALinear: there is an adapter {name!r} already")
-        options = {"device": self.weight.device, "dtype": self._adapter_dtype()}
-        lora_a = torch.empty(r, self.in_features, **options)
+        device, dtype = self.weight.device, self._adapter_dtype()
+        lora_a = torch.empty(r, self.in_features, device=device, dtype=dtype)
         # The initialisation of the LoRA reference code and of PEFT: nn.Linear's own for A, zero for B.
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(lora_a)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, **options))
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
         self.scaling[name] = lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def set_adapter(self, name: str | None) -> None:
@@ -146,7 +154,9 @@ class FusedLoRALinear(nn.Module):
         if name is not None:
             self._check_known(name)
         if self.merged and name != self._active:
-            raise ValueError(f"FusedLoRALinear: {self._active!r} is merged; call unmerge() before set_adapter({name!r})")
+            raise ValueError(
+                f"FusedLoRALinear: {self._active!r} is merged; call unmerge() before set_adapter({name!r})"
+            )
         self._active = name
 
     def delete_adapter(self, name: str) -> None:
@@ -158,7 +168,9 @@ class FusedLoRALinear(nn.Module):
         """
         self._check_known(name)
         if name == self._active:
-            raise ValueError(f"FusedLoRALinear: adapter {name!r} is active; call set_adapter() with another or None first")
+            raise ValueError(
+                f"FusedLoRALinear: adapter {name!r} is active; call set_adapter() with another or None first"
+            )
         del self.lora_A[name], self.lora_B[name], self.scaling[name]
 
     @torch.no_grad()
@@ -182,9 +194,7 @@ class FusedLoRALinear(nn.Module):
         lora_b = self.lora_B[self._active].to(wide)
         for start in range(0, self.out_features, _MERGE_ROWS):
             rows = slice(start, start + _MERGE_ROWS)
-            update = torch.addmm(
-                self.weight[rows].to(wide), lora_b[rows], lora_a, alpha=self.scaling[self._active]
-            )
+            update = torch.addmm(self.weight[rows].to(wide), lora_b[rows], lora_a, alpha=self.scaling[self._active])
             target[rows].copy_(update)
         if keep_base:
             self._merged_weight = target

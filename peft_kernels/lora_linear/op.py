@@ -153,7 +153,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, tensor, seed, s = ctx.saved_tensors
         needs_input = ctx.needs_input_grad[2:]
-        needs = Needs(x=needs_input[0], weight=needs_input[1], lora_a=needs_input[2], lora_b=needs_input[3], bias=needs_input[5])
+        needs = Needs(
+            x=needs_input[0], weight=needs_input[1], lora_a=needs_input[2], lora_b=needs_input[3], bias=needs_input[5]
+        )
         inputs = Inputs(x, weight, lora_a, lora_b, ctx.scale if tensor is None else tensor, None, seed)
         grads = _backward(ctx.problem, inputs, s, dy, needs, ctx.backend)
         return None, None, grads.x, grads.weight, grads.lora_a, grads.lora_b, None, grads.bias, None
@@ -227,7 +229,8 @@ def _operator_backward_fake(
     needs: list[bool],
     backend: str | None,
 ) -> Gradients:
-    like = Needs(x, weight, lora_a, lora_b, weight)  # type: ignore[arg-type]
+    # Not empty_like, which would keep the strides of a transposed or expanded input.
+    like = (x, weight, lora_a, lora_b, weight)
     shapes = (x.shape, weight.shape, lora_a.shape, lora_b.shape, weight.shape[:1])
     return Gradients(
         *(tensor.new_empty(shape) if need else None for tensor, shape, need in zip(like, shapes, needs, strict=True))

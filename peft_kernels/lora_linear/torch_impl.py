@@ -59,9 +59,7 @@ def _blocks(problem: LoraLinearProblem, width: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, problem.m))
 
 
-def _dropped(
-    problem: LoraLinearProblem, inputs: Inputs, rows: slice, x: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """drop(x) for a block of rows, without the factor 1 / (1 - p), and the mask that did it."""
     if inputs.seed is None:
         return x, None

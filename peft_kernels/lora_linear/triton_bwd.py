@@ -13,6 +13,7 @@ Refused   grad_up: r > BLOCK_R (config.py then takes two passes instead); as tri
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 
 import torch
@@ -131,10 +132,10 @@ def grad_up(
     (m, n), r = dy.shape, b.shape[1]
     needs_ds, needs_db, needs_dbias = needs
     tiles_n = triton.cdiv(n, config.BLOCK_N)
-    wide = {"dtype": torch.float32, "device": dy.device}
-    ds = torch.empty(tiles_n, m, r, **wide) if needs_ds else None
-    db = torch.empty(config.SPLIT_M, n, r, **wide) if needs_db else None
-    dbias = torch.empty(config.SPLIT_M, n, **wide) if needs_dbias else None
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=dy.device)
+    ds = empty(tiles_n, m, r) if needs_ds else None
+    db = empty(config.SPLIT_M, n, r) if needs_db else None
+    dbias = empty(config.SPLIT_M, n) if needs_dbias else None
 
     lora_grad_up_kernel[(tiles_n, config.SPLIT_M)](
         dy, s, b, ds, db, dbias, factor,
@@ -146,9 +147,7 @@ def grad_up(
     return _summed(ds), _summed(db), _summed(dbias)
 
 
-def grad_down(
-    x: Tensor, ds: Tensor, factor: float | Tensor, draw: Draw, exact: bool, config: GradDownConfig
-) -> Tensor:
+def grad_down(x: Tensor, ds: Tensor, factor: float | Tensor, draw: Draw, exact: bool, config: GradDownConfig) -> Tensor:
     """Launch dA = factor * dS^T drop(x) and return dA (r, K) float32.
 
     Args:

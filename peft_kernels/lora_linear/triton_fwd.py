@@ -29,7 +29,7 @@ from peft_kernels.lora_linear.triton_dropout import keep_tile
 
 
 class LowRank(NamedTuple):
-    """The product factor * s b^T: s (M, r) float32, contiguous; b (N, r), any strides; factor a float or a 0-d tensor."""
+    """The product factor * s b^T: s (M, r) float32, contiguous; b (N, r), any strides; factor a float or 0-d tensor."""
 
     s: Tensor
     b: Tensor
@@ -61,8 +61,12 @@ def lora_down_kernel(
     for k in range(first, min(first + span, K), BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        x = tl.load(x_rows + offs_k.to(tl.int64)[None, :] * stride_xk, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        a = tl.load(a_rows + offs_k.to(tl.int64)[:, None] * stride_ak, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+        x = tl.load(
+            x_rows + offs_k.to(tl.int64)[None, :] * stride_xk, mask=mask_m[:, None] & mask_k[None, :], other=0.0
+        )
+        a = tl.load(
+            a_rows + offs_k.to(tl.int64)[:, None] * stride_ak, mask=mask_k[:, None] & mask_r[None, :], other=0.0
+        )
         if HAS_DROPOUT:
             x = tl.where(keep_tile(tl.load(seed_ptr), offs_m, k, dropout_threshold, BLOCK_K), x, 0.0)
         acc = dot(x, a, acc, EXACT, PRECISION)
@@ -80,8 +84,8 @@ def _rank_product(
     """acc + factor * S B^T for one tile.
 
     Beside half-precision activations the product is TF32: S keeps float32's range and three bits more than bfloat16,
-    and B in half precision is exact. (Ahead-of-time compiled, this costs the GEMM one HGMMA per 16 ranks and no register.)
-    The tensor cores cut what TF32 has no bits for, so operands that have more are rounded before.
+    and B in half precision is exact. (Compiled ahead of time for sm_90, it is one HGMMA for every 8 ranks.) The tensor
+    cores cut what TF32 has no bits for, so operands that have more are rounded before.
     """
     ROUNDS_S: tl.constexpr = PRECISION == "tf32"
     ROUNDS_B: tl.constexpr = ROUNDS_S and b_ptr.dtype.element_ty == tl.float32
@@ -242,7 +246,7 @@ def gemm(
 
 
 def has_aligned_rows(x: Tensor, w: Tensor) -> bool:
-    """Whether 16-byte copies, and so the copy engine, can move both operands of ``gemm`` and a contiguous (M, N) result."""
+    """Whether 16-byte copies, and so the copy engine, can move ``gemm``'s operands and a contiguous (M, N) result."""
     w_rows = w.t() if _rows_are_k(w) else w
     writes = w.shape[0] * x.element_size() % TMA_ALIGNMENT == 0
     return writes and tma_can_read(x) and tma_can_read(w_rows)

@@ -59,9 +59,9 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
     x, weight, lora_a, lora_b, scale, _, _ = inputs
     ds, db, dbias = launches.grad_up(dy, s, lora_b, scale, needs)
     dx = da = None
-    if needs.x:
+    if ds is not None and needs.x:
         dx = launches.product(dy, weight.t(), (ds, lora_a.t(), 1.0), None, launches.draw)
-    if needs.lora_a:
+    if ds is not None and needs.lora_a:
         da = launches.grad_down(x, ds, problem.keep_scale, launches.draw)
     return Gradients(
         x=dx,
@@ -95,7 +95,8 @@ class _Launches(NamedTuple):
 
     def down(self, x: Tensor, a: Tensor, factor: float | Tensor, draw: Draw) -> Tensor:
         """factor * drop(x) a^T, float32."""
-        chosen = config.down_config(*x.shape, a.shape[0], x.dtype, self.exact, self.hardware)
+        (m, k), r = x.shape, a.shape[0]
+        chosen = config.down_config(m, k, r, x.dtype, self.exact, self.hardware)
         return self.fwd.down(x, a, factor, draw, self.exact, chosen)
 
     def product(
@@ -126,7 +127,8 @@ class _Launches(NamedTuple):
 
     def grad_down(self, x: Tensor, ds: Tensor, factor: float | Tensor, draw: Draw) -> Tensor:
         """factor * ds^T drop(x), float32."""
-        chosen = config.grad_down_config(*x.shape, ds.shape[1], x.dtype, self.exact, self.hardware)
+        (m, k), r = x.shape, ds.shape[1]
+        chosen = config.grad_down_config(m, k, r, x.dtype, self.exact, self.hardware)
         return self.bwd.grad_down(x, ds, factor, draw, self.exact, chosen)
 
 

@@ -33,13 +33,12 @@ from peft_kernels._core import device  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPCODES = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG", "UTCHMMA", "UTCQMMA", "LDGSTS", "LDG", "STG", "LDL", "STL")
 
-# Multiprocessors and shared memory per block: CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability"; counts are those of A100, L40S, H100 SXM and B200.
+# Multiprocessors of A100, L40S, H100 SXM and B200.
 HARDWARE = {
-    80: device.Hardware(arch=80, sm_count=108, shared_memory=163 * 1024),
-    89: device.Hardware(arch=89, sm_count=142, shared_memory=99 * 1024),
-    90: device.Hardware(arch=90, sm_count=132, shared_memory=227 * 1024),
-    100: device.Hardware(arch=100, sm_count=148, shared_memory=227 * 1024),
+    80: device.Hardware(arch=80, sm_count=108),
+    89: device.Hardware(arch=89, sm_count=142),
+    90: device.Hardware(arch=90, sm_count=132),
+    100: device.Hardware(arch=100, sm_count=148),
 }
 
 

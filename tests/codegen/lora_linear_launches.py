@@ -1,4 +1,4 @@
-"""The LoRA linear launches that tests/codegen compiles: forward and backward over dtypes, ranks, paths and alignments."""
+"""The LoRA linear launches that are compiled ahead of time: forward, backward; dtypes, ranks, paths, alignments."""
 
 from __future__ import annotations
 

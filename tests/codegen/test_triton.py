@@ -1,8 +1,8 @@
-"""Every Triton kernel, compiled ahead of time with its default configs: no spills, shared memory that fits, the copy engine
-and the tensor cores where they belong.
+"""Every Triton kernel, compiled ahead of time with its default configs: no spills, shared memory that fits, the copy
+engine and the tensor cores where they belong.
 
-Which launches are compiled, and which instructions a kernel must show, is in ``<family>_launches.py``. Another Triton is
-put to the same test by its folder: ``PYTHONPATH=<folder> pytest tests/codegen``.
+Which launches are compiled, and which instructions a kernel must show, is in ``<family>_launches.py``. Another Triton
+is put to the same test by its folder: ``PYTHONPATH=<folder> pytest tests/codegen``.
 """
 
 from __future__ import annotations

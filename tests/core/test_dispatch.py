@@ -16,7 +16,7 @@ from peft_kernels._core.dispatch import Implementation
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
 
 def _implementation(name: str, why_not: str | None = None, why_not_auto: str | None = None) -> Implementation:
@@ -47,7 +47,9 @@ def test_auto_passes_over_what_only_runs_on_request() -> None:
 
 def test_forced_backend_says_why_it_cannot() -> None:
     triton, torch_ = _implementation("triton", "M is odd"), _implementation("torch")
-    with pytest.raises(pk.UnsupportedError, match="family: backend 'triton' cannot run this problem: M is odd; .*can$"):
+    with pytest.raises(
+        pk.UnsupportedError, match=r"family: backend 'triton' cannot run this problem: M is odd; .*can$"
+    ):
         _choose("triton", triton, torch_)
     with pytest.raises(pk.UnsupportedError, match="no 'cuda' implementation of it; it has: triton, torch"):
         _choose("cuda", triton, torch_)
@@ -103,5 +105,5 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="use_backend must be one of 'auto', 'torch', 'triton', 'cuda', got 'cudnn'"):
         pk.use_backend("cudnn").__enter__()
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "tritn")
-    with pytest.raises(ValueError, match="PEFT_KERNELS_BACKEND must be one of .*got 'tritn'"):
+    with pytest.raises(ValueError, match=r"PEFT_KERNELS_BACKEND must be one of .*got 'tritn'"):
         dispatch.requested_backend(None)

@@ -119,7 +119,7 @@ def test_why_not_names_the_last_obstacle(built: ModuleType) -> None:
 
 def test_load_gives_the_recorded_reason(fresh: Path) -> None:
     fresh.write_text(json.dumps({"built": False, "reason": "there is no nvcc on PATH"}))
-    with pytest.raises(ImportError, match="was not built: there is no nvcc on PATH; .*build_ext --inplace"):
+    with pytest.raises(ImportError, match=r"was not built: there is no nvcc on PATH; .*build_ext --inplace"):
         extension.load()
     assert "there is no nvcc on PATH" in (extension.why_not() or "")
 

@@ -53,7 +53,12 @@ def test_broken_torch_leaves_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "line"),
-    [({"error": "OSError: x"}, "key  failed: OSError: x"), ([], "key  none"), (None, "key  none"), ([1, 2], "key  1, 2")],
+    [
+        ({"error": "OSError: x"}, "key  failed: OSError: x"),
+        ([], "key  none"),
+        (None, "key  none"),
+        ([1, 2], "key  1, 2"),
+    ],
 )
 def test_layout(value: object, line: str) -> None:
     assert info.format_report({"key": value}) == line

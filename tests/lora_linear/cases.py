@@ -41,9 +41,7 @@ class Case:
         short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
         adapter = f"+{short[self.adapter_dtype]}" if self.adapter_dtype else ""
         tail = "" if self.bias else "-nobias"
-        return (
-            f"{self.m}x{self.n}x{self.k}-r{self.r}-{short[self.dtype]}{adapter}-p{self.p}-{self.layout}{tail}"
-        )
+        return f"{self.m}x{self.n}x{self.k}-r{self.r}-{short[self.dtype]}{adapter}-p{self.p}-{self.layout}{tail}"
 
 
 class Tensors(NamedTuple):
@@ -83,12 +81,13 @@ SHAPES = (
     Case(m=20, n=40, k=264, r=130),
 )
 
-GRID = tuple(
-    replace(shape, dtype=dtype, adapter_dtype=adapter, p=p, bias=index % 2 == 0)
-    for index, shape in enumerate(SHAPES)
-    for dtype, adapter in DTYPES
-    for p in (0.0, 0.3)
-) + (
+GRID = (
+    *(
+        replace(shape, dtype=dtype, adapter_dtype=adapter, p=p, bias=index % 2 == 0)
+        for index, shape in enumerate(SHAPES)
+        for dtype, adapter in DTYPES
+        for p in (0.0, 0.3)
+    ),
     Case(layout="columns"),
     Case(layout="strided", dtype=torch.bfloat16, adapter_dtype=torch.float32, p=0.3),
     Case(layout="expanded", dtype=torch.bfloat16),
@@ -175,9 +174,7 @@ def run_ours(case: Case, tensors: Tensors, dy: Tensor, name: str) -> Result:
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
     x, weight, lora_a, lora_b, bias = leaves
     with variant(name) as backend:
-        y = pk.lora_linear(
-            x, weight, lora_a, lora_b, case.scale, bias, dropout_p=case.p, seed=SEED, backend=backend
-        )
+        y = pk.lora_linear(x, weight, lora_a, lora_b, case.scale, bias, dropout_p=case.p, seed=SEED, backend=backend)
         grads = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     return Result(y.detach(), *(None if leaf is None else next(grads) for leaf in leaves))
 
@@ -186,7 +183,9 @@ def run_eager(case: Case, tensors: Tensors, dy: Tensor) -> Result:
     """Forward and all gradients by eager torch in the same dtypes: what the error budget is measured in."""
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
     x, weight, lora_a, lora_b, bias = leaves
-    y = oracle.eager(x, weight, lora_a, lora_b, case.scale, bias, dropout_mask=keep_mask(case, x.device), dropout_p=case.p)
+    y = oracle.eager(
+        x, weight, lora_a, lora_b, case.scale, bias, dropout_mask=keep_mask(case, x.device), dropout_p=case.p
+    )
     grads = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     return Result(y.detach(), *(None if leaf is None else next(grads) for leaf in leaves))
 
@@ -196,17 +195,15 @@ def run_oracle(case: Case, tensors: Tensors, dy: Tensor) -> Result:
     x, weight, lora_a, lora_b, bias = (None if tensor is None else tensor.double() for tensor in tensors)
     mask = keep_mask(case, x.device)
     y, _ = oracle.forward(x, weight, lora_a, lora_b, case.scale, bias, dropout_mask=mask, dropout_p=case.p)
-    grads = oracle.backward(
-        dy.double(), x, weight, lora_a, lora_b, case.scale, dropout_mask=mask, dropout_p=case.p
-    )
+    grads = oracle.backward(dy.double(), x, weight, lora_a, lora_b, case.scale, dropout_mask=mask, dropout_p=case.p)
     return Result(y, grads.x, grads.weight, grads.lora_a, grads.lora_b, grads.bias if case.bias else None)
 
 
 def check_budget(case: Case, device: torch.device, run: Callable[[Case, Tensors, Tensor], Result]) -> None:
     """Hold a way to run a case against the error budget, and see that it leaves its inputs alone.
 
-    The budget compares norms of rounding errors. Those of n independent values scatter by a share of 1 / sqrt(n), and S,
-    whose errors reach most results, has m r values: where these are few, further draws join them.
+    The budget compares norms of rounding errors. Those of n independent values scatter by a share of 1 / sqrt(n), and
+    S, whose errors reach most results, has m r values: where these are few, further draws join them.
     """
     draws: list[tuple[Result, Result, Result]] = []
     for seed in range(max(1, min(16, 1000 // (case.m * case.r)))):

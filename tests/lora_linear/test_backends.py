@@ -129,7 +129,7 @@ def test_each_gradient_alone(name: str, needs: str, device: torch.device) -> Non
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_rows_beyond_two_to_the_31_elements(name: str, device: torch.device) -> None:
-    """Offsets are 64-bit: x and dY are rows 2^30 elements apart in an allocation of which only these rows are touched."""
+    """Offsets are 64-bit: rows of x and dY lie 2^30 elements apart, and nothing between them is touched."""
     _skip_without(name)
     case = Case(m=4, n=24, k=16, r=4, dtype=torch.bfloat16)
     tensors, dy = make(case, device), output_gradient(case, device)

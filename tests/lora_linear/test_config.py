@@ -11,11 +11,13 @@ from peft_kernels._core.device import Hardware
 from peft_kernels.lora_linear import config
 
 HARDWARE = [
-    Hardware(arch=80, sm_count=108, shared_memory=163 * 1024),
-    Hardware(arch=89, sm_count=142, shared_memory=99 * 1024),
-    Hardware(arch=90, sm_count=132, shared_memory=227 * 1024),
-    Hardware(arch=100, sm_count=148, shared_memory=227 * 1024),
+    Hardware(arch=80, sm_count=108),
+    Hardware(arch=89, sm_count=142),
+    Hardware(arch=90, sm_count=132),
+    Hardware(arch=100, sm_count=148),
 ]
+# Bytes that a block may take: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 sizes, ranks = st.integers(1, 1 << 20), st.integers(1, 512)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 chips = st.sampled_from(HARDWARE)
@@ -38,14 +40,14 @@ def test_blocks_cover_and_splits_are_never_empty(m, k, r, dtype, exact, hardware
 def test_gemm_stages_fit_shared_memory(r, dtype, has_dropout, aligned, hardware):
     chosen = config.gemm_config(r, dtype, has_dropout, aligned, hardware)
     stage = (chosen.BLOCK_M + chosen.BLOCK_N) * chosen.BLOCK_K * dtype.itemsize
-    assert stage * chosen.num_stages <= hardware.shared_memory
+    assert stage * chosen.num_stages <= SHARED_MEMORY[hardware.arch]
     assert not chosen.USE_TMA or (aligned and hardware.arch >= 90)
 
 
 @given(sizes, sizes, st.integers(1, 32), dtypes, st.booleans(), chips)
 def test_one_pass_over_dy_holds_all_ranks(m, n, r, dtype, exact, hardware):
     assert config.reads_dy_once(r)
-    assert config.grad_up_config(m, n, r, dtype, exact, hardware).BLOCK_R >= r
+    assert r <= config.grad_up_config(m, n, r, dtype, exact, hardware).BLOCK_R
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""FusedLoRALinear under DDP and FSDP2: two processes with half a batch each give the gradients of one with all of it."""
+"""FusedLoRALinear under DDP and FSDP2: two processes with half a batch each give the gradients of one with it all."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
 
 
 def test_from_linear_wants_a_linear() -> None:
-    with pytest.raises(ValueError, match="linear must be an nn.Linear, got Conv1d"):
+    with pytest.raises(ValueError, match=r"linear must be an nn.Linear, got Conv1d"):
         FusedLoRALinear.from_linear(nn.Conv1d(2, 2, 1))
 
 
@@ -312,7 +312,13 @@ def test_state_dict_round_trip() -> None:
 
 def test_repr_tells_what_is_active() -> None:
     text = repr(_layer(lora_dropout=0.25))
-    for part in (f"in_features={K}", f"out_features={N}", "lora_dropout=0.25", "default: r=4 scaling=4", "merged=False"):
+    for part in (
+        f"in_features={K}",
+        f"out_features={N}",
+        "lora_dropout=0.25",
+        "default: r=4 scaling=4",
+        "merged=False",
+    ):
         assert part in text
 
 
@@ -382,5 +388,5 @@ def test_trains() -> None:
 
 def test_forced_backend_reaches_the_layer() -> None:
     layer = _layer(dtype=torch.float64)
-    with pk.use_backend("triton"), pytest.raises(pk.UnsupportedError, match="float64|cannot run"):
+    with pk.use_backend("triton"), pytest.raises(pk.UnsupportedError, match="cannot run this problem"):
         layer(torch.randn(3, K, dtype=torch.float64))

@@ -48,9 +48,7 @@ def test_opcheck(p: float, tensor_scale: bool) -> None:
     x, w, a, b, bias = (torch.randn(s).requires_grad_() for s in ((2, 3, 8), (6, 8), (2, 8), (6, 2), (6,)))
     scale = torch.tensor(0.5) if tensor_scale else None
     seed = torch.tensor(SEED) if p else None
-    torch.library.opcheck(
-        torch.ops.peft_kernels.lora_linear.default, (x, w, a, b, 0.5, scale, bias, p, seed, "torch")
-    )
+    torch.library.opcheck(torch.ops.peft_kernels.lora_linear.default, (x, w, a, b, 0.5, scale, bias, p, seed, "torch"))
     s, dy = torch.randn(6, 2), torch.randn(2, 3, 6)
     detached = [tensor.detach() for tensor in (x, w, a, b)]
     torch.library.opcheck(
@@ -82,9 +80,7 @@ def test_compiled_dropout_draws_its_seed() -> None:
     """Under compile a fresh seed comes from torch's generator: the same after the same manual_seed, else another."""
     torch._dynamo.reset()
     x, w, a, b = torch.randn(64, 16), torch.zeros(8, 16), torch.randn(4, 16), torch.randn(8, 4)
-    compiled = torch.compile(
-        lambda x: pk.lora_linear(x, w, a, b, dropout_p=0.5), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x: pk.lora_linear(x, w, a, b, dropout_p=0.5), fullgraph=True, backend="aot_eager")
     torch.manual_seed(1)
     first, second = compiled(x), compiled(x)
     torch.manual_seed(1)
