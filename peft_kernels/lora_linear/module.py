@@ -105,7 +105,7 @@ class FusedLoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_dropout, self.use_rslora = lora_dropout, use_rslora
         self.adapter_dtype = adapter_dtype
-        self.weight, self.bias = base.weight, cast("nn.Parameter | None", base.bias)
+        self.weight, self.bias = cast("nn.Parameter", base.weight), cast("nn.Parameter | None", base.bias)
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad = False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from peft_kernels.bottleneck_adapter import config, triton_impl
+from peft_kernels.bottleneck_adapter import triton_impl
 from peft_kernels.bottleneck_adapter.problem import Inputs, Needs, describe
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
