@@ -1,0 +1,46 @@
+"""Ways to fine-tune the encoder. One file each, with one record named METHOD; a new file is a new method."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+PutOn = Callable[[nn.Module], nn.Module]
+Change = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the demo has to know about a method.
+
+    Attributes:
+        name: how the table calls it.
+        settings: what was chosen, for the reader of the report.
+        learning_rate: peak of the schedule.
+        unfused: makes an encoder trainable with the usual library, or with torch alone, and returns what to call;
+            what it leaves with ``requires_grad`` is trained.
+        unfused_by: who made that layer.
+        fused: the same with this package, from torch's generator; None where the package has nothing to fuse.
+        copy_start: gives the second (unfused) encoder the trainable values of the first (fused) one.
+        merge, unmerge: fold what was trained into the weights, and back; None where that cannot be done.
+    """
+
+    name: str
+    settings: Mapping[str, object]
+    learning_rate: float
+    unfused: PutOn
+    unfused_by: str
+    fused: PutOn | None = None
+    copy_start: Callable[[nn.Module, nn.Module], None] | None = None
+    merge: Change | None = None
+    unmerge: Change | None = None
+
+
+def discover() -> list[Method]:
+    """Collect the METHOD of every file in this folder, in the order of the files' names."""
+    names = sorted(found.name for found in pkgutil.iter_modules(__path__))
+    return [importlib.import_module(f"{__name__}.{name}").METHOD for name in names]
