@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MINIMUM_ARCH = 80
+MINIMUM_VERSION = (3, 6)  # the oldest that the kernels were compiled with
 TMA_ALIGNMENT = 16
 
 
@@ -18,9 +19,12 @@ def why_not_installed() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     try:
-        import triton  # noqa: F401
+        import triton
     except Exception as error:  # a broken installation raises anything; the text goes to the user
         return f"triton cannot be imported ({type(error).__name__}: {error})"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MINIMUM_VERSION:
+        needed = ".".join(map(str, MINIMUM_VERSION))
+        return f"triton {triton.__version__} is installed, the kernels need {needed} or newer"
     return None
 
 

@@ -1,0 +1,63 @@
+"""Host-side questions about Triton: reasons why it cannot run, and what the copy engine can read."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from peft_kernels._core import triton_tools
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    triton_tools.why_not_installed.cache_clear()
+    yield
+    triton_tools.why_not_installed.cache_clear()
+
+
+def test_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert triton_tools.why_not_environment() == "the package triton is not installed"
+    assert triton_tools.why_not_device(torch.device("cpu")) == "the package triton is not installed"
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.5.1+git12"])
+def test_too_old(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    stand_in = ModuleType("triton")
+    stand_in.__version__ = version
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "triton", stand_in)
+    assert triton_tools.why_not_installed() == f"triton {version} is installed, the kernels need 3.6 or newer"
+
+
+def test_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "triton", None)  # its import raises
+    assert (triton_tools.why_not_installed() or "").startswith("triton cannot be imported (ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "readable"),
+    [
+        (torch.empty(4, 16, dtype=torch.bfloat16), True),
+        (torch.empty(4, 15, dtype=torch.bfloat16), False),
+        (torch.empty(4, 24, dtype=torch.bfloat16)[:, :15], True),
+        (torch.empty(4, 24, dtype=torch.bfloat16)[:, 1:], False),
+        (torch.empty(16, 4, dtype=torch.bfloat16).t(), False),
+        (torch.empty(1, 16, dtype=torch.bfloat16).expand(4, 16), False),
+        (torch.empty(0, 16), False),
+        (torch.empty(4, 4), True),
+        (torch.empty(4, 5), False),
+    ],
+)
+def test_tma_can_read(matrix: torch.Tensor, readable: bool) -> None:
+    assert triton_tools.tma_can_read(matrix) is readable
+
+
+@pytest.mark.parametrize(("value", "power"), [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (512, 512)])
+def test_next_power_of_2(value: int, power: int) -> None:
+    assert triton_tools.next_power_of_2(value) == power
