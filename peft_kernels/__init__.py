@@ -2,17 +2,13 @@
 
 from peft_kernels._core.dispatch import use_backend
 from peft_kernels._core.errors import UnsupportedError
-from peft_kernels.bottleneck_adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter
 from peft_kernels.lora_linear import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedLoRALinear",
-    "ParallelAdapter",
-    "SerialAdapter",
     "UnsupportedError",
-    "bottleneck_adapter",
     "lora_linear",
     "lora_linear_dropout_mask",
     "use_backend",
