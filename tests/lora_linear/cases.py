@@ -91,6 +91,9 @@ GRID = (
     Case(layout="columns"),
     Case(layout="strided", dtype=torch.bfloat16, adapter_dtype=torch.float32, p=0.3),
     Case(layout="expanded", dtype=torch.bfloat16),
+    # Few rows and a long reduction: K is split between programs, whose partial sums are added afterwards.
+    Case(m=9, n=24, k=1100),
+    Case(m=9, n=24, k=1100, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=0.3),
     Case(m=9, r=512, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=0.1),
     Case(p=0.99, m=200, k=136),
     Case(scale=-3.0, bias=False),
