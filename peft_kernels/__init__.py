@@ -2,6 +2,7 @@
 
 from peft_kernels._core.dispatch import use_backend
 from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.integrations import apply, revert
 from peft_kernels.lora_linear import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
 
 __version__ = "0.1.0"
@@ -9,7 +10,9 @@ __version__ = "0.1.0"
 __all__ = [
     "FusedLoRALinear",
     "UnsupportedError",
+    "apply",
     "lora_linear",
     "lora_linear_dropout_mask",
+    "revert",
     "use_backend",
 ]

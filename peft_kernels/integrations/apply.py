@@ -1,0 +1,77 @@
+"""apply and revert: put a model's layers on this package's kernels in place, and take them off again."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from types import ModuleType
+
+from torch import nn
+
+from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.integrations.report import Report, forget
+
+# Library -> the module here that knows its layers: why_not(module) -> reason, "" where it is no layer of the library
+# at all, None where it can be fused; is_fused, fuse, restore.
+_LIBRARIES = {"peft": "peft_layers"}
+
+
+def apply(model: nn.Module, *, strict: bool = False) -> Report:
+    """Put a PEFT model's LoRA layers on ``lora_linear``, in place.
+
+    The layers keep their parameters, names, hooks and PEFT's whole interface: saving, merging, switching and adding
+    adapters work as before, and every call that ``lora_linear`` has no equivalent for runs PEFT's own forward. Layers
+    that come later (``add_adapter`` with new targets) are plain: apply again. Applying twice changes nothing.
+
+    Args:
+        model: any module that contains PEFT's layers.
+        strict: raise, and change nothing, if any layer of a known kind cannot be fused or there is none.
+
+    Returns:
+        A report: counts, every fallback with its reason; prints well.
+
+    Raises:
+        ValueError: ``model`` is no module.
+        UnsupportedError: ``strict``, and something would fall back.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"apply: model must be a torch.nn.Module, got {type(model).__name__}")
+    fused: dict[str, tuple[ModuleType, nn.Module]] = {}
+    fallbacks: dict[str, str] = {}
+    for library in _imported_libraries():
+        for name, module in model.named_modules():
+            reason = library.why_not(module)
+            if reason is None:
+                fused[name] = (library, module)
+            elif reason:
+                fallbacks[name] = reason
+    report = Report(tuple(fused), fallbacks, tuple(module for _, module in fused.values()))
+    if strict and (fallbacks or not fused):
+        raise UnsupportedError(f"apply: strict, and not everything can be fused\n{report}")
+    if not fused:
+        warnings.warn(f"apply: nothing in {type(model).__name__} was put on these kernels\n{report}", stacklevel=2)
+    for library, module in fused.values():
+        library.fuse(module)
+    return report
+
+
+def revert(model: nn.Module) -> None:
+    """Undo ``apply``: every layer is again of its library's own class, and nothing else differs.
+
+    Raises:
+        ValueError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
+    for library in _imported_libraries():
+        for module in model.modules():
+            if library.is_fused(module):
+                library.restore(module)
+                forget(module)
+
+
+def _imported_libraries() -> list[ModuleType]:
+    # A model holds a library's layers only if that library was imported.
+    names = [file for library, file in _LIBRARIES.items() if library in sys.modules]
+    return [importlib.import_module(f"peft_kernels.integrations.{name}") for name in names]

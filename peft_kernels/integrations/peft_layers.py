@@ -1,0 +1,184 @@
+"""PEFT's LoRA layers on ``lora_linear``: the layer's class is swapped, its state is not touched.
+
+A swapped layer decides at each call whether ``lora_linear`` computes exactly what PEFT's forward would; if not, that
+forward runs, and the reason is counted. The class has no ``__init__`` and no attributes, so everything that works on
+PEFT's layer works on it: ``isinstance``, pickling, deepcopy, merging, hotswapping, hooks on the layer itself.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, LoraLayer
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels.integrations.report import count_fallback
+from peft_kernels.lora_linear import lora_linear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class FusedLoraLinear(PeftLinear):
+    """PEFT's ``lora.Linear`` whose base product and low-rank update are one operation."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's; what it cannot fuse runs PEFT's own."""
+        reason = _why_not_state(self) or _why_not_parts(self) or _why_not_call(self, x, args, kwargs)
+        if reason is not None:
+            count_fallback(self, reason)
+            return super().forward(x, *args, **kwargs)
+        return _fused(self, x)
+
+
+def why_not(module: Any) -> str | None:
+    """Reason why a module is not fused, "" if it is no LoRA layer of PEFT's, None if it is or can be."""
+    if not isinstance(module, LoraLayer):
+        return ""
+    if type(module) not in (PeftLinear, FusedLoraLinear):
+        return f"it is PEFT's {type(module).__module__.rpartition('.')[2]}.{type(module).__name__}, not its lora.Linear"
+    layer: Any = module
+    return _why_not_parts(layer)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module was swapped."""
+    return type(module) is FusedLoraLinear
+
+
+def fuse(module: nn.Module) -> None:
+    """Swap the class."""
+    _set_class(module, FusedLoraLinear)
+
+
+def restore(module: nn.Module) -> None:
+    """Swap it back."""
+    _set_class(module, PeftLinear)
+
+
+def _set_class(module: nn.Module, cls: type[PeftLinear]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:
+        # accelerate wraps the bound method that it finds, and calls that one.
+        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+
+
+def _why_not_state(layer: PeftLinear) -> str | None:
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "adapters are merged into the weight"
+    if not _active(layer):
+        return "no adapter is active"
+    return None
+
+
+def _why_not_parts(layer: PeftLinear) -> str | None:
+    """Reason that lies in what the layer is made of."""
+    base = layer.base_layer
+    if type(base) is not nn.Linear and not _is_conv1d(base):
+        return f"its base layer is {type(base).__name__}, not nn.Linear or Conv1D"
+    for name in _active(layer):
+        if name in layer.lora_variant:
+            return f"its adapter is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+        if type(layer.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
+            return f"its dropout is {type(layer.lora_dropout[name]).__name__}, not nn.Dropout"
+    for part in _parts(layer):
+        if any(getattr(part, hooks) for hooks in _HOOKS) or "forward" in part.__dict__:
+            return "there are hooks on its base layer or on its adapters"
+        weight = getattr(part, "weight", None)
+        if weight is not None and type(weight) not in (nn.Parameter, Tensor):
+            return f"a weight of it is a {type(weight).__name__}, not a plain tensor"
+    return None
+
+
+def _why_not_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Reason that lies in the arguments, or in dtypes and devices."""
+    if kwargs.get("adapter_names") is not None:
+        return "adapter_names mixes adapters within a batch"
+    if args or any(
+        value is not None or key not in VARIANT_KWARG_KEYS for key, value in kwargs.items() if key != "adapter_names"
+    ):
+        return "the call has arguments beside x"
+    names = _active(layer)
+    base, factors = _weight(layer.base_layer), [factor for name in names for factor in _factors(layer, name)]
+    if any(weight.device != x.device for weight in (base, *factors)):
+        return "its tensors are on several devices"
+    if len({factor.dtype for factor in factors}) > 1:
+        return "its adapters have several dtypes"
+    if len(names) > 1 and any(_dropout_p(layer, name) for name in names):
+        return "several active adapters with dropout draw a mask each"
+    return _why_not_dtypes(x, base.dtype, factors[0].dtype, layer.cast_input_dtype_enabled)
+
+
+def _why_not_dtypes(x: Tensor, base: torch.dtype, adapter: torch.dtype, casts_input: bool) -> str | None:
+    # Under autocast every product is in autocast's dtype, whatever its operands are; float64 stays out of it.
+    if autocast_dtype(x.device.type) is not None and torch.float64 not in (x.dtype, base, adapter):
+        return None
+    if x.dtype != base:
+        return f"x is {x.dtype}, the base weight {base}"
+    if adapter not in (x.dtype, torch.float32) or (adapter != x.dtype and not casts_input):
+        return f"x is {x.dtype}, the adapters are {adapter}"
+    return None
+
+
+def _fused(layer: PeftLinear, x: Tensor) -> Tensor:
+    """One call for all active adapters: their ranks stand side by side."""
+    names = _active(layer)
+    weight, bias = _weight(layer.base_layer), _bias(layer, names)
+    factors = [_factors(layer, name) for name in names]
+    if len(names) == 1:
+        ((lora_a, lora_b),) = factors
+        scale, p = layer.scaling[names[0]], _dropout_p(layer, names[0])
+        return lora_linear(x, weight, lora_a, lora_b, scale, bias, dropout_p=p)
+    lora_a = torch.cat([a for a, _ in factors])
+    lora_b = torch.cat([b * layer.scaling[name] for (_, b), name in zip(factors, names, strict=True)], dim=1)
+    return lora_linear(x, weight, lora_a, lora_b, 1.0, bias)
+
+
+def _bias(layer: PeftLinear, names: list[str]) -> Tensor | None:
+    """The base layer's bias, and with it the scaled one that ``lora_bias`` gives an adapter's up factor."""
+    base: Any = layer.base_layer
+    bias: Tensor | None = base.bias
+    for name in names:
+        up: Any = layer.lora_B[name]
+        if up.bias is not None:
+            scaled = up.bias * layer.scaling[name]
+            bias = scaled.to(base.weight.dtype) if bias is None else (bias + scaled).to(bias.dtype)
+    return bias
+
+
+def _weight(base: Any) -> Tensor:
+    """The base weight as (N, K)."""
+    weight: Tensor = base.weight
+    return weight.t() if _is_conv1d(base) else weight
+
+
+def _factors(layer: PeftLinear, name: str) -> tuple[Tensor, Tensor]:
+    down: Any = layer.lora_A[name]
+    up: Any = layer.lora_B[name]
+    return down.weight, up.weight
+
+
+def _active(layer: PeftLinear) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _dropout_p(layer: PeftLinear, name: str) -> float:
+    dropout = layer.lora_dropout[name]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _parts(layer: PeftLinear) -> Iterator[nn.Module]:
+    yield layer.base_layer
+    for name in _active(layer):
+        yield from (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer that stores its weight (in, out); imports nothing."""
+    return type(base).__name__ == "Conv1D" and type(base).__module__ == "transformers.pytorch_utils"
