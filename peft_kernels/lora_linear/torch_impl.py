@@ -59,24 +59,24 @@ def _blocks(problem: LoraLinearProblem, width: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, problem.m))
 
 
-def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """drop(x) for a block of rows, without the factor 1 / (1 - p), and the mask that did it."""
+def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """drop(x) of some rows in the adapters' dtype, without the factor 1 / (1 - p), and the keep-bits that did it."""
+    x = inputs.x[rows].to(problem.adapter_dtype)
     if inputs.seed is None:
         return x, None
-    keep = dropout.keep_mask(inputs.seed, rows.start, rows.stop - rows.start, problem.k, problem.dropout_threshold)
-    return torch.where(keep, x, 0.0), keep
+    bits = dropout.keep_bits(inputs.seed, rows.start, rows.stop - rows.start, problem.k, problem.dropout_threshold)
+    return dropout.drop(x, bits), bits
 
 
 def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
     """S = drop(x) A^T."""
-    wide = problem.wide_dtype
+    wide, a = problem.wide_dtype, inputs.lora_a.t()
     if _is_uniform(problem) and not problem.has_dropout:
-        return (inputs.x @ inputs.lora_a.t()).to(wide)
-    a = inputs.lora_a.to(wide).t()
+        return (inputs.x @ a).to(wide)
     s = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device)
     for rows in _blocks(problem, problem.k):
-        kept, _ = _dropped(problem, inputs, rows, inputs.x[rows].to(wide))
-        torch.mm(kept, a, out=s[rows])
+        kept, _ = _dropped(problem, inputs, rows)
+        s[rows] = kept @ a
     return s.mul_(problem.keep_scale) if problem.has_dropout else s
 
 
@@ -113,15 +113,14 @@ def _grad_down(
             return None
         if _is_uniform(problem):
             return ds.to(inputs.x.dtype).t() @ inputs.x
-    ds = ds * problem.keep_scale if problem.has_dropout else ds
-    a = inputs.lora_a.to(ds.dtype)
-    da = torch.zeros_like(a) if needs.lora_a else None
+    narrow = (ds * problem.keep_scale).to(problem.adapter_dtype)
+    da = torch.zeros_like(inputs.lora_a, dtype=ds.dtype) if needs.lora_a else None
     for rows in _blocks(problem, problem.k):
-        kept, keep = _dropped(problem, inputs, rows, inputs.x[rows].to(ds.dtype))
+        kept, bits = _dropped(problem, inputs, rows)
         if da is not None:
-            da.addmm_(ds[rows].t(), kept)
-        if dx is not None and keep is not None:
-            dx[rows] += torch.mm(ds[rows], a).mul_(keep)
+            da += narrow[rows].t() @ kept
+        if dx is not None and bits is not None:
+            dx[rows] += dropout.drop(narrow[rows] @ inputs.lora_a, bits)
     return None if da is None else da.to(problem.adapter_dtype)
 
 
