@@ -2,6 +2,7 @@
 
 from peft_kernels._core.dispatch import use_backend
 from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.bottleneck_adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
 from peft_kernels.integrations import apply, revert
 from peft_kernels.lora_linear import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
 
@@ -9,8 +10,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedLoRALinear",
+    "ParallelAdapter",
+    "SerialAdapter",
     "UnsupportedError",
     "apply",
+    "bottleneck_adapter",
+    "insert_adapters",
     "lora_linear",
     "lora_linear_dropout_mask",
     "revert",

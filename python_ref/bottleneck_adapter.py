@@ -165,7 +165,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, _sigmoid_slope, torch.sigmoid),
     "leaky_relu": Activation(
         lambda z: torch.where(z > 0, z, LEAKY_SLOPE * z),
-        lambda z: torch.where(z > 0, 1.0, LEAKY_SLOPE).to(z.dtype),
+        lambda z: torch.where(z > 0, _ones(z), LEAKY_SLOPE),
         F.leaky_relu,
     ),
     "identity": Activation(lambda z: z, _ones, lambda z: z),
