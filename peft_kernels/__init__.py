@@ -5,12 +5,14 @@ from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.bottleneck_adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
 from peft_kernels.integrations import apply, revert
 from peft_kernels.lora_linear import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
+from peft_kernels.prefix_attention import PrefixEncoder, prefix_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedLoRALinear",
     "ParallelAdapter",
+    "PrefixEncoder",
     "SerialAdapter",
     "UnsupportedError",
     "apply",
@@ -18,6 +20,7 @@ __all__ = [
     "insert_adapters",
     "lora_linear",
     "lora_linear_dropout_mask",
+    "prefix_attention",
     "revert",
     "use_backend",
 ]

@@ -1,0 +1,204 @@
+"""Block sizes of the prefix attention kernels: frozen values from pure functions of the problem and the hardware.
+
+No branch here has been measured on a GPU yet. Sizes are those whose ahead-of-time compile shows no spill and fits the
+shared memory of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix_attention.md has the arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from peft_kernels._core.device import Hardware
+from peft_kernels._core.triton_tools import next_power_of_2
+from peft_kernels.prefix_attention.problem import PrefixAttentionProblem
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """y and the softmax's statistics."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_P: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """delta."""
+
+    BLOCK_M: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GradQConfig:
+    """dq."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_P: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GradKeysConfig:
+    """dk and dv."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GradPrefixConfig:
+    """dprefix_k and dprefix_v."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    SPLIT: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_config(problem: PrefixAttentionProblem, hardware: Hardware) -> ForwardConfig:
+    """Blocks by head size; few rows (decoding) take a small block, whose other rows would be masked."""
+    block_d = _block_d(problem.d)
+    if problem.dtype == torch.float32:
+        block_m, block_n = (32, 16) if block_d <= 128 else (16, 16)
+    elif block_d > 128:
+        block_m, block_n = 64, 32
+    elif block_d <= 64 and hardware.arch != 90:
+        # 128 rows spill with four warps.
+        block_m, block_n = 64, 64
+    else:
+        # With the padding mask's loads 64 keys spill on sm_80 and 89.
+        block_m, block_n = 128, 32 if problem.padded and hardware.arch < 90 else 64
+    block_m = _rows_at_most(problem, block_m)
+    return ForwardConfig(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_P=_keys_at_most(problem.p, block_n),
+        BLOCK_D=block_d,
+        num_warps=_forward_warps(problem, block_m * block_d),
+        num_stages=2,
+    )
+
+
+def _forward_warps(problem: PrefixAttentionProblem, elements: int) -> int:
+    if problem.dtype == torch.float32:
+        return 8 if problem.d <= 128 else 4
+    return 8 if elements >= 128 * 128 else 4
+
+
+def delta_config(problem: PrefixAttentionProblem) -> DeltaConfig:
+    """A tile of 4096 elements, 32 a thread."""
+    block_d = _block_d(problem.d)
+    return DeltaConfig(BLOCK_M=4096 // block_d, BLOCK_D=block_d, num_warps=4, num_stages=1)
+
+
+def grad_q_config(problem: PrefixAttentionProblem, hardware: Hardware) -> GradQConfig:
+    """As the forward kernel, with dy beside q and two products of a block before the third."""
+    block_d = _block_d(problem.d)
+    if problem.dtype == torch.float32:
+        block_m, block_n = (32, 32) if block_d <= 128 else (16, 16)
+    elif block_d > 128:
+        # With 32 keys it takes 100 KiB where sm_89 has 99.
+        block_m, block_n = 64, 16 if hardware.arch == 89 else 32
+    else:
+        block_m, block_n = 64, 64
+    # Four warps hold 64 rows of 128 dimensions in sm_90's registers alone.
+    takes_four_warps = problem.dtype != torch.float32 and block_d <= (128 if hardware.arch == 90 else 64)
+    return GradQConfig(
+        BLOCK_M=_rows_at_most(problem, block_m),
+        BLOCK_N=block_n,
+        BLOCK_P=_keys_at_most(problem.p, block_n),
+        BLOCK_D=block_d,
+        num_warps=4 if takes_four_warps else 8,
+        num_stages=2,
+    )
+
+
+def grad_kv_config(problem: PrefixAttentionProblem, hardware: Hardware) -> GradKeysConfig:
+    """Two accumulators of keys, and two products of a block of rows before the other two."""
+    block_d = _block_d(problem.d)
+    block_m, block_n = _keys_blocks(problem.dtype, block_d)
+    return GradKeysConfig(
+        BLOCK_M=_rows_at_most(problem, block_m),
+        BLOCK_N=_keys_at_most(problem.l, block_n),
+        BLOCK_D=block_d,
+        num_warps=8,
+        num_stages=2,
+    )
+
+
+def grad_prefix_config(problem: PrefixAttentionProblem, hardware: Hardware) -> GradPrefixConfig:
+    """As dk and dv; rows are split until there is a program per multiprocessor (assumed: a prefix has few blocks)."""
+    block_d = _block_d(problem.d)
+    block_m, block_n = _keys_blocks(problem.dtype, block_d)
+    if problem.prefix_dtype != problem.dtype:
+        # The pieces of the float32 operands live in registers.
+        block_m, block_n = (32, 32) if block_d <= 128 else (16, 32)
+    elif problem.dtype == torch.float32 and block_d <= 128:
+        block_m, block_n = 32, 32
+    block_m, block_n = _rows_at_most(problem, block_m), _keys_at_most(problem.p, block_n)
+    owners, batches = (1, problem.b) if problem.shared else (problem.b, 1)
+    tiles = _cdiv(problem.p, block_n) * problem.h_kv * owners
+    items = batches * _cdiv(problem.group * problem.s, block_m)
+    return GradPrefixConfig(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        SPLIT=max(1, min(items, hardware.sm_count // max(1, tiles))),
+        num_warps=8,
+        num_stages=2,
+    )
+
+
+def torch_block(heads: int, group: int, queries: int, keys: int, device_type: str) -> tuple[int, int]:
+    """Key heads and queries of a block of scores on the torch backend.
+
+    On a CPU blocks of 2^18 float32 scores were fastest or within a tenth of it over five shapes (one core of a Xeon
+    with 2 MiB of L2, sizes 2^16 to 2^22); on a GPU a block should be worth its launches and small beside the
+    activations.
+    """
+    elements = 1 << 18 if device_type == "cpu" else 1 << 26
+    row = group * max(1, keys)
+    rows = max(1, min(max(1, queries), elements // row))
+    return max(1, min(heads, elements // (row * rows))), rows
+
+
+def _block_d(d: int) -> int:
+    """tl.dot takes powers of two of at least 16; columns past D are masked."""
+    return max(16, next_power_of_2(d))
+
+
+def _rows_at_most(problem: PrefixAttentionProblem, block_m: int) -> int:
+    return min(block_m, max(16, next_power_of_2(problem.group * problem.s)))
+
+
+def _keys_at_most(keys: int, block_n: int) -> int:
+    """No larger than the keys that there are."""
+    return min(block_n, max(16, next_power_of_2(keys)))
+
+
+def _keys_blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int]:
+    """Rows and keys of a block of the kernels that sum over rows."""
+    if dtype == torch.float32:
+        return (16, 32) if block_d <= 128 else (16, 16)
+    return (64, 64) if block_d <= 128 else (32, 32)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,153 @@
+"""Prefix attention on Triton, forward: one online softmax over two segments of keys that never are joined.
+
+Equation  z = scale log2(e) q [prefix_k; k]^T, -inf where masked; top = max z; total = sum 2^(z - top);
+          y = (2^(z - top) / total) [prefix_v; v]
+          (Li & Liang 2021; the online sums are those of Milakov & Gimelshein 2018, arXiv:1805.02867)
+Tensors   q (B, H, S, D), k, v (B, H_kv, L, D), prefix (H_kv, P, D) or (B, H_kv, P, D): last dimension contiguous;
+          y like q, and stats (2, B, H, S) float32, top and total: contiguous
+Tiles     a program owns BLOCK_M rows of one group of query heads (triton_rows.py) and walks all their keys: the prefix
+          in blocks of BLOCK_P, then the sequence in blocks of BLOCK_N, of which causal ones end at the border
+Bound     4 B H S (P + L) D flops at the tensor cores' rate, half of the sequence's if causal; S = 1: one read of k, v
+Refused   D > 256; float64; 2^31 queries or keys in all heads (offsets are 64-bit, indices are not)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_kernels._core.triton_tools import dot_precision
+from peft_kernels.prefix_attention.config import ForwardConfig
+from peft_kernels.prefix_attention.problem import Inputs, PrefixAttentionProblem
+from peft_kernels.prefix_attention.triton_rows import (
+    attended,
+    key_ranges,
+    load_queries,
+    load_rows,
+    row_index,
+    store_rows,
+)
+
+
+@triton.jit
+def _attend_to(
+    q, acc, total, top,
+    k_ptr, v_ptr, stride_kn, stride_vn, valid_ptr, stride_valid, offs_m, first, last, size, shift, scale_log2,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Go on with the online softmax over the keys [first, last) of a segment of ``size`` keys."""
+    for n in range(first, last, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, offs_n, stride_kn, size, BOUNDED, D, BLOCK_D)
+        z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if CAUSAL or PADDED or BOUNDED:
+            keep = attended(
+                valid_ptr, stride_valid, offs_m, offs_n, size, shift, CAUSAL, PADDED, BOUNDED, GROUP
+            )  # fmt: skip
+            z = tl.where(keep, z, float("-inf"))
+        higher = tl.maximum(top, tl.max(z, axis=1))
+        # While a row has seen no key its top is -inf, which must not be subtracted from itself.
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(z - anchor[:, None])
+        decay = tl.exp2(top - anchor)
+        total = total * decay + tl.sum(p, axis=1)
+        v = load_rows(v_ptr, offs_n, stride_vn, size, BOUNDED, D, BLOCK_D)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        top = higher
+    return acc, total, top
+
+
+@triton.jit
+def prefix_attention_kernel(
+    # pointers
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, y_ptr, top_ptr, total_ptr,
+    # sizes
+    H_KV, S, L, P, shift, scale_log2,
+    # strides
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_validb, stride_validl,
+    # constexprs
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    rows = GROUP * S
+    blocks_m = tl.cdiv(rows, BLOCK_M)
+    pid_m, pid_bh = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
+    if CAUSAL:
+        # The longest rows first: the short ones fill the multiprocessors at the end.
+        pid_m = blocks_m - 1 - pid_m
+    b, h = (pid_bh // H_KV).to(tl.int64), (pid_bh % H_KV).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_group = q_ptr + b * stride_qb + h * GROUP * stride_qh
+    q = load_queries(q_group, offs_m, stride_qh, stride_qs, rows, GROUP, D, BLOCK_D)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, total, top = _attend_to(
+        q, acc, total, top,
+        prefix_k_ptr + b * stride_pkb + h * stride_pkh, prefix_v_ptr + b * stride_pvb + h * stride_pvh,
+        stride_pkp, stride_pvp, valid_ptr, 0, offs_m, 0, P, P, 0, scale_log2,
+        False, False, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
+    whole, visible = key_ranges(pid_m, rows, L, shift, CAUSAL, GROUP, BLOCK_M, BLOCK_N)
+    k_head, v_head = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+    valid_row = valid_ptr
+    if PADDED:
+        valid_row = valid_ptr + b * stride_validb
+    acc, total, top = _attend_to(
+        q, acc, total, top, k_head, v_head, stride_kl, stride_vl,
+        valid_row, stride_validl, offs_m, 0, whole, L, shift, scale_log2,
+        False, PADDED, False, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    acc, total, top = _attend_to(
+        q, acc, total, top, k_head, v_head, stride_kl, stride_vl,
+        valid_row, stride_validl, offs_m, whole, visible, L, shift, scale_log2,
+        CAUSAL, PADDED, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+
+    # So a query that may attend to nothing has probabilities 2^(z - inf) / 1 = 0 in the backward pass.
+    empty = total == 0.0
+    top, total = tl.where(empty, float("inf"), top), tl.where(empty, 1.0, total)
+    head_rows = (b * H_KV + h) * rows
+    index = row_index(offs_m, S, GROUP)
+    tl.store(top_ptr + head_rows + index, top, mask=offs_m < rows)
+    tl.store(total_ptr + head_rows + index, total, mask=offs_m < rows)
+    y = (acc / total[:, None]).to(y_ptr.dtype.element_ty)
+    store_rows(y_ptr + head_rows * D, index, y, offs_m < rows, D, BLOCK_D)
+
+
+def attend(problem: PrefixAttentionProblem, inputs: Inputs, config: ForwardConfig) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel and return y (B, H, S, D) and stats (2, B, H, S) float32."""
+    q, k, v, prefix_k, prefix_v, _ = inputs
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    stats = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
+    valid, valid_strides = mask_bytes(inputs)
+
+    blocks_m = triton.cdiv(problem.group * problem.s, config.BLOCK_M)
+    prefix_attention_kernel[(blocks_m * problem.b * problem.h_kv,)](
+        q, k, v, prefix_k, prefix_v, valid, y, *stats,
+        problem.h_kv, problem.s, problem.l, problem.p, problem.shift, problem.scale_log2,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *prefix_strides(prefix_k), *prefix_strides(prefix_v), *valid_strides,
+        CAUSAL=problem.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=problem.group,
+        D=problem.d, **asdict(config),
+    )  # fmt: skip
+    return y, stats
+
+
+def mask_bytes(inputs: Inputs) -> tuple[Tensor | None, tuple[int, int]]:
+    """The padding mask as bytes, a view, and its strides."""
+    mask = inputs.key_padding_mask
+    return (None, (0, 0)) if mask is None else (mask.view(torch.uint8), (mask.stride(0), mask.stride(1)))
+
+
+def prefix_strides(prefix: Tensor) -> tuple[int, ...]:
+    """Strides of batch, head and key; a shared prefix is the same in every batch row."""
+    return (0, *prefix.stride()[:2]) if prefix.dim() == 3 else prefix.stride()[:3]

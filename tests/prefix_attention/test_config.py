@@ -1,0 +1,86 @@
+"""The pure functions that choose configs: bounds that hold for every problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_kernels._core.device import Hardware
+from peft_kernels.prefix_attention import config
+from peft_kernels.prefix_attention.problem import PrefixAttentionProblem
+
+HARDWARE = [
+    Hardware(arch=80, sm_count=108),
+    Hardware(arch=89, sm_count=142),
+    Hardware(arch=90, sm_count=132),
+    Hardware(arch=100, sm_count=148),
+]
+
+
+@st.composite
+def problems(draw: Any) -> PrefixAttentionProblem:
+    h_kv = draw(st.integers(1, 64))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    return PrefixAttentionProblem(
+        b=draw(st.integers(1, 64)),
+        h=h_kv * draw(st.integers(1, 16)),
+        h_kv=h_kv,
+        s=draw(st.integers(1, 1 << 16)),
+        l=draw(st.integers(0, 1 << 16)),
+        p=draw(st.integers(0, 1024)),
+        d=draw(st.integers(1, 256)),
+        dtype=dtype,
+        prefix_dtype=draw(st.sampled_from([dtype, torch.float32])),
+        device=torch.device("cpu"),
+        causal=draw(st.booleans()),
+        scale=1.0,
+        shared=draw(st.booleans()),
+        padded=draw(st.booleans()),
+    )
+
+
+@given(problems(), st.sampled_from(HARDWARE))
+def test_blocks_are_what_products_take(problem: PrefixAttentionProblem, hardware: Hardware) -> None:
+    choices = (config.forward_config, config.grad_q_config, config.grad_kv_config, config.grad_prefix_config)
+    for chosen in (choose(problem, hardware) for choose in choices):
+        assert problem.d <= chosen.BLOCK_D
+        for size in (chosen.BLOCK_M, chosen.BLOCK_N, chosen.BLOCK_D, getattr(chosen, "BLOCK_P", 16)):
+            assert size >= 16 and size & (size - 1) == 0, "tl.dot needs powers of two, at least 16"
+        # A block of rows and two of keys, in each of the stages; accumulators and scores are in registers.
+        stages = (chosen.BLOCK_M + 2 * chosen.BLOCK_N * chosen.num_stages) * chosen.BLOCK_D * problem.dtype.itemsize
+        assert stages <= 2 * 99 * 1024
+
+
+@given(problems(), st.sampled_from(HARDWARE))
+def test_no_range_of_rows_is_much_too_small(problem: PrefixAttentionProblem, hardware: Hardware) -> None:
+    """Splitting stops at one block of rows a program, and where every multiprocessor has a program."""
+    chosen = config.grad_prefix_config(problem, hardware)
+    owners, batches = (1, problem.b) if problem.shared else (problem.b, 1)
+    items = batches * -(-problem.group * problem.s // chosen.BLOCK_M)
+    tiles = -(-problem.p // chosen.BLOCK_N) * problem.h_kv * owners
+    assert 1 <= chosen.SPLIT <= items
+    assert chosen.SPLIT == 1 or chosen.SPLIT * tiles <= hardware.sm_count
+
+
+@given(st.integers(1, 128), st.integers(1, 16), st.integers(0, 1 << 20), st.integers(0, 1 << 22))
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_torch_blocks_hold_their_elements(device_type: str, heads: int, group: int, queries: int, keys: int) -> None:
+    block_heads, rows = config.torch_block(heads, group, queries, keys, device_type)
+    assert 1 <= block_heads <= heads
+    assert 1 <= rows <= max(1, queries)
+    # At least one query of one group, however long its row is.
+    limit = 1 << 18 if device_type == "cpu" else 1 << 26
+    assert block_heads * rows * group * max(1, keys) <= max(limit, group * max(1, keys))
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_decoding_takes_a_small_block(arch: int) -> None:
+    problem = PrefixAttentionProblem(
+        b=1, h=32, h_kv=8, s=1, l=4096, p=64, d=128, dtype=torch.bfloat16, prefix_dtype=torch.bfloat16,
+        device=torch.device("cpu"), causal=True, scale=1.0, shared=True, padded=False,
+    )  # fmt: skip
+    assert config.forward_config(problem, Hardware(arch=arch, sm_count=100)).BLOCK_M == 16
