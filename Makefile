@@ -62,9 +62,9 @@ $(STAMP): setup.py pyproject.toml $(CSRC) $(VENV_STAMP)
 test: build
 	$(PYTHON) -m pytest tests -n $(WORKERS) $(PYTEST_ARGS)
 
-## codegen  run only the tests that compile kernels ahead of time and read the machine code
+## codegen  compile every kernel ahead of time for every architecture, and read the machine code; test takes a part
 codegen: build
-	$(PYTHON) -m pytest tests/codegen -n $(WORKERS) $(PYTEST_ARGS)
+	PEFT_KERNELS_CODEGEN=all $(PYTHON) -m pytest tests/codegen -n $(WORKERS) $(PYTEST_ARGS)
 
 ## lint     check style and types
 lint: $(VENV_STAMP)

@@ -171,18 +171,16 @@ def grad_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardwar
     """
     # Without tensor cores 128 columns spill on sm_80.
     block_r, block_c = min(64, max(16, next_power_of_2(r))), 64 if dtype == torch.float32 else 128
-    block_m = 32 if dtype == torch.float32 or exact else 64
-    # By ahead-of-time compiles: the other number spills somewhere on that architecture.
-    num_warps = 4 if hardware.arch < 89 else 8
-    if dtype == torch.float32 or exact:
-        num_warps = 4 if hardware.arch >= 100 else 8
+    # Rows and warps by ahead-of-time compiles: the others spill somewhere on that architecture.
+    wide = dtype == torch.float32 or exact
+    block_m = 32 if wide or hardware.arch < 89 else 64
     tiles = _cdiv(c, block_c) * _cdiv(r, block_r)
     return GradConfig(
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         BLOCK_R=block_r,
         SPLIT_M=max(1, min(_cdiv(m, block_m), hardware.sm_count // tiles)),
-        num_warps=num_warps,
+        num_warps=4 if wide and hardware.arch >= 100 else 8,
         num_stages=3,
     )
 

@@ -4,12 +4,14 @@ A stand-in driver names the target; ``JITFunction.run`` is told to compile and n
 device, whose addresses are aligned zeros. So the signature, the specialisation and the config are those of a real call,
 and cannot drift from the launchers. Triton must not interpret, hence a process of its own:
 
-    python tests/codegen/aot.py lora_linear 90      prints one JSON object per compiled kernel
+    python tests/codegen/aot.py lora_linear 90          prints one JSON object per compiled kernel
+    python tests/codegen/aot.py lora_linear 80 0/3      of every third launch alone, from the first one on
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -99,12 +101,13 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
 
 
-def main(family: str, arch: int) -> None:
+def main(family: str, arch: int, share: str = "0/1") -> None:
     launches = importlib.import_module(f"tests.codegen.{family}_launches")
     driver.set_active(CompileOnlyDriver(arch))
     device.INTERPRETER = HARDWARE[arch]
     seen = set()
-    for name, launch in launches.launches():
+    first, step = map(int, share.split("/"))
+    for name, launch in itertools.islice(launches.launches(), first, None, step):
         for kernel in record_compiles(launch):
             if kernel.hash in seen:
                 continue
@@ -114,4 +117,4 @@ def main(family: str, arch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
