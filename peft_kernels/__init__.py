@@ -6,6 +6,7 @@ from peft_kernels.bottleneck_adapter import ParallelAdapter, SerialAdapter, bott
 from peft_kernels.integrations import apply, revert
 from peft_kernels.lora_linear import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
 from peft_kernels.prefix_attention import PrefixEncoder, prefix_attention
+from peft_kernels.prompt_tuning import PromptEmbedding, PromptEnsemble
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,8 @@ __all__ = [
     "FusedLoRALinear",
     "ParallelAdapter",
     "PrefixEncoder",
+    "PromptEmbedding",
+    "PromptEnsemble",
     "SerialAdapter",
     "UnsupportedError",
     "apply",

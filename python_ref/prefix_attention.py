@@ -1,4 +1,4 @@
-"""Prefix attention (Li & Liang 2021, arXiv:2101.00190, section 4): equations, derivatives by hand, and eager torch.
+"""Prefix attention (Li & Liang 2021, arXiv:2101.00190): equations, derivatives by hand, and eager torch.
 
     z_ij = scale <q_i, k'_j> where query i may attend to key j, else -inf        k' = [prefix_k; k], v' = [prefix_v; v]
     p_ij = exp(z_ij) / sum_j exp(z_ij)                                          zero where nothing may be attended to

@@ -209,7 +209,7 @@ def torch_rows_per_block(width: int, device_type: str) -> int:
     On a CPU a block of float32 values and of the mask's int64 words should stay in a core's L2 cache; on a GPU it
     should be worth its launches and small beside the activations.
     """
-    elements = 1 << 19 if device_type == "cpu" else 1 << 24
+    elements = 1 << 17 if device_type == "cpu" else 1 << 24
     return max(1, elements // max(1, width))
 
 

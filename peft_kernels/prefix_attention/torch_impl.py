@@ -108,16 +108,25 @@ def _grad_block(
     p.sub_(top).mul_(_LN_2).exp_().div_(total)
     dy_rows = _grouped(problem, dy[b, queries, block.rows].to(stats.dtype))
     if dvalues is not None:
-        dvalues[:, :seen].baddbmm_(p.transpose(1, 2), dy_rows)
+        dvalues[:, :seen] += _sum_over_rows(problem, p, dy_rows)
     dz = torch.bmm(dy_rows, values[:, :seen].transpose(1, 2))
     # sum dy y is the same number, but y was rounded to its dtype.
     delta = torch.linalg.vecdot(p, dz).unsqueeze(-1)
     dz.sub_(delta).mul_(p).mul_(problem.scale)
     if dkeys is not None:
-        dkeys[:, :seen].baddbmm_(
-            dz.transpose(1, 2), _grouped(problem, inputs.q[b, queries, block.rows].to(stats.dtype))
-        )
+        q_rows = _grouped(problem, inputs.q[b, queries, block.rows].to(stats.dtype))
+        dkeys[:, :seen] += _sum_over_rows(problem, dz, q_rows)
     return torch.bmm(dz, keys[:, :seen])
+
+
+def _sum_over_rows(problem: PrefixAttentionProblem, weights: Tensor, rows: Tensor) -> Tensor:
+    """weights^T rows, (key heads, keys, D), head by head of a group.
+
+    One product over all rows of a group has that many more terms in one float32 sum: dv of four heads was 1.2 times as
+    wrong as torch's math path in the norm and up to 2.6 times in the largest error; this is 1.0 and 1.2 times.
+    """
+    weights, rows = (x.unflatten(1, (problem.group, -1)) for x in (weights, rows))
+    return torch.matmul(weights.transpose(2, 3), rows).sum(1)
 
 
 def _scores(

@@ -2,7 +2,7 @@
 
 Equation  z = scale log2(e) q [prefix_k; k]^T, -inf where masked; top = max z; total = sum 2^(z - top);
           y = (2^(z - top) / total) [prefix_v; v]
-          (Li & Liang 2021; the online sums are those of Milakov & Gimelshein 2018, arXiv:1805.02867)
+          (Li & Liang 2021, arXiv:2101.00190; a running top and total, rescaled where the top grows)
 Tensors   q (B, H, S, D), k, v (B, H_kv, L, D), prefix (H_kv, P, D) or (B, H_kv, P, D): last dimension contiguous;
           y like q, and stats (2, B, H, S) float32, top and total: contiguous
 Tiles     a program owns BLOCK_M rows of one group of query heads (triton_rows.py) and walks all their keys: the prefix
