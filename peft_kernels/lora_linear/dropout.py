@@ -91,14 +91,18 @@ def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) ->
     groups = (cols + DECISIONS_PER_CALL - 1) // DECISIONS_PER_CALL
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1)
     col = torch.arange(groups, dtype=torch.int64, device=device).unsqueeze(0)
-    words = torch.empty(rows, groups, 4, dtype=torch.int32, device=device)
-    for index, word in enumerate(_philox(seed, col, row & _LOW, row >> 32)):
-        words[:, :, index] = word
+    words = torch.stack([word.to(torch.int32) for word in _philox(seed, col, row & _LOW, row >> 32)], dim=-1)
     # Little-endian, so the low half comes first. Flipping the top bit maps a half h from 0 ... 65535 to h - 32768 of
     # signed 16 bits. It is kept, h >= limit, when limit - 1 - h is negative; the shift spreads the sign to all bits.
     halves = words.view(torch.int16).bitwise_xor_(-(LEVELS // 2)).view(rows, groups * DECISIONS_PER_CALL)
-    shifted = torch.rsub(halves.to(torch.int32), limit - 1 - LEVELS // 2)
-    return shifted.bitwise_right_shift_(31)[:, :cols]
+    return halves.to(torch.int32).neg_().add_(limit - 1 - LEVELS // 2).bitwise_right_shift_(31)[:, :cols]
+
+
+def drop_(x: Tensor, bits: Tensor) -> Tensor:
+    """``drop``, in place."""
+    integer = _INTEGER_OF_SIZE[x.element_size()]
+    x.view(integer).bitwise_and_(bits.to(integer))
+    return x
 
 
 def drop(x: Tensor, bits: Tensor) -> Tensor:

@@ -59,13 +59,16 @@ def _blocks(problem: LoraLinearProblem, width: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, problem.m))
 
 
-def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> tuple[Tensor, Tensor | None]:
-    """drop(x) of some rows in the adapters' dtype, without the factor 1 / (1 - p), and the keep-bits that did it."""
-    x = inputs.x[rows].to(problem.adapter_dtype)
+def _keep_bits(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> Tensor | None:
     if inputs.seed is None:
-        return x, None
-    bits = dropout.keep_bits(inputs.seed, rows.start, rows.stop - rows.start, problem.k, problem.dropout_threshold)
-    return dropout.drop(x, bits), bits
+        return None
+    return dropout.keep_bits(inputs.seed, rows.start, rows.stop - rows.start, problem.k, problem.dropout_threshold)
+
+
+def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, bits: Tensor | None) -> Tensor:
+    """drop(x) of some rows in the adapters' dtype, without the factor 1 / (1 - p)."""
+    x = inputs.x[rows].to(problem.adapter_dtype)
+    return x if bits is None else dropout.drop(x, bits)
 
 
 def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
@@ -75,8 +78,7 @@ def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
         return (inputs.x @ a).to(wide)
     s = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device)
     for rows in _blocks(problem, problem.k):
-        kept, _ = _dropped(problem, inputs, rows)
-        s[rows] = kept @ a
+        s[rows] = _dropped(problem, inputs, rows, _keep_bits(problem, inputs, rows)) @ a
     return s.mul_(problem.keep_scale) if problem.has_dropout else s
 
 
@@ -116,11 +118,11 @@ def _grad_down(
     narrow = (ds * problem.keep_scale).to(problem.adapter_dtype)
     da = torch.zeros_like(inputs.lora_a, dtype=ds.dtype) if needs.lora_a else None
     for rows in _blocks(problem, problem.k):
-        kept, bits = _dropped(problem, inputs, rows)
-        if da is not None:
-            da += narrow[rows].t() @ kept
+        bits = _keep_bits(problem, inputs, rows)
         if dx is not None and bits is not None:
-            dx[rows] += dropout.drop(narrow[rows] @ inputs.lora_a, bits)
+            dx[rows] += dropout.drop_(narrow[rows] @ inputs.lora_a, bits)
+        if da is not None:
+            da += narrow[rows].t() @ _dropped(problem, inputs, rows, bits)
     return None if da is None else da.to(problem.adapter_dtype)
 
 
