@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -67,13 +68,9 @@ def _mend_interpreter() -> None:
     interpreter._convert_float = convert_float_to_nearest
 
 
-if not HAS_CUDA:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        pass  # the tests that need Triton say so themselves, through the backend's own reason
-    else:
-        _mend_interpreter()
+# Where Triton is absent, the tests that need it say so themselves, through the backend's own reason.
+if not HAS_CUDA and importlib.util.find_spec("triton") is not None:
+    _mend_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

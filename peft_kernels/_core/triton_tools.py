@@ -8,9 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from peft_kernels._core.device import hardware
+
 MINIMUM_ARCH = 80
 MINIMUM_VERSION = (3, 6)  # the oldest that the kernels were compiled with
 TMA_ALIGNMENT = 16
+INDEX_LIMIT = 2**31  # indices within a kernel are 32-bit; offsets in memory are not
 
 
 @cache
@@ -59,6 +62,16 @@ def why_not_device(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major * 10 + minor < MINIMUM_ARCH:
         return f"it needs sm_{MINIMUM_ARCH} or newer, {device} is sm_{major}{minor}"
+    return None
+
+
+def why_not_verified(device: torch.device, verified_archs: frozenset[int]) -> str | None:
+    """Reason why ``auto`` passes over kernels that run on this device: nobody has verified them there; or None."""
+    if device.type != "cuda":
+        return "on a CPU it runs in Triton's interpreter, which is for tests"
+    arch = hardware(device).arch
+    if arch not in verified_archs:
+        return f"it has not been verified on sm_{arch}; backend='triton' runs it all the same"
     return None
 
 

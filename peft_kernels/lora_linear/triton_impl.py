@@ -19,8 +19,6 @@ from peft_kernels.lora_linear.problem import Gradients, Inputs, LoraLinearProble
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
 VERIFIED_ARCHS: frozenset[int] = frozenset()
 
-_INDEX_LIMIT = 2**31
-
 
 def why_not(problem: LoraLinearProblem) -> str | None:
     """Reason why the kernels cannot run this problem, or None."""
@@ -30,19 +28,14 @@ def why_not(problem: LoraLinearProblem) -> str | None:
     if problem.dtype == torch.float64:
         return "its kernels accumulate in float32, and x is float64"
     largest = max(problem.m, problem.n, problem.k)
-    if largest >= _INDEX_LIMIT:
+    if largest >= triton_tools.INDEX_LIMIT:
         return f"M, N and K must be below 2^31, got {largest}"
     return None
 
 
 def why_not_auto(problem: LoraLinearProblem) -> str | None:
     """Reason why ``auto`` passes over the kernels although they run, or None."""
-    if problem.device.type != "cuda":
-        return "on a CPU it runs in Triton's interpreter, which is for tests"
-    arch = hardware(problem.device).arch
-    if arch not in VERIFIED_ARCHS:
-        return f"it has not been verified on sm_{arch}; backend='triton' runs it all the same"
-    return None
+    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
 
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:

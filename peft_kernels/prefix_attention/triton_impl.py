@@ -14,7 +14,6 @@ from peft_kernels.prefix_attention.problem import Gradients, Inputs, Needs, Pref
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
 VERIFIED_ARCHS: frozenset[int] = frozenset()
 
-_INDEX_LIMIT = 2**31
 _LARGEST_HEAD = 256
 
 
@@ -29,19 +28,14 @@ def why_not(problem: PrefixAttentionProblem) -> str | None:
         return f"a head must have at most {_LARGEST_HEAD} dimensions, got {problem.d}"
     # Rows of a group are walked together, and programs are numbered by one index.
     largest = max(problem.b * problem.h * problem.s, problem.b * problem.h_kv * problem.l, problem.p)
-    if largest >= _INDEX_LIMIT:
+    if largest >= triton_tools.INDEX_LIMIT:
         return f"queries and keys of all heads and batch rows must number less than 2^31, got {largest}"
     return None
 
 
 def why_not_auto(problem: PrefixAttentionProblem) -> str | None:
     """Reason why ``auto`` passes over the kernels although they run, or None."""
-    if problem.device.type != "cuda":
-        return "on a CPU it runs in Triton's interpreter, which is for tests"
-    arch = hardware(problem.device).arch
-    if arch not in VERIFIED_ARCHS:
-        return f"it has not been verified on sm_{arch}; backend='triton' runs it all the same"
-    return None
+    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
 
 
 def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import triton_tools
-from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels.prompt_tuning import config
 from peft_kernels.prompt_tuning.problem import Gradients, Needs, PromptTuningProblem
 
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
 VERIFIED_ARCHS: frozenset[int] = frozenset()
-
-_INDEX_LIMIT = 2**31
 
 
 def why_not(problem: PromptTuningProblem) -> str | None:
@@ -25,19 +22,14 @@ def why_not(problem: PromptTuningProblem) -> str | None:
     if problem.dtype == torch.float64:
         return "its sums are float32, and tokens is float64"
     largest = max(problem.n * problem.b * (problem.p + problem.l), problem.d)
-    if largest >= _INDEX_LIMIT:
+    if largest >= triton_tools.INDEX_LIMIT:
         return f"positions of all rows, and dimensions, must number less than 2^31, got {largest}"
     return None
 
 
 def why_not_auto(problem: PromptTuningProblem) -> str | None:
     """Reason why ``auto`` passes over the kernels although they run, or None."""
-    if problem.device.type != "cuda":
-        return "on a CPU it runs in Triton's interpreter, which is for tests"
-    arch = hardware(problem.device).arch
-    if arch not in VERIFIED_ARCHS:
-        return f"it has not been verified on sm_{arch}; backend='triton' runs it all the same"
-    return None
+    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
 
 
 def forward(problem: PromptTuningProblem, prompts: Tensor, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peft_kernels._core import triton_tools
+from peft_kernels._core.device import Hardware
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +62,11 @@ def test_tma_can_read(matrix: torch.Tensor, readable: bool) -> None:
 @pytest.mark.parametrize(("value", "power"), [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (512, 512)])
 def test_next_power_of_2(value: int, power: int) -> None:
     assert triton_tools.next_power_of_2(value) == power
+
+
+def test_only_verified_architectures_are_chosen_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_tools, "hardware", lambda device: Hardware(arch=90, sm_count=132))
+    cuda = torch.device("cuda", 0)
+    assert triton_tools.why_not_verified(cuda, frozenset({80, 90})) is None
+    assert "not been verified on sm_90" in (triton_tools.why_not_verified(cuda, frozenset({80})) or "")
+    assert "for tests" in (triton_tools.why_not_verified(torch.device("cpu"), frozenset({90})) or "")
