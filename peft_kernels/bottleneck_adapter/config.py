@@ -20,6 +20,11 @@ Path = Literal["fused", "split"]
 FUSED_LIMIT = 128
 _LEAST_ROWS = 16
 
+# The CUDA kernel's architecture, its tile, and the largest cluster that every such GPU can schedule.
+CUDA_ARCH = 90
+CUDA_BLOCK = 64
+CUDA_MAX_CLUSTER = 8
+
 
 @dataclass(frozen=True)
 class FusedConfig:
@@ -67,6 +72,13 @@ class GradConfig:
     SPLIT_M: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class CudaForwardConfig:
+    """The CUDA kernel's only choice: how many CTAs share a block of rows."""
+
+    CLUSTER: int
 
 
 def product_path(m: int, r: int, hardware: Hardware) -> Path:
@@ -183,6 +195,23 @@ def grad_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardwar
         num_warps=4 if wide and hardware.arch >= 100 else 8,
         num_stages=3,
     )
+
+
+def cuda_forward_config(m: int, k: int, n: int, hardware: Hardware) -> CudaForwardConfig:
+    """As few CTAs as leave a multiprocessor two, of which one computes while the other waits for memory.
+
+    Args:
+        m, k, n: tokens, in-features, out-features.
+    """
+    chunks = _cdiv(max(k, n), CUDA_BLOCK)
+    cluster = 1
+    # Eight chunks of x, 64 KB, are what lets two CTAs of a width up to 64 into a multiprocessor's shared memory.
+    while cluster < CUDA_MAX_CLUSTER and _cdiv(chunks, cluster) > 8:
+        cluster *= 2
+    # Assumption: a multiprocessor without a CTA costs more than an exchange with more peers.
+    while cluster < min(CUDA_MAX_CLUSTER, chunks) and _cdiv(m, CUDA_BLOCK) * cluster < hardware.sm_count:
+        cluster *= 2
+    return CudaForwardConfig(CLUSTER=min(cluster, CUDA_MAX_CLUSTER))
 
 
 def torch_rows_per_block(width: int, device_type: str) -> int:
