@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from peft_kernels._core import library
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels._core.dispatch import Implementation, choose, requested_backend
-from peft_kernels.bottleneck_adapter import torch_impl, triton_impl
+from peft_kernels.bottleneck_adapter import cuda_impl, torch_impl, triton_impl
 from peft_kernels.bottleneck_adapter.problem import (
     FAMILY,
     BottleneckAdapterProblem,
@@ -28,7 +28,11 @@ from peft_kernels.bottleneck_adapter.problem import (
 )
 
 # In the order that `auto` tries them; the last one runs everything.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    cuda_impl.IMPLEMENTATION,
+    triton_impl.IMPLEMENTATION,
+    torch_impl.IMPLEMENTATION,
+)
 
 
 def bottleneck_adapter(
@@ -51,7 +55,8 @@ def bottleneck_adapter(
 
     Args:
         x (..., K): float32, bfloat16, float16 or float64; any strides, but leading dimensions that do not flatten to
-            one without a copy are copied.
+            one without a copy are copied. The CUDA backend also copies rows that are not contiguous or do not start at
+            multiples of 16 bytes, of every matrix.
         down_weight (r, K): x's dtype or float32; a bottleneck r >= 1; as nn.Linear stores it.
         up_weight (N, r): down_weight's dtype.
         down_bias (r,), up_bias (N,): down_weight's dtype, or None.
