@@ -13,8 +13,8 @@ enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, k
 
 constexpr float kLeakySlope = 0.01f;
 
-// h = act(z). All threads of a launch take the same branch: the activation is an argument, because each of them is a few
-// of thousands of instructions, and a kernel of its own for each would be eight times the machine code.
+// h = act(z). All threads of a launch take the same branch: the activation is an argument, because each of them is a
+// few of thousands of instructions, and a kernel of its own for each would be eight times the machine code.
 PEFT_KERNELS_HOST_DEVICE float activate(float z, Activation activation) {
   switch (activation) {
     case Activation::kRelu:

@@ -36,10 +36,28 @@ Activation activation_of(int number) {
   return static_cast<Activation>(number);
 }
 
-void forward(uintptr_t x, int64_t x_stride, uintptr_t down_weight, int64_t down_weight_stride, uintptr_t up_weight,
-             int64_t up_weight_stride, uintptr_t down_bias, uintptr_t up_bias, uintptr_t residual,
-             int64_t residual_stride, uintptr_t scale_tensor, float scale, uintptr_t z, uintptr_t y, int64_t m,
-             int64_t n, int64_t k, int64_t r, bool serial, int activation, const std::string& dtype, int cluster,
+void forward(uintptr_t x,
+             int64_t x_stride,
+             uintptr_t down_weight,
+             int64_t down_weight_stride,
+             uintptr_t up_weight,
+             int64_t up_weight_stride,
+             uintptr_t down_bias,
+             uintptr_t up_bias,
+             uintptr_t residual,
+             int64_t residual_stride,
+             uintptr_t scale_tensor,
+             float scale,
+             uintptr_t z,
+             uintptr_t y,
+             int64_t m,
+             int64_t n,
+             int64_t k,
+             int64_t r,
+             bool serial,
+             int activation,
+             const std::string& dtype,
+             int cluster,
              uintptr_t stream) {
   ForwardParams params = {};
   params.x = {pointer<const void>(x), x_stride};

@@ -62,8 +62,8 @@ void check_matrix(const char* name, const Matrix& matrix, int64_t cols) {
     refuse(std::string(name) + " must start at a multiple of 16 bytes");
   }
   if (matrix.row_stride < cols || matrix.row_stride % kAlignElements != 0) {
-    refuse(std::string(name) + "'s row stride must be a multiple of 8 and at least " + std::to_string(cols) +
-           ", got " + std::to_string(matrix.row_stride));
+    refuse(std::string(name) + "'s row stride must be a multiple of 8 and at least " + std::to_string(cols) + ", got " +
+           std::to_string(matrix.row_stride));
   }
 }
 

@@ -32,10 +32,10 @@ struct ForwardMaps {
 
 // The kernel's other arguments.
 struct ForwardArguments {
-  const uint16_t* gDownBias;    // (r,) of the half-precision type, or null
-  const uint16_t* gUpBias;      // (N,), or null
-  const float* gScale;          // 0-d, or null: then `scale` counts
-  float* gZ;                    // (M, r)
+  const uint16_t* gDownBias;  // (r,) of the half-precision type, or null
+  const uint16_t* gUpBias;    // (N,), or null
+  const float* gScale;        // 0-d, or null: then `scale` counts
+  float* gZ;                  // (M, r)
   int m;
   int n;
   int k;
@@ -69,7 +69,9 @@ struct Cta {
   PEFT_KERNELS_DEVICE uint8_t* sHidden() const { return shared + Plan::kHiddenAt; }
   PEFT_KERNELS_DEVICE float* sPartial() const { return reinterpret_cast<float*>(shared + Plan::kPartialAt); }
 
-  PEFT_KERNELS_DEVICE uint64_t* barriers() const { return reinterpret_cast<uint64_t*>(shared + Plan::barriers_at(slots)); }
+  PEFT_KERNELS_DEVICE uint64_t* barriers() const {
+    return reinterpret_cast<uint64_t*>(shared + Plan::barriers_at(slots));
+  }
   PEFT_KERNELS_DEVICE uint64_t* w_full(int tile) const { return barriers() + tile % kStages; }
   PEFT_KERNELS_DEVICE uint64_t* slot_full(int slot) const { return barriers() + kStages + slot; }
 };
@@ -209,8 +211,8 @@ PEFT_KERNELS_DEVICE void make_hidden(const Cta<kRank>& cta, const ForwardArgumen
         }
       }
     }
-    const uint2 words = make_uint2(sm90::pack_halves<kType>(rHidden[0], rHidden[1]),
-                                   sm90::pack_halves<kType>(rHidden[2], rHidden[3]));
+    const uint2 words =
+        make_uint2(sm90::pack_halves<kType>(rHidden[0], rHidden[1]), sm90::pack_halves<kType>(rHidden[2], rHidden[3]));
     for (int rank = 0; rank < cta.cluster; ++rank) {
       *reinterpret_cast<uint2*>(sm90::map_shared_rank(cta.sHidden() + tile_offset(row, col), rank)) = words;
     }
@@ -273,8 +275,8 @@ PEFT_KERNELS_DEVICE void add_branch(uint8_t* sSlot,
 #pragma unroll
   for (int i = 0; i < kBlockC / 2; i += 2) {
     uint8_t* sPair = sSlot + tile_offset(at.row + 8 * (i / 2 % 2), at.col + 8 * (i / 4));
-    float2 sum = adds_residual ? sm90::unpack_halves<kType>(*reinterpret_cast<const uint32_t*>(sPair))
-                               : make_float2(0.0f, 0.0f);
+    float2 sum =
+        adds_residual ? sm90::unpack_halves<kType>(*reinterpret_cast<const uint32_t*>(sPair)) : make_float2(0.0f, 0.0f);
     sum.x += scale * (rBranch[i] + rBias[i / 4].x);
     sum.y += scale * (rBranch[i + 1] + rBias[i / 4].y);
     sm90::store_shared(sm90::shared_address(sPair), sm90::pack_halves<kType>(sum.x, sum.y));

@@ -12,14 +12,14 @@
 
 namespace peft_kernels::bottleneck_adapter {
 
-constexpr int kBlockM = 64;   // the rows of a wgmma
-constexpr int kBlockC = 64;   // columns of a chunk: 128 bytes, the span of the swizzle
-constexpr int kThreads = 128; // one warpgroup, which loads, multiplies and stores
-constexpr int kDepth = 16;    // columns of its operands that a wgmma multiplies
+constexpr int kBlockM = 64;                       // the rows of a wgmma
+constexpr int kBlockC = 64;                       // columns of a chunk: 128 bytes, the span of the swizzle
+constexpr int kThreads = 128;                     // one warpgroup, which loads, multiplies and stores
+constexpr int kDepth = 16;                        // columns of its operands that a wgmma multiplies
 constexpr int kDescriptorStep = kDepth * 2 / 16;  // what that adds to an operand's descriptor, which counts 16 bytes
-constexpr int kWarpRows = 16; // of the 64, those whose products are in a warp's registers
-constexpr int kStages = 3;    // tiles of weights: one is multiplied, one is here, one is on its way
-constexpr int kMaxCluster = 8;  // what every Hopper GPU can schedule
+constexpr int kWarpRows = 16;                     // of the 64, those whose products are in a warp's registers
+constexpr int kStages = 3;                        // tiles of weights: one is multiplied, one is here, one is on its way
+constexpr int kMaxCluster = 8;                    // what every Hopper GPU can schedule
 constexpr int kMaxRank = 128;
 constexpr int kAlignElements = 8;  // the copy engine's rows start at multiples of 16 bytes
 constexpr int kElementBytes = 2;
@@ -52,8 +52,8 @@ PEFT_KERNELS_HOST_DEVICE int slots_of(int64_t k, int64_t n, int cluster) {
   return slice_of(k > n ? k : n, cluster, 0).count;
 }
 
-// The byte of element (row, col) in a matrix of half-precision values that is kept as tiles of 64 columns, each with the
-// copy engine's swizzle: chunks of x and y, tiles of weights, h.
+// The byte of element (row, col) in a matrix of half-precision values that is kept as tiles of 64 columns, each with
+// the copy engine's swizzle: chunks of x and y, tiles of weights, h.
 PEFT_KERNELS_HOST_DEVICE int tile_offset(int row, int col) {
   const uint32_t within = static_cast<uint32_t>(row * kRowBytes + col % kBlockC * kElementBytes);
   return col / kBlockC * kChunkBytes + static_cast<int>(sm90::swizzled(within, kRowBytes));
@@ -90,12 +90,13 @@ struct ForwardPlan {
   static constexpr int kPartialAt = kHiddenAt + kHiddenBytes;
   static constexpr int kSlotsAt = kPartialAt + kPartialBytes;
   // A barrier for each stage (`w_full`), then one for each slot (`slot_full`).
-  static constexpr int kMaxSlots =
-      (kSharedLimit - kSlotsAt - kStages * kBarrierBytes) / (kChunkBytes + kBarrierBytes);
+  static constexpr int kMaxSlots = (kSharedLimit - kSlotsAt - kStages * kBarrierBytes) / (kChunkBytes + kBarrierBytes);
 
   PEFT_KERNELS_HOST_DEVICE static int slot_at(int slot) { return kSlotsAt + slot * kChunkBytes; }
   PEFT_KERNELS_HOST_DEVICE static int barriers_at(int slots) { return kSlotsAt + slots * kChunkBytes; }
-  PEFT_KERNELS_HOST_DEVICE static int bytes(int slots) { return barriers_at(slots) + (kStages + slots) * kBarrierBytes; }
+  PEFT_KERNELS_HOST_DEVICE static int bytes(int slots) {
+    return barriers_at(slots) + (kStages + slots) * kBarrierBytes;
+  }
 
   static_assert(kHiddenAt % kTileAlign == 0 && kPartialAt % kTileAlign == 0 && kSlotsAt % kTileAlign == 0);
   static_assert(kStageBytes % kTileAlign == 0 && kChunkBytes % kTileAlign == 0);

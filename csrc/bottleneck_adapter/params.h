@@ -34,7 +34,7 @@ struct ForwardParams {
   bool serial;  // x is the residual
   Activation activation;
   sm90::HalfType type;  // of everything but z and the scale
-  int cluster;  // CTAs that share a block of rows
+  int cluster;          // CTAs that share a block of rows
 };
 
 // The largest K and N at this width that a cluster can hold.

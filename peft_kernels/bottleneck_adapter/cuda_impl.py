@@ -59,8 +59,8 @@ def why_not_shape(problem: BottleneckAdapterProblem) -> str | None:
 def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and z (M, r) float32. Matrices whose rows the copy engine cannot read are copied first."""
     kernels = extension.load().bottleneck_adapter
-    x, down_weight, residual = (_readable(matrix) for matrix in (inputs.x, inputs.down_weight, inputs.residual))
-    up_weight = _readable(inputs.up_weight)
+    x, down_weight, up_weight = (_readable(matrix) for matrix in (inputs.x, inputs.down_weight, inputs.up_weight))
+    residual = None if inputs.residual is None else _readable(inputs.residual)
     down_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (inputs.down_bias, inputs.up_bias))
     # Only where a tensor scale is not float32 already does this launch anything.
     scale = inputs.scale.to(torch.float32) if isinstance(inputs.scale, Tensor) else None
@@ -109,9 +109,9 @@ def _why_not_device(device: torch.device) -> str | None:
     return None
 
 
-def _readable(matrix: Tensor | None) -> Tensor | None:
+def _readable(matrix: Tensor) -> Tensor:
     """The matrix, or a copy of it whose rows are contiguous and start at multiples of 16 bytes."""
-    if matrix is None or tma_can_read(matrix):
+    if tma_can_read(matrix):
         return matrix
     rows, columns = matrix.shape
     # up_weight's rows have r elements, which need be no multiple; the kernel reads r of each.

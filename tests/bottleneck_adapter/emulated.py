@@ -142,7 +142,9 @@ def _launch(given: dict[str, Any], schedules: int, resident_clusters: int) -> No
     inputs = {name: _memory(given[name], shape) for name, shape in shapes.items() if given[name]}
     if given["scale_tensor"]:
         inputs["scale_tensor"] = _memory(given["scale_tensor"], (1, 2, 2))
-    numbers = {name: value for name, value in given.items() if name not in (*shapes, "scale_tensor", "z", "y", "stream")}
+    numbers = {
+        name: value for name, value in given.items() if name not in (*shapes, "scale_tensor", "z", "y", "stream")
+    }
     got = build.run(
         build.build(PROGRAM),
         inputs,

@@ -20,7 +20,7 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels._core import extension
 from peft_kernels._core.device import Hardware
-from peft_kernels.bottleneck_adapter import config, cuda_impl
+from peft_kernels.bottleneck_adapter import config, cuda_impl, torch_impl
 from peft_kernels.bottleneck_adapter.problem import BottleneckAdapterProblem, Inputs, describe
 from python_ref import bottleneck_adapter as oracle
 from python_ref import compare
@@ -33,7 +33,6 @@ from tests.bottleneck_adapter.cases import (
     make,
     make_exact,
     named,
-    output_gradient,
     run_oracle,
     run_ours,
 )
@@ -60,7 +59,7 @@ KERNEL = (
 )
 
 
-@pytest.mark.parametrize(("case", "cluster"), KERNEL, ids=lambda value: str(value))
+@pytest.mark.parametrize(("case", "cluster"), KERNEL, ids=str)
 def test_kernel(case: Case, cluster: int) -> None:
     """y and z under three schedules, which give the same bits."""
     tensors = make(case, CPU)
@@ -79,9 +78,7 @@ def _forward(case: Case, tensors: Any, scale: float | Tensor | None = None) -> t
     return cuda_impl.forward(problem, inputs)
 
 
-def _problem(
-    case: Case, tensors: Any, scale: float | Tensor | None = None
-) -> tuple[BottleneckAdapterProblem, Inputs]:
+def _problem(case: Case, tensors: Any, scale: float | Tensor | None = None) -> tuple[BottleneckAdapterProblem, Inputs]:
     given = (*tensors, case.scale if scale is None else scale)
     problem = describe(*tensors, case.residual == "x", case.activation, given[-1])
     return problem, Inputs(*given)
@@ -131,7 +128,6 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     tensors = make(case, CPU)
     with emulated.kernel(cluster=2):
         clean, _ = _forward(case, tensors)
-        tensors.down_weight[0, 2] = 1.0
         tensors.x[3, 7], tensors.x[35, 2], tensors.x[36, 2] = torch.nan, torch.inf, -torch.inf
         tensors.down_weight[0, 2] = 1.0
         got, _ = _forward(case, tensors)
@@ -158,7 +154,7 @@ def test_tensor_scale(dtype: torch.dtype) -> None:
     [
         Case(m=37, k=72, r=20, dtype=BF16, activation="gelu"),
         Case(m=37, k=72, n=40, r=20, dtype=FP16, activation="silu", residual="tensor"),
-        Case(m=9, k=40, n=72, r=130 - 2, dtype=BF16, activation="leaky_relu", residual="none"),
+        Case(m=9, k=40, n=72, r=128, dtype=BF16, activation="leaky_relu", residual="none"),
     ],
     ids=str,
 )
@@ -299,15 +295,12 @@ def test_activations_are_all_there() -> None:
     assert {case.activation for case, _ in KERNEL} == set(ACTIVATIONS)
 
 
-def test_gradient_asks_for_no_kernel() -> None:
-    """The backward pass is torch's, on what its own forward pass would have saved."""
-    from peft_kernels.bottleneck_adapter import torch_impl
-
+def test_saves_what_torch_saves() -> None:
+    """The backward pass is torch's own."""
     assert cuda_impl.IMPLEMENTATION.backward is torch_impl.backward
     case = Case(m=5, k=72, r=8, dtype=BF16)
     tensors = make(case, CPU)
     with emulated.kernel(schedules=1):
         _, z = _forward(case, tensors)
     _, expected = torch_impl.forward(*_problem(case, tensors))
-    assert (z.dtype, z.shape) == (expected.dtype, expected.shape)
-    output_gradient(case, CPU)
+    assert (z.dtype, z.shape, z.stride()) == (expected.dtype, expected.shape, expected.stride())

@@ -1,8 +1,8 @@
 // Products of a warpgroup as in wgmma.cuh, whose first operand is in registers: for one that many products share.
 //
-// Fragment (PTX ISA, "Register Fragments", wgmma.mma_async.m64nNk16, matrix A): thread t of the warpgroup holds, in word
-// a[i], columns 2 (t % 4) + 8 (i / 2) and the next of row 16 (t / 32) + (t % 32) / 4 + 8 (i % 2), the first in the low
-// half.
+// Fragment (PTX ISA, "Register Fragments", wgmma.mma_async.m64nNk16, matrix A): thread t of the warpgroup holds, in
+// word a[i], columns 2 (t % 4) + 8 (i / 2) and the next of row 16 (t / 32) + (t % 32) / 4 + 8 (i % 2), the first in the
+// low half.
 #pragma once
 
 #include <cstdint>
