@@ -120,7 +120,7 @@ def test_places_in_shared_memory(program: Path, width: int) -> None:
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_no_bank_is_met_twice(program: Path, width: int) -> None:
-    """Pairs of y and words of h by a warp, pairs of partial sums by the half warp that a cycle of eight bytes serves."""
+    """Pairs of y and words of h by a warp, pairs of partial sums by the half warp that one cycle serves."""
     places = _numbers(program, "offsets", width)
     lanes = _numbers(program, "fragments")
 

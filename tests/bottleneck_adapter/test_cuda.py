@@ -88,8 +88,8 @@ def _check(case: Case, tensors: Any, y: Tensor, z: Tensor) -> None:
     wide = type(tensors)(*(None if tensor is None else tensor.double() for tensor in tensors))
     exact_y, exact_z = oracle.forward(**arguments(case, wide))
     compare.assert_close("y", y, oracle.eager(**arguments(case, tensors)), exact_y)
-    # Eager's z is in half precision and says nothing about a float32 one. Products of half-precision values are exact in
-    # float32, and each of K additions, in whatever order, is off by half an eps of what the terms' sizes sum to at most.
+    # Eager's z is in half precision and says nothing about a float32 one. Products of half-precision values are exact
+    # in float32; each of K additions, in whatever order, is off by at most half an eps of what the sizes sum to.
     sizes = F.linear(wide.x.abs(), wide.down_weight.abs(), None if wide.down_bias is None else wide.down_bias.abs())
     allowed = (case.k + 1) * torch.finfo(torch.float32).eps / 2 * sizes
     assert z.dtype == torch.float32 and z.shape == exact_z.shape
@@ -123,7 +123,7 @@ def test_kernel_with_few_clusters_at_a_time(resident: int) -> None:
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
-    """Zeros beside a width's columns and rows meet nan and infinite values of x, and must hide nothing and spread none."""
+    """Zeros beside a width's columns meet nan and infinite values of x, and must hide nothing and spread nothing."""
     case = Case(m=37, k=72, n=40, r=1, dtype=BF16, residual="none", up_bias=False)
     tensors = make(case, CPU)
     with emulated.kernel(cluster=2):
@@ -254,8 +254,8 @@ def test_limits_of_the_extension(built: ModuleType) -> None:
 
 VALID = {
     "x": 16, "x_stride": 64, "down_weight": 16, "down_weight_stride": 64, "up_weight": 16, "up_weight_stride": 8,
-    "down_bias": 0, "up_bias": 0, "residual": 0, "residual_stride": 0, "scale_tensor": 0, "scale": 1.0, "z": 16, "y": 16,
-    "m": 4, "n": 64, "k": 64, "r": 3, "serial": True, "activation": 0, "dtype": "bfloat16", "cluster": 1, "stream": 0,
+    "down_bias": 0, "up_bias": 0, "residual": 0, "residual_stride": 0, "scale_tensor": 0, "scale": 1.0, "z": 16,
+    "y": 16, "m": 4, "n": 64, "k": 64, "r": 3, "serial": True, "activation": 0, "dtype": "bfloat16", "cluster": 1, "stream": 0,
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Machine code of the built CUDA extension: registers, stack and instructions of each kernel, read with NVIDIA's tools.
+"""Machine code of the built CUDA extension: registers, stack and instructions of each kernel.
 
-``cuobjdump`` and ``nvdisasm`` are those of Triton's wheel, since few machines have the toolkit's. Which machine code the
-GPU runs is decided at build time, so this reads the very file that is loaded.
+It is read from the very file that is loaded. ``cuobjdump`` and ``nvdisasm`` are those of Triton's wheel, since few
+machines have the toolkit's.
 """
 
 from __future__ import annotations
