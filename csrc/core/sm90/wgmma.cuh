@@ -29,6 +29,15 @@ PEFT_KERNELS_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Hold the compiler to the order "wait, then touch the accumulators", which no dependency of its own demands.
+template <int kCount>
+PEFT_KERNELS_DEVICE void wgmma_results(float (&accumulators)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    asm volatile("" : "+f"(accumulators[i])::"memory");
+  }
+}
+
 // Operand lists: kN / 2 registers, and their numbers in the instruction.
 // clang-format off
 #define PK_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
