@@ -1,0 +1,135 @@
+"""Compile a test program against csrc and the emulator, once a session, and run it on tensors.
+
+A program is C++ text that includes device code of csrc and hands its arguments to ``simt::main_of``. Where there is no
+nvcc the toolkit's headers are missing and the test is skipped with that reason; where there is one, whatever goes wrong
+is a failure.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+EMULATOR = Path(__file__).parent
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",  # unroll
+    "-Wno-unused-function",
+    "-fsanitize=alignment,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fno-sanitize-recover",
+)
+
+
+class SimtError(AssertionError):
+    """The program ended with what the emulator found wrong."""
+
+
+@functools.cache
+def compiler() -> tuple[str, ...]:
+    """The host compiler with its flags; skips the test where there is no nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if nvcc is None:
+        pytest.skip("there is no nvcc, and so no cuda_bf16.h, to compile device code for the host")
+    cxx = shutil.which("g++")
+    assert cxx is not None, f"{nvcc} is here, but there is no g++ on PATH"
+    return (cxx, *FLAGS, f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", *_toolkit_includes(nvcc), "-include", "simt.h")
+
+
+def build(source: str, *definitions: str) -> Path:
+    """Compile a program's text; a text that was compiled before in this session is not compiled again.
+
+    Args:
+        source: C++17. definitions: preprocessor definitions, such as "TYPE=__half".
+
+    Raises:
+        AssertionError: it does not compile.
+    """
+    command = [*compiler(), *(f"-D{definition}" for definition in definitions)]
+    return _built(source, tuple(command))
+
+
+def run(
+    program: Path,
+    inputs: Mapping[str, Tensor | None] | None = None,
+    outputs: Mapping[str, tuple[Sequence[int], torch.dtype]] | None = None,
+    schedules: int = 4,
+    first_seed: int = 0,
+    **numbers: float | str,
+) -> dict[str, Tensor]:
+    """Run a program and return its outputs.
+
+    Args:
+        inputs: tensors by the names that the program asks for; None leaves one out.
+        outputs: shape and dtype by name.
+        schedules, first_seed: for ``simt::run_schedules``.
+        numbers: what the program asks its arguments for.
+
+    Raises:
+        SimtError: the emulator found something wrong; holds its report.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tensor in (inputs or {}).items():
+            if tensor is not None:
+                Path(folder, name).write_bytes(_to_bytes(tensor))
+        values = {"folder": folder, "schedules": schedules, "first_seed": first_seed, **numbers}
+        command = [str(program), *(f"{name}={value}" for name, value in values.items())]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        if result.returncode != 0:
+            text = result.stderr.strip() or f"exit status {result.returncode}"
+            raise SimtError(f"{text[:6000]}\n({shlex.join(command[1:])})")
+        read = {}
+        for name, (shape, dtype) in (outputs or {}).items():
+            content = Path(folder, name).read_bytes()
+            read[name] = torch.frombuffer(bytearray(content), dtype=dtype).reshape(tuple(shape))
+        return read
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    if tensor.numel() == 0:
+        return b""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _toolkit_includes(nvcc: str) -> tuple[str, ...]:
+    """The include flags that nvcc itself would give its host compiler."""
+    result = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+    )
+    for line in result.stderr.splitlines():
+        if line.startswith("#$ INCLUDES="):
+            return tuple(flag.replace("-I", "-isystem", 1) for flag in shlex.split(line.removeprefix("#$ INCLUDES=")))
+    raise AssertionError(f"{nvcc} --dryrun names no include folder: {result.stderr}")
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="simt-")
+
+
+@functools.cache
+def _built(source: str, command: tuple[str, ...]) -> Path:
+    name = hashlib.sha256(source.encode() + shlex.join(command).encode()).hexdigest()[:16]
+    path = Path(_folder().name, f"{name}.cpp")
+    program = path.with_suffix("")
+    path.write_text(source)
+    result = subprocess.run([*command, str(path), "-o", str(program)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-6000:]
+    return program
