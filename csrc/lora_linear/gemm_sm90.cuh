@@ -2,7 +2,8 @@
 // Equation  forward y = x W^T + bias + f S B^T, S = x A^T | backward dX = dY W + dS A, dS = f dY B  (Hu et al. 2021,
 //           arXiv:2106.09685, section 4.1; docs/design/lora_linear.md)
 // Tensors   as GemmParams in params.h; here x, W, down (A or B), up (B or A), S and y stand for both directions
-// Tiles     persistent blocks walk 128 x 256 tiles of y (tile_order.h); the tile n = 0 of a row block also makes S and
+// Tiles     persistent blocks walk 128 x 256 tiles of y, 192 at rank 128 (tile_order.h); the tile n = 0 of a row block
+// also makes S and
 //           raises the row block's flags, the others take S as the last steps of their reduction
 // Bound     2 M N (K + r) flops at the tensor cores' rate; one read of x and W, one write of y
 // Refused   by the launcher (gemm_sm90.cu)
@@ -10,8 +11,8 @@
 
 #include <cstdint>
 
+#include "core/flags.cuh"
 #include "core/sm90/barrier.cuh"
-#include "core/sm90/flag.cuh"
 #include "core/sm90/memory.cuh"
 #include "core/sm90/registers.cuh"
 #include "core/sm90/swizzle.h"
@@ -25,9 +26,9 @@ namespace peft_kernels::lora_linear {
 struct GemmArguments {
   // Boxes, (rows, columns) in elements; transposed operands in parentheses.
   sm90::TensorMap x;       // (128, 64)
-  sm90::TensorMap w;       // (256, 64)   (64, 64)
+  sm90::TensorMap w;       // (block n, 64)  (64, 64)
   sm90::TensorMap down;    // (rank, 64)  (64, rank chunk)
-  sm90::TensorMap up;      // (256, rank chunk)  (rank chunk, 64)
+  sm90::TensorMap up;      // (block n, rank chunk)  (rank chunk, 64)
   sm90::TensorMap s_half;  // (128, rank chunk)
   sm90::TensorMap y;       // (64, 64)
 
@@ -66,11 +67,8 @@ PEFT_KERNELS_DEVICE int steps_of(const GemmArguments& arguments) {
 
 // One step of the reduction: x, W and, for the tiles that make S, down.
 template <typename Config>
-PEFT_KERNELS_DEVICE void load_step(const GemmArguments& arguments,
-                                   GemmShared<Config>& shared,
-                                   int slot,
-                                   TileIndex tile,
-                                   int step) {
+PEFT_KERNELS_DEVICE void load_step(
+    const GemmArguments& arguments, GemmShared<Config>& shared, int slot, TileIndex tile, int step) {
   auto& stage = shared.stage[slot];
   uint64_t* full = &shared.full[slot];
   const int row = tile.m * Config::kBlockM, col = tile.n * Config::kBlockN, k = step * Config::kBlockK;
@@ -98,11 +96,8 @@ PEFT_KERNELS_DEVICE void load_step(const GemmArguments& arguments,
 
 // One step of the rank product: up, and S where another tile made it; the tile n = 0 puts its own S there.
 template <typename Config>
-PEFT_KERNELS_DEVICE void load_rank_step(const GemmArguments& arguments,
-                                        GemmShared<Config>& shared,
-                                        int slot,
-                                        TileIndex tile,
-                                        int step) {
+PEFT_KERNELS_DEVICE void load_rank_step(
+    const GemmArguments& arguments, GemmShared<Config>& shared, int slot, TileIndex tile, int step) {
   auto& stage = shared.stage[slot];
   uint64_t* full = &shared.full[slot];
   const int row = tile.m * Config::kBlockM, col = tile.n * Config::kBlockN, rank = step * Config::kRankChunk;
@@ -119,7 +114,7 @@ PEFT_KERNELS_DEVICE void load_rank_step(const GemmArguments& arguments,
   if (takes_s) {
     if (step == 0) {
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-        sm90::flag_acquire(&arguments.flags[Config::kConsumers * tile.m + consumer], arguments.nonce);
+        wait_until_published(&arguments.flags[Config::kConsumers * tile.m + consumer], arguments.nonce);
       }
       // The other block's stores of S, acquired with the flags, before this thread's copies of S.
       sm90::fence_async_global();
@@ -234,34 +229,38 @@ PEFT_KERNELS_DEVICE void publish_s(const GemmArguments& arguments,
                                    float factor,
                                    const float (&rS)[Config::kRank / 2]) {
   constexpr int kLine = Config::kRankLineBytes;
-  const int first_row = consumer * Config::kConsumerRows;
 #pragma unroll
-  for (int i = 0; i < Config::kRank / 2; i += 2) {
-    const int row = tile_m * Config::kBlockM + first_row + row_of(i), col = col_of(i);
-    const float s_0 = col < arguments.r ? rS[i] * factor : 0.0f;
-    const float s_1 = col + 1 < arguments.r ? rS[i + 1] * factor : 0.0f;
-    const uint32_t halves = sm90::pack_halves<Config::kType>(s_0, s_1);
-    const uint32_t sS = sm90::shared_address(shared.stage[slots[8 * (i / 4) / Config::kRankChunk]].x);
-    sm90::store_shared(sm90::swizzled(sS + (first_row + row_of(i)) * kLine + 2 * (col % Config::kRankChunk), kLine),
-                       halves);
-    if (row < arguments.m) {
-      float* gS = arguments.s + static_cast<int64_t>(row) * arguments.r + col;
-      if (col < arguments.r) {
-        gS[0] = s_0;
+  for (int half = 0; half < 2; ++half) {
+    const int tile_row = consumer * Config::kConsumerRows + row_of(2 * half);
+    const int row = tile_m * Config::kBlockM + tile_row;
+    float* gS = arguments.s + static_cast<int64_t>(row) * arguments.r;
+    uint16_t* gHalf = arguments.s_half_data + static_cast<int64_t>(row) * Config::kRank;
+#pragma unroll
+    for (int i = 2 * half; i < Config::kRank / 2; i += 4) {
+      const int col = col_of(i);
+      const float s_0 = col < arguments.r ? rS[i] * factor : 0.0f;
+      const float s_1 = col + 1 < arguments.r ? rS[i + 1] * factor : 0.0f;
+      const uint32_t halves = sm90::pack_halves<Config::kType>(s_0, s_1);
+      const uint32_t sS = sm90::shared_address(shared.stage[slots[8 * (i / 4) / Config::kRankChunk]].x);
+      sm90::store_shared(sm90::swizzled(sS + tile_row * kLine + 2 * (col % Config::kRankChunk), kLine), halves);
+      if (row < arguments.m) {
+        if (col < arguments.r) {
+          gS[col] = s_0;
+        }
+        if (col + 1 < arguments.r) {
+          gS[col + 1] = s_1;
+        }
+        sm90::store_global(gHalf + col, halves);
       }
-      if (col + 1 < arguments.r) {
-        gS[1] = s_1;
-      }
-      sm90::store_global(arguments.s_half_data + static_cast<int64_t>(row) * Config::kRank + col, halves);
     }
   }
-  // This thread's half-precision S: in global memory for the copy engines of the blocks that acquire the flag, in shared
-  // memory for the tensor cores, whose products the warpgroup starts after the barrier.
+  // This thread's half-precision S: in global memory for the copy engines of the blocks that acquire the flag, in
+  // shared memory for the tensor cores, whose products the warpgroup starts after the barrier.
   sm90::fence_async_global();
   sm90::fence_async_shared();
   sm90::named_barrier_sync(kConsumerBarrier + consumer, Config::kWarpgroup);
   if (threadIdx.x % Config::kWarpgroup == 0) {
-    sm90::flag_release(&arguments.flags[Config::kConsumers * tile_m + consumer], arguments.nonce);
+    publish(&arguments.flags[Config::kConsumers * tile_m + consumer], arguments.nonce);
   }
 }
 

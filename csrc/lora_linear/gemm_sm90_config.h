@@ -15,6 +15,24 @@ using sm90::HalfType;
 // The kernel speaks of x, W, down, up, S and y in both.
 enum class Direction { kForward, kBackward };
 
+constexpr int kGemmMaxRank = 128;
+constexpr int kGemmBlockM = 128;
+constexpr int kGemmConsumers = 2;
+
+// The rank that S in half precision is padded to, with zeros.
+constexpr int gemm_padded_rank(int64_t r) {
+  return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128;
+}
+
+constexpr int gemm_block_n(int padded_rank) {
+  return padded_rank <= 64 ? 256 : 192;
+}
+
+// Flags that the caller lends: one for each consumer's half of each row block.
+constexpr int64_t gemm_flags(int64_t m) {
+  return kGemmConsumers * ((m + kGemmBlockM - 1) / kGemmBlockM);
+}
+
 template <HalfType kType_, int kRank_, Direction kDirection_>
 struct GemmConfig {
   static constexpr HalfType kType = kType_;
@@ -28,8 +46,9 @@ struct GemmConfig {
   static constexpr bool kTransposed = kDirection == Direction::kBackward;
 
   // A tile of y, and the depth of a step of the reduction: 64 half-precision values are the widest swizzle, 128 bytes.
-  static constexpr int kBlockM = 128;
-  static constexpr int kBlockN = 256;
+  // At rank 128 the tile n = 0 has 64 accumulators of S a thread; beside 128 of y they spill, beside 96 they do not.
+  static constexpr int kBlockM = kGemmBlockM;
+  static constexpr int kBlockN = gemm_block_n(kRank);
   static constexpr int kBlockK = 64;
   static constexpr int kLineBytes = 128;
 
@@ -43,12 +62,12 @@ struct GemmConfig {
   // Warpgroup 0 copies (one thread of it), warpgroups 1 and 2 multiply, 64 rows of the tile each. A block has the
   // multiprocessor's 65536 registers to itself: 384 threads enter with 168 each, then 128 * 40 + 256 * 232 = 384 * 168.
   static constexpr int kWarpgroup = 128;
-  static constexpr int kConsumers = 2;
+  static constexpr int kConsumers = kGemmConsumers;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
   static constexpr int kConsumerRows = kBlockM / kConsumers;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
   static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= kThreads * 168,
                 "registers handed out are registers that were there");
 
@@ -76,7 +95,7 @@ template <typename Config>
 struct alignas(Config::kAlignment) GemmShared {
   struct alignas(Config::kAlignment) Stage {
     uint8_t x[Config::kXBytes];        // x (128, 64); S (128, ranks) in a rank step
-    uint8_t w[Config::kWBytes];        // W (256, 64), or 4 blocks of (64, 64) transposed; up in a rank step
+    uint8_t w[Config::kWBytes];        // W (block n, 64), or blocks of (64, 64) transposed; up in a rank step
     uint8_t down[Config::kDownBytes];  // down (rank, 64), or (64, rank) transposed; only for tiles n = 0
   };
   Stage stage[Config::kStages];
@@ -95,15 +114,5 @@ constexpr size_t gemm_shared_bytes() {
 
 // Named barriers of the consumers; 0 is __syncthreads'.
 constexpr uint32_t kConsumerBarrier = 1;
-
-// Sizes of what the caller lends. S in half precision has rows of the padded rank; each row block has a flag for each
-// consumer's half of it.
-constexpr int gemm_padded_rank(int64_t r) {
-  return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128;
-}
-constexpr int64_t kGemmMaxRank = 128;
-constexpr int64_t gemm_flags(int64_t m) {
-  return 2 * ((m + 127) / 128);
-}
 
 }  // namespace peft_kernels::lora_linear
