@@ -60,7 +60,7 @@ struct GemmConfig {
   static constexpr int kChunks = kBlockN / kChunkN;
 
   // Warpgroup 0 copies (one thread of it), warpgroups 1 and 2 multiply, 64 rows of the tile each. A block has the
-  // multiprocessor's 65536 registers to itself: 384 threads enter with 168 each, then 128 * 40 + 256 * 232 = 384 * 168.
+  // multiprocessor's 65536 registers to itself: 384 threads enter with 168 each, then 128 * 24 + 256 * 240 = 384 * 168.
   static constexpr int kWarpgroup = 128;
   static constexpr int kConsumers = kGemmConsumers;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);

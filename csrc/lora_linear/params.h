@@ -44,4 +44,38 @@ struct DecodeParams {
 // resident together: the launch is cooperative, and fails where `grid` is too large for that.
 void decode_forward(const DecodeParams& params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream);
 
+// Forward: y (m, n) = x w^T + bias + f S up^T and S = x down^T, with w (n, k), down = A (r, k), up = B (n, r).
+// Backward: the gradients dX = dY W + dS A and dS = f dY B under the names y, S and x = dY, with w = W (k, n), down = B
+// (k, r), up = A (r, n); m, n, k are the sizes of this product, not of the layer.
+// Every matrix but S has rows of 16-byte multiples, contiguous, on 16-byte boundaries, in `dtype`.
+struct GemmParams {
+  const void* x;       // (m, k)
+  const void* w;       // (n, k) | (k, n)
+  const void* down;    // (r, k) | (k, r)
+  const void* up;      // (n, r) | (r, n)
+  const void* bias;    // (n,) or null, on a 4-byte boundary
+  const float* scale;  // f: 0-d, or null: scale_value
+  void* y;             // (m, n)
+  float* s;            // (m, r), contiguous
+  uint64_t* flags;     // workspace: gemm_flags(m) of them
+  void* s_half;        // workspace: (m, gemm_padded_rank(r)) in `dtype`, contiguous, on a 16-byte boundary
+  int64_t x_stride;    // between rows, in elements
+  int64_t w_stride;
+  int64_t down_stride;
+  int64_t up_stride;
+  int64_t y_stride;
+  uint64_t nonce;  // that no flag holds before the launch
+  float scale_value;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t r;
+  Dtype dtype;  // bfloat16 or float16
+  bool backward;
+};
+
+// The device must be of compute capability 9.0. Its `multiprocessors` bound the grid, whose blocks are all resident
+// together: the launch is cooperative.
+void gemm_sm90(const GemmParams& params, int multiprocessors, cudaStream_t stream);
+
 }  // namespace peft_kernels::lora_linear
