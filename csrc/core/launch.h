@@ -20,6 +20,7 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
+  bool cooperative = false;  // all blocks resident together, or the launch fails
 };
 
 // Launch on the current device, which must be the stream's. The <<<>>> syntax drops the status, and cudaGetLastError
@@ -31,6 +32,11 @@ void launch(const char* name, void (*kernel)(Params...), LaunchShape shape, cuda
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = shape.cooperative ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
 }
 

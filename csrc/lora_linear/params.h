@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+#include "core/dtype.h"
+#include "lora_linear/decode_config.h"
+
 namespace peft_kernels::lora_linear {
 
 struct DropoutMaskParams {
@@ -16,5 +19,63 @@ struct DropoutMaskParams {
 };
 
 void dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
+
+struct DecodeParams {
+  const void* x;       // (m, k), rows of 16-byte multiples on 16-byte boundaries
+  const void* weight;  // (n, k), likewise
+  const void* lora_a;  // (r, k), likewise
+  const void* lora_b;  // (n, r), rows contiguous
+  const void* bias;    // (n,) or null
+  const float* scale;  // 0-d, or null: scale_value
+  void* y;             // (m, n), contiguous
+  float* s;            // (m, r), contiguous
+  uint64_t* flags;     // workspace: decode::flag_count, then
+  float* partials;     // what is left of decode::workspace_bytes
+  int64_t x_stride;    // between rows, in elements
+  int64_t weight_stride;
+  int64_t a_stride;
+  int64_t b_stride;
+  uint64_t nonce;  // that no other launch with this workspace has
+  float scale_value;
+  decode::Shape shape;
+};
+
+// `dtype` of x, weight, bias and y; `adapter_dtype` of lora_a and lora_b: the same, or float32. All CTAs must be
+// resident together: the launch is cooperative, and fails where `grid` is too large for that.
+void decode_forward(const DecodeParams& params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream);
+
+// Forward: y (m, n) = x w^T + bias + f S up^T and S = x down^T, with w (n, k), down = A (r, k), up = B (n, r).
+// Backward: the gradients dX = dY W + dS A and dS = f dY B under the names y, S and x = dY, with w = W (k, n), down = B
+// (k, r), up = A (r, n); m, n, k are the sizes of this product, not of the layer.
+// Every matrix but S has rows of 16-byte multiples, contiguous, on 16-byte boundaries, in `dtype`.
+struct GemmParams {
+  const void* x;       // (m, k)
+  const void* w;       // (n, k) | (k, n)
+  const void* down;    // (r, k) | (k, r)
+  const void* up;      // (n, r) | (r, n)
+  const void* bias;    // (n,) or null, on a 4-byte boundary
+  const float* scale;  // f: 0-d, or null: scale_value
+  void* y;             // (m, n)
+  float* s;            // (m, r), contiguous
+  uint64_t* flags;     // workspace: gemm_flags(m) of them
+  void* s_half;        // workspace: (m, gemm_padded_rank(r)) in `dtype`, contiguous, on a 16-byte boundary
+  int64_t x_stride;    // between rows, in elements
+  int64_t w_stride;
+  int64_t down_stride;
+  int64_t up_stride;
+  int64_t y_stride;
+  uint64_t nonce;  // that no flag holds before the launch
+  float scale_value;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t r;
+  Dtype dtype;  // bfloat16 or float16
+  bool backward;
+};
+
+// The device must be of compute capability 9.0. Its `multiprocessors` bound the grid, whose blocks are all resident
+// together: the launch is cooperative.
+void gemm_sm90(const GemmParams& params, int multiprocessors, cudaStream_t stream);
 
 }  // namespace peft_kernels::lora_linear

@@ -32,6 +32,7 @@ FLAGS = (
     "-Werror",
     "-Wno-unknown-pragmas",  # unroll
     "-Wno-unused-function",
+    "-Wno-class-memaccess",  # memcpy is how device code, too, takes a word for a pair of bf16
     "-fsanitize=alignment,shift,signed-integer-overflow,integer-divide-by-zero",
     "-fno-sanitize-recover",
 )
