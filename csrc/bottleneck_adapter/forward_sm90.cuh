@@ -159,6 +159,7 @@ PEFT_KERNELS_DEVICE void multiply_down(const Cta<kRank>& cta, const ForwardMaps&
     }
   }
   sm90::wgmma_wait<0>();
+  sm90::wgmma_results(rPartial);
 }
 
 template <int kRank>
@@ -301,6 +302,7 @@ PEFT_KERNELS_DEVICE void write_chunks(const Cta<kRank>& cta, const ForwardMaps& 
       sm90::barrier_wait(cta.slot_full(chunk), chunk < cta.in.count ? 1 : 0);
     }
     sm90::wgmma_wait<0>();
+    sm90::wgmma_results(rBranch);
     add_branch<kType>(cta.sSlot(chunk), at, rBranch, rBias, scale, args.adds_residual);
     // Publishes this thread's part of the chunk to the copy engine, which the sync below lets run.
     sm90::fence_async_shared();
@@ -352,8 +354,9 @@ PEFT_KERNELS_DEVICE void forward_cta(uint8_t* shared, const ForwardMaps& maps, c
   // Every CTA has all of h; and nobody touches another's shared memory after this, so that each may exit.
   sm90::cluster_sync();
   write_chunks<kType>(cta, maps, args);
+  // The copy engine still reads this CTA's shared memory.
   if (cta.thread == 0) {
-    sm90::tma_store_wait_read<0>();
+    sm90::tma_store_wait<0>();
   }
 }
 

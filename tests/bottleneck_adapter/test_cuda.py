@@ -255,7 +255,8 @@ def test_limits_of_the_extension(built: ModuleType) -> None:
 VALID = {
     "x": 16, "x_stride": 64, "down_weight": 16, "down_weight_stride": 64, "up_weight": 16, "up_weight_stride": 8,
     "down_bias": 0, "up_bias": 0, "residual": 0, "residual_stride": 0, "scale_tensor": 0, "scale": 1.0, "z": 16,
-    "y": 16, "m": 4, "n": 64, "k": 64, "r": 3, "serial": True, "activation": 0, "dtype": "bfloat16", "cluster": 1, "stream": 0,
+    "y": 16, "m": 4, "n": 64, "k": 64, "r": 3, "serial": True, "activation": 0, "dtype": "bfloat16", "cluster": 1,
+    "stream": 0,
 }  # fmt: skip
 
 
