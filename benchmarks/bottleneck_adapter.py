@@ -312,6 +312,7 @@ FAMILY = Family(
         Provider("eager_compiled", "baseline", _compiled_why_not, _compiled, (TorchDynamoException,)),
         _our_provider("torch", _runs),
         _our_provider("triton", _kernels_why_not),
+        _our_provider("cuda", _runs),
     ),
     summarize_by=("dtype", "adapter_dtype", "form"),
     checker=checker,

@@ -147,9 +147,11 @@ void forward_sm90(const ForwardParams& params, cudaStream_t stream) {
   }
   const int64_t ctas = ceil_div(params.m, kBlockM) * params.cluster;
   const LaunchShape shape{dim3(static_cast<unsigned>(ctas)), dim3(kThreads), static_cast<size_t>(variant.shared_bytes)};
-  require_hopper(kName);
-  launch_clusters(kName, variant.kernel, shape, static_cast<unsigned>(params.cluster), stream,
-                  make_maps(params, variant.rank), make_arguments(params));
+  const auto cluster = static_cast<unsigned>(params.cluster);
+  prepare_clusters(kName, variant.kernel, shape, cluster);
+  const ForwardMaps maps = make_maps(params, variant.rank);
+
+  launch_clusters(kName, variant.kernel, shape, cluster, stream, maps, make_arguments(params));
 }
 
 }  // namespace peft_kernels::bottleneck_adapter

@@ -10,6 +10,8 @@ arXiv:2110.04366.
 | torch   | any device            | fp32, bf16, fp16, fp64 | any | tested on CPU                                       |
 | triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | any | tested in Triton's interpreter, compiled for sm_80, |
 |         |                       |                        |     | 89, 90 and 100; run by no GPU yet: not in `auto`    |
+| cuda    | CUDA, sm_90           | bf16, fp16             | 128 | forward only, backward is torch's; tested in a      |
+|         |                       |                        |     | host emulator; run by no GPU yet: not in `auto`     |
 
 Map, top to bottom:
     activations.py         the activations by name, in torch
@@ -21,6 +23,7 @@ Map, top to bottom:
     triton_fwd.py          kernels `adapter_forward`, `adapter_down`, `adapter_up`, launchers   (z, y; also dz, dx)
     triton_bwd.py          kernels `adapter_grad_input`, `adapter_grad_weight`, launchers       (dz, dx; dW, db)
     triton_impl.py         what Triton can run, and the order of its launches
+    cuda_impl.py           what the CUDA kernel can run, and its launch; csrc/bottleneck_adapter has the kernel
     op.py                  the public function, autograd, torch.library
     module.py              SerialAdapter, ParallelAdapter
     insertion.py           adapters in a transformer block

@@ -139,6 +139,22 @@ GRID = (
     Case(scale=0.0),
 )
 
+# For the CUDA kernel, each with a cluster: clusters of every size, with rows that fill their 64 and that do not; widths below, at and above 64; chunks of columns
+# that are full or not, several a CTA, or none; more stages of weights than there are tiles, and fewer.
+CUDA_GRID = (
+    (Case(m=70, k=136, r=24, dtype=torch.bfloat16, residual="x", activation="relu"), 1),
+    (Case(m=129, k=200, n=72, r=3, dtype=torch.float16, residual="tensor", activation="gelu"), 2),
+    (Case(m=64, k=64, n=600, r=64, dtype=torch.bfloat16, residual="tensor", activation="gelu_tanh", up_bias=False), 4),
+    (Case(m=1, k=520, r=1, dtype=torch.float16, residual="x", activation="silu"), 8),
+    (Case(m=5, k=1032, n=200, r=128, dtype=torch.bfloat16, residual="none", activation="tanh", down_bias=False), 8),
+    (Case(m=63, k=264, r=65, dtype=torch.float16, residual="x", activation="sigmoid"), 2),
+    (Case(m=65, k=8, n=8, r=8, dtype=torch.bfloat16, residual="none", activation="leaky_relu"), 1),
+    (Case(m=200, k=256, r=128, dtype=torch.float16, residual="x", activation="identity", scale=-3.0), 4),
+    (Case(m=40, k=328, n=520, r=100, dtype=torch.bfloat16, residual="tensor", down_bias=False, up_bias=False), 1),
+    (Case(m=66, k=192, r=16, dtype=torch.bfloat16, residual="x", layout="columns", activation="gelu"), 2),
+    (Case(m=66, k=128, n=192, r=16, dtype=torch.float16, residual="tensor", layout="strided", activation="silu"), 2),
+)
+
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
     """Draw fresh random tensors; the branch is about as large as the residual."""

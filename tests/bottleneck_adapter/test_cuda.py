@@ -24,9 +24,10 @@ from peft_kernels.bottleneck_adapter import config, cuda_impl, torch_impl
 from peft_kernels.bottleneck_adapter.problem import BottleneckAdapterProblem, Inputs, describe
 from python_ref import bottleneck_adapter as oracle
 from python_ref import compare
-from tests.bottleneck_adapter import emulated
+from tests.bottleneck_adapter import simt_forward
 from tests.bottleneck_adapter.cases import (
     ACTIVATIONS,
+    CUDA_GRID,
     Case,
     arguments,
     check_budget,
@@ -42,29 +43,13 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("poison")]
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
 
-# Clusters of every size, with rows that fill their 64 and that do not; widths below, at and above 64; chunks of columns
-# that are full or not, several a CTA, or none; more stages of weights than there are tiles, and fewer.
-KERNEL = (
-    (Case(m=70, k=136, r=24, dtype=BF16, residual="x", activation="relu"), 1),
-    (Case(m=129, k=200, n=72, r=3, dtype=FP16, residual="tensor", activation="gelu"), 2),
-    (Case(m=64, k=64, n=600, r=64, dtype=BF16, residual="tensor", activation="gelu_tanh", up_bias=False), 4),
-    (Case(m=1, k=520, r=1, dtype=FP16, residual="x", activation="silu"), 8),
-    (Case(m=5, k=1032, n=200, r=128, dtype=BF16, residual="none", activation="tanh", down_bias=False), 8),
-    (Case(m=63, k=264, r=65, dtype=FP16, residual="x", activation="sigmoid"), 2),
-    (Case(m=65, k=8, n=8, r=8, dtype=BF16, residual="none", activation="leaky_relu"), 1),
-    (Case(m=200, k=256, r=128, dtype=FP16, residual="x", activation="identity", scale=-3.0), 4),
-    (Case(m=40, k=328, n=520, r=100, dtype=BF16, residual="tensor", down_bias=False, up_bias=False), 1),
-    (Case(m=66, k=192, r=16, dtype=BF16, residual="x", layout="columns", activation="gelu"), 2),
-    (Case(m=66, k=128, n=192, r=16, dtype=FP16, residual="tensor", layout="strided", activation="silu"), 2),
-)
 
-
-@pytest.mark.parametrize(("case", "cluster"), KERNEL, ids=str)
+@pytest.mark.parametrize(("case", "cluster"), CUDA_GRID, ids=str)
 def test_kernel(case: Case, cluster: int) -> None:
     """y and z under three schedules, which give the same bits."""
     tensors = make(case, CPU)
     before = [None if tensor is None else tensor.clone() for tensor in tensors]
-    with emulated.kernel(schedules=3, cluster=cluster):
+    with simt_forward.kernel(schedules=3, cluster=cluster):
         y, z = _forward(case, tensors)
     for old, new in zip(before, tensors, strict=True):
         if old is not None:
@@ -102,7 +87,7 @@ def test_kernel_on_integers(residual: str, r: int) -> None:
     """Nothing is rounded, so no bit may differ from the oracle's."""
     case = Case(m=70, k=136, n=72, r=r, dtype=BF16, residual=residual, activation="relu", scale=0.5)
     tensors, _ = make_exact(case, CPU)
-    with emulated.kernel(schedules=2, cluster=2):
+    with simt_forward.kernel(schedules=2, cluster=2):
         y, z = _forward(case, tensors)
     wide = type(tensors)(*(None if tensor is None else tensor.double() for tensor in tensors))
     exact_y, exact_z = oracle.forward(**arguments(case, wide))
@@ -114,9 +99,9 @@ def test_kernel_with_few_clusters_at_a_time(resident: int) -> None:
     """No cluster waits for another; the bits are those of all of them at once."""
     case = Case(m=260, k=136, r=8, dtype=BF16, activation="gelu")
     tensors = make(case, CPU)
-    with emulated.kernel(schedules=2, cluster=2):
+    with simt_forward.kernel(schedules=2, cluster=2):
         expected = _forward(case, tensors)
-    with emulated.kernel(schedules=2, cluster=2, resident_clusters=resident):
+    with simt_forward.kernel(schedules=2, cluster=2, resident_clusters=resident):
         got = _forward(case, tensors)
     compare.assert_bitwise_equal("y", got[0], expected[0])
     compare.assert_bitwise_equal("z", got[1], expected[1])
@@ -126,7 +111,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     """Zeros beside a width's columns meet nan and infinite values of x, and must hide nothing and spread nothing."""
     case = Case(m=37, k=72, n=40, r=1, dtype=BF16, residual="none", up_bias=False)
     tensors = make(case, CPU)
-    with emulated.kernel(cluster=2):
+    with simt_forward.kernel(cluster=2):
         clean, _ = _forward(case, tensors)
         tensors.x[3, 7], tensors.x[35, 2], tensors.x[36, 2] = torch.nan, torch.inf, -torch.inf
         tensors.down_weight[0, 2] = 1.0
@@ -143,7 +128,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 def test_tensor_scale(dtype: torch.dtype) -> None:
     case = Case(m=9, k=72, r=8, dtype=BF16)
     tensors = make(case, CPU)
-    with emulated.kernel():
+    with simt_forward.kernel():
         expected, _ = _forward(case, tensors)
         got, _ = _forward(case, tensors, torch.tensor(case.scale, dtype=dtype))
     compare.assert_bitwise_equal("y", got, expected)
@@ -160,14 +145,14 @@ def test_tensor_scale(dtype: torch.dtype) -> None:
 )
 def test_whole_backend(case: Case) -> None:
     """The public function with its gradients, which torch's products make from the z that the kernel saved."""
-    with emulated.kernel(schedules=1):
+    with simt_forward.kernel(schedules=1):
         check_budget(case, CPU, functools.partial(run_ours, name="cuda"))
 
 
 def test_whole_backend_on_integers() -> None:
     case = Case(m=70, k=64, n=72, r=20, dtype=BF16, residual="tensor", scale=0.5)
     tensors, dy = make_exact(case, CPU)
-    with emulated.kernel(schedules=1):
+    with simt_forward.kernel(schedules=1):
         got = run_ours(case, tensors, dy, "cuda")
     exact = run_oracle(case, tensors, dy)
     for label, value in named(got).items():
@@ -189,16 +174,16 @@ def test_whole_backend_on_integers() -> None:
 def test_refusals(change: dict[str, Any], reason: str) -> None:
     case = dataclasses.replace(Case(m=2, k=72, r=16, dtype=BF16), **change)
     problem, _ = _problem(case, make(case, CPU))
-    with emulated.kernel():
+    with simt_forward.kernel():
         assert reason in str(cuda_impl.why_not(problem))
-    with emulated.kernel(), pytest.raises(pk.UnsupportedError, match="backend 'cuda' cannot run this problem"):
+    with simt_forward.kernel(), pytest.raises(pk.UnsupportedError, match="backend 'cuda' cannot run this problem"):
         pk.bottleneck_adapter(**arguments(case, make(case, CPU)), backend="cuda")
 
 
 def test_most_rows() -> None:
     case = Case(m=1, k=72, r=16, dtype=BF16)
     problem, _ = _problem(case, make(case, CPU))
-    with emulated.kernel():
+    with simt_forward.kernel():
         assert cuda_impl.why_not(dataclasses.replace(problem, m=2**31 - 1)) is None
         assert cuda_impl.why_not(dataclasses.replace(problem, m=2**31)) == "M must be below 2^31, got 2147483648"
 
@@ -241,7 +226,7 @@ def built() -> ModuleType:
     if reason is not None:
         home = os.environ.get("CUDA_HOME")
         compiler = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-        if compiler is None or os.environ.get("PEFT_KERNELS_NO_CUDA") == "1":
+        if compiler is None or os.environ.get("PEFT_CUDA_GRIDS_NO_CUDA") == "1":
             pytest.skip(reason)
         pytest.fail(f"{compiler} is here, but {reason}; `make build` shows why")
     return extension.load().bottleneck_adapter
@@ -249,7 +234,7 @@ def built() -> ModuleType:
 
 def test_limits_of_the_extension(built: ModuleType) -> None:
     assert built.MAX_RANK == 128
-    assert [built.max_columns(r) for r in (1, 64, 65, 128)] == [emulated.max_columns(r) for r in (1, 64, 65, 128)]
+    assert [built.max_columns(r) for r in (1, 64, 65, 128)] == [simt_forward.max_columns(r) for r in (1, 64, 65, 128)]
 
 
 VALID = {
@@ -293,7 +278,7 @@ def test_launch_without_a_device(built: ModuleType) -> None:
 
 
 def test_activations_are_all_there() -> None:
-    assert {case.activation for case, _ in KERNEL} == set(ACTIVATIONS)
+    assert {case.activation for case, _ in CUDA_GRID} == set(ACTIVATIONS)
 
 
 def test_saves_what_torch_saves() -> None:
@@ -301,7 +286,7 @@ def test_saves_what_torch_saves() -> None:
     assert cuda_impl.IMPLEMENTATION.backward is torch_impl.backward
     case = Case(m=5, k=72, r=8, dtype=BF16)
     tensors = make(case, CPU)
-    with emulated.kernel(schedules=1):
+    with simt_forward.kernel(schedules=1):
         _, z = _forward(case, tensors)
     _, expected = torch_impl.forward(*_problem(case, tensors))
     assert (z.dtype, z.shape, z.stride()) == (expected.dtype, expected.shape, expected.stride())

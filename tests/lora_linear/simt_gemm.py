@@ -115,8 +115,10 @@ def _run(
     kind = "kBf16" if case.dtype == torch.bfloat16 else "kFp16"
     program = build.build(PROGRAM, f"TYPE={kind}", f"RANK={padded_rank(case.r)}", f"DIRECTION={direction}")
     # Whole rows with their padding go to the program.
-    stored = {name: matrix.as_strided((matrix.shape[0], matrix.stride(0)), (matrix.stride(0), 1))
-              for name, matrix in operands.items()}
+    stored = {
+        name: matrix.as_strided((matrix.shape[0], matrix.stride(0)), (matrix.stride(0), 1))
+        for name, matrix in operands.items()
+    }
     got = build.run(
         program,
         {**stored, "bias": bias},
