@@ -139,8 +139,9 @@ GRID = (
     Case(scale=0.0),
 )
 
-# For the CUDA kernel, each with a cluster: clusters of every size, with rows that fill their 64 and that do not; widths below, at and above 64; chunks of columns
-# that are full or not, several a CTA, or none; more stages of weights than there are tiles, and fewer.
+# For the CUDA kernel, each with a cluster: clusters of every size, with rows that fill their 64 and that do not; widths
+# below, at and above 64; chunks of columns that are full or not, several a CTA, or none; more stages of weights than
+# there are tiles, and fewer.
 CUDA_GRID = (
     (Case(m=70, k=136, r=24, dtype=torch.bfloat16, residual="x", activation="relu"), 1),
     (Case(m=129, k=200, n=72, r=3, dtype=torch.float16, residual="tensor", activation="gelu"), 2),

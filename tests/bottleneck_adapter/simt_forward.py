@@ -99,17 +99,20 @@ def max_columns(r: int) -> int:
 
 
 @contextlib.contextmanager
-def kernel(schedules: int = 2, cluster: int | None = None, resident_clusters: int = 0) -> Iterator[None]:
+def kernel(
+    schedules: int = 2, first_seed: int = 0, cluster: int | None = None, resident_clusters: int = 0
+) -> Iterator[None]:
     """Let the CUDA backend accept CPU tensors and launch in the emulator.
 
     Args:
         schedules: how many each launch runs under; their bits must be the same.
+        first_seed: of the schedules. What a schedule favours is drawn with it, so tests should not share a few.
         cluster: instead of the config's choice.
         resident_clusters: how many the machine holds at a time; 0: all.
     """
 
     def forward(**given: Any) -> None:
-        _launch(given, schedules, resident_clusters)
+        _launch(given, schedules, first_seed, resident_clusters)
 
     module = SimpleNamespace(MAX_RANK=128, max_columns=max_columns, forward=forward)
     stream = SimpleNamespace(cuda_stream=0)
@@ -128,7 +131,7 @@ def kernel(schedules: int = 2, cluster: int | None = None, resident_clusters: in
         yield
 
 
-def _launch(given: dict[str, Any], schedules: int, resident_clusters: int) -> None:
+def _launch(given: dict[str, Any], schedules: int, first_seed: int, resident_clusters: int) -> None:
     """What _C.bottleneck_adapter.forward does, with the same arguments: addresses, row strides, sizes."""
     m, n, k, r = (given[name] for name in "mnkr")
     shapes = {
@@ -150,6 +153,7 @@ def _launch(given: dict[str, Any], schedules: int, resident_clusters: int) -> No
         inputs,
         {"z": ((m, r), torch.float32), "y": ((m, n), torch.int16)},
         schedules=schedules,
+        first_seed=first_seed,
         resident_clusters=resident_clusters,
         **{name: int(value) if isinstance(value, bool) else value for name, value in numbers.items()},
     )
