@@ -1,7 +1,7 @@
 """Capability record of the CUDA backend: its kernels in the order in which they are tried, and what it borrows.
 
-The kernels compute the forward pass. The backward pass is the torch backend's, which takes the same S (M, r) float32;
-the record says so. Imports the extension only to ask or to launch.
+A call's backward pass is that of the kernel that runs its forward pass, or, where the kernel has none, the torch
+backend's, which takes the same S (M, r) float32; the record declares it. Imports the extension only to ask or to launch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.device import why_not_verified
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.lora_linear import cuda_decode, torch_impl
+from peft_kernels.lora_linear import cuda_decode
 from peft_kernels.lora_linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
@@ -54,28 +54,32 @@ def why_not_auto(problem: LoraLinearProblem) -> str | None:
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r) float32."""
-    chosen = _choose(problem)
-    if isinstance(chosen, str):
-        raise RuntimeError(f"lora_linear: no CUDA kernel runs this problem: {chosen}")
-    return chosen.forward(problem, inputs)
+    return _chosen(problem).forward(problem, inputs)
 
 
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
-    """Return the gradients that ``needs`` asks for, by the torch backend."""
-    return torch_impl.backward(problem, inputs, s, dy, needs)
+    """Return the gradients that ``needs`` asks for."""
+    return _chosen(problem).backward(problem, inputs, s, dy, needs)
+
+
+def _chosen(problem: LoraLinearProblem) -> Kernel:
+    chosen = _choose(problem)
+    if isinstance(chosen, str):
+        raise RuntimeError(f"lora_linear: no CUDA kernel runs this problem: {chosen}")
+    return chosen
 
 
 def _choose(problem: LoraLinearProblem) -> Kernel | str:
     """The first kernel that runs the problem, or the reasons of all."""
-    reasons: list[str] = []
+    reasons: dict[str, None] = {}  # a device that refuses several kernels for one reason says so once
     for kernel in KERNELS:
         reason = cuda_tools.why_not_device(problem.device, kernel.minimum_arch)
-        if reason is not None:
-            return reason
-        reason = kernel.why_not(problem)
         if reason is None:
-            return kernel
-        reasons.append(f"{kernel.name}: {reason}")
+            reason = kernel.why_not(problem)
+            if reason is None:
+                return kernel
+            reason = f"{kernel.name}: {reason}"
+        reasons[reason] = None
     return "; ".join(reasons)
 
 
