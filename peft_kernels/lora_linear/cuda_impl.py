@@ -1,7 +1,7 @@
 """Capability record of the CUDA backend: its kernels in the order in which they are tried, and what it borrows.
 
 A call's backward pass is that of the kernel that runs its forward pass, or, where the kernel has none, the torch
-backend's, which takes the same S (M, r) float32; the record declares it. Imports the extension only to ask or to launch.
+backend's, which takes the same S (M, r) float32; the record declares it. Imports the extension only to ask or launch.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ VERIFIED_ARCHS: frozenset[int] = frozenset()
 
 
 class Kernel(NamedTuple):
-    """A forward pass in one launch.
+    """One kernel, and the passes of the calls that it runs.
 
     Attributes:
         name: for refusals.
         minimum_arch: oldest architecture that it is compiled for.
         why_not: reason why it cannot run a problem, or None.
         forward: returns y (M, N) and S (M, r) float32.
+        backward: returns the gradients that are asked for.
     """
 
     name: str
     minimum_arch: int
     why_not: Callable[[LoraLinearProblem], str | None]
     forward: Callable[[LoraLinearProblem, Inputs], tuple[Tensor, Tensor]]
+    backward: Callable[[LoraLinearProblem, Inputs, Tensor, Tensor, Needs], Gradients]
 
 
 # In the order in which they are tried: where few tokens make the weights' bytes all the cost, decode reads them once.
-KERNELS: tuple[Kernel, ...] = (Kernel("decode", cuda_decode.MINIMUM_ARCH, cuda_decode.why_not, cuda_decode.forward),)
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("decode", cuda_decode.MINIMUM_ARCH, cuda_decode.why_not, cuda_decode.forward, torch_impl.backward),
+)
 
 
 def why_not(problem: LoraLinearProblem) -> str | None:

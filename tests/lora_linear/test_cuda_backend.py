@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import peft_kernels as pk
 from peft_kernels.lora_linear import cuda_impl, problem
