@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.device import why_not_verified
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.lora_linear import cuda_decode
+from peft_kernels.lora_linear import cuda_decode, torch_impl
 from peft_kernels.lora_linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
