@@ -169,9 +169,9 @@ def test_bad_arguments_of_decode(built: ModuleType, wrong: dict[str, Any], messa
 
 
 def test_workspace_of_decode(built: ModuleType) -> None:
-    """3 tiles of W in 4 splits, 2 of A in 5: 22 units, of which 17 leave partial sums of 32 floats a token."""
-    shape = {"m": 7, "n": 65, "k": 4096, "r": 33, "splits": 4, "down_splits": 5}
-    assert built.lora_linear.decode_workspace(**shape) == (22, 22 * 8 + 17 * 7 * 32 * 4)
+    """3 tiles of W in 4 splits, 2 of A in 5: 22 units, of which 17 leave partial sums of 64 floats a token."""
+    shape = {"m": 7, "n": 129, "k": 4096, "r": 65, "splits": 4, "down_splits": 5}
+    assert built.lora_linear.decode_workspace(**shape) == (22, 22 * 8 + 17 * 7 * 64 * 4)
 
 
 def test_why_not_names_the_last_obstacle(built: ModuleType) -> None:

@@ -42,9 +42,9 @@ class EmulatedExtension:
 
     @staticmethod
     def workspace(m: int, n: int, k: int, r: int, splits: int, down_splits: int) -> tuple[int, int]:
-        down, base = -(-r // 32), -(-n // 32)
+        down, base = -(-r // 64), -(-n // 64)
         flags = down * down_splits + base * splits
-        return flags, 8 * flags + (flags - down - base) * m * 32 * 4
+        return flags, 8 * flags + (flags - down - base) * m * 64 * 4
 
     def forward(self, **call: Any) -> None:
         self.calls.append(call)

@@ -30,11 +30,11 @@ HALVES = (
 # and a block of ranks. With them splits of W and of A, and blocks: fewer than units, as many, and more.
 SHAPES = (
     (Case(m=1, n=33, k=8, r=1), (1, 1, 1)),
-    (Case(m=2, n=32, k=56, r=5), (1, 1, 2)),
-    (Case(m=7, n=31, k=72, r=16), (2, 2, 3)),
-    (Case(m=8, n=100, k=1096, r=32), (3, 5, 7)),
+    (Case(m=2, n=64, k=56, r=5), (1, 1, 2)),
+    (Case(m=7, n=63, k=72, r=16), (2, 2, 3)),
+    (Case(m=8, n=130, k=1096, r=32), (3, 5, 7)),
     (Case(m=9, n=1, k=512, r=33), (2, 4, 6)),
-    (Case(m=13, n=72, k=328, r=64), (5, 6, 30)),
+    (Case(m=13, n=65, k=328, r=64), (5, 6, 30)),
     (Case(m=16, n=64, k=520, r=65), (4, 2, 5)),
     (Case(m=16, n=40, k=136, r=128), (1, 3, 4)),
     (Case(m=16, n=96, k=64, r=130), (2, 2, 3)),  # more splits than chunks: empty ranges
@@ -76,9 +76,9 @@ def test_exact_in_random_shapes_splits_and_blocks() -> None:
         dtype, adapter = draw.choice(HALVES)
         case = Case(
             m=draw.randint(1, 16),
-            n=draw.randint(1, 140),
+            n=draw.randint(1, 200),
             k=8 * draw.randint(1, 90),
-            r=draw.randint(1, 100),
+            r=draw.randint(1, 140),
             dtype=dtype,
             adapter_dtype=adapter,
             bias=draw.random() < 0.5,
@@ -182,7 +182,7 @@ void check(const Shape& shape) {
 }
 
 int main(int argc, char** argv) {
-  std::printf("%d %d %d %d %d\n", kTileRows, kChunkK, kWarps, kCtasPerSm, kMaxTokens);
+  std::printf("%d %d %d %d %d\n", kTileRows, kChunkK, kWarpsOfK, kCtasPerSm, kMaxTokens);
   std::srand(7);
   for (int i = 0; i < std::atoi(argv[argc - 1]); ++i) {
     check({1 + std::rand() % 16, 1 + std::rand() % 700, 8 * (1 + std::rand() % 300), 1 + std::rand() % 300,
@@ -191,9 +191,9 @@ int main(int argc, char** argv) {
   // Sizes whose products leave 32 bits.
   const Shape shape = {16, 1 << 30, 1 << 30, 16, 2, 4};
   const Unit last = unit_at(shape, units(shape) - 1);
-  CHECK(last.tile == (1 << 25) - 1 && last.is_last() && chunks_of(shape, last).end == 1 << 24);
+  CHECK(last.tile == (1 << 24) - 1 && last.is_last() && chunks_of(shape, last).end == 1 << 24);
   CHECK(partial_of(shape, unit_at(shape, units(shape) - 2)) == partials(shape) - 1);
-  CHECK(workspace_bytes(shape) == 8 * int64_t{units(shape)} + ((int64_t{1} << 25) + 3) * 16 * 32 * 4);
+  CHECK(workspace_bytes(shape) == 8 * int64_t{units(shape)} + ((int64_t{1} << 24) + 3) * 16 * 64 * 4);
 }
 """
 
@@ -210,7 +210,7 @@ def test_index_arithmetic(tmp_path: Path) -> None:
     constants = [
         config.DECODE_TILE_ROWS,
         config.DECODE_CHUNK_K,
-        config.DECODE_WARPS,
+        config.DECODE_WARPS_OF_K,
         config.DECODE_BLOCKS_PER_SM,
         cuda_decode.MAX_TOKENS,
     ]
@@ -225,12 +225,12 @@ H100 = Hardware(arch=90, sm_count=132)
 def test_config_fills_one_grid(n: int, k: int, r: int) -> None:
     chosen = config.decode_config(n, k, r, H100)
     chunks = -(-k // config.DECODE_CHUNK_K)
-    assert 1 <= chosen.SPLITS <= max(1, -(-chunks // config.DECODE_WARPS))
+    assert 1 <= chosen.SPLITS <= max(1, -(-chunks // config.DECODE_WARPS_OF_K))
     assert 1 <= chosen.DOWN_SPLITS <= chunks
-    units = -(-n // 32) * chosen.SPLITS + -(-r // 32) * chosen.DOWN_SPLITS
+    units = -(-n // 64) * chosen.SPLITS + -(-r // 64) * chosen.DOWN_SPLITS
     assert min(units, 2 * H100.sm_count) == chosen.GRID  # which the launch bounds leave room for
 
 
 def test_config_splits_where_tiles_are_few() -> None:
-    assert config.decode_config(4096, 4096, 16, H100) == config.DecodeConfig(SPLITS=2, DOWN_SPLITS=4, GRID=260)
+    assert config.decode_config(4096, 4096, 16, H100) == config.DecodeConfig(SPLITS=4, DOWN_SPLITS=8, GRID=264)
     assert config.decode_config(14336, 4096, 16, H100).SPLITS == 1
