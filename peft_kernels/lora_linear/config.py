@@ -93,8 +93,8 @@ class DecodeConfig:
     GRID: int
 
 
-# Constants of csrc/lora_linear/decode_config.h: rows of a tile, k that a warp takes at a time, warps of a block that share
-# its k, blocks of a multiprocessor.
+# Constants of csrc/lora_linear/decode_config.h: rows of a tile, k that a warp takes at a time, warps of a block that
+# share its k, blocks of a multiprocessor.
 DECODE_TILE_ROWS = 64
 DECODE_CHUNK_K = 64
 DECODE_WARPS_OF_K = 4
