@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_kernels._core import extension
-from peft_kernels._core.device import hardware
+from peft_kernels._core import cuda_tools, extension
+from peft_kernels._core.device import hardware, why_not_verified
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.triton_tools import tma_can_read
 from peft_kernels.bottleneck_adapter import torch_impl
@@ -24,15 +24,12 @@ INDEX_LIMIT = 2**31  # its coordinates are 32-bit
 
 def why_not(problem: BottleneckAdapterProblem) -> str | None:
     """Reason why the kernel cannot run this problem, or None."""
-    return extension.why_not() or _why_not_device(problem.device) or why_not_shape(problem)
+    return _why_not_device(problem.device) or why_not_shape(problem)
 
 
 def why_not_auto(problem: BottleneckAdapterProblem) -> str | None:
     """Reason why ``auto`` passes over the kernel although it runs, or None."""
-    arch = hardware(problem.device).arch
-    if arch not in VERIFIED_ARCHS:
-        return f"it has not been verified on sm_{arch}; backend='cuda' runs it all the same"
-    return None
+    return why_not_verified(problem.device, VERIFIED_ARCHS, "cuda")
 
 
 def why_not_shape(problem: BottleneckAdapterProblem) -> str | None:
@@ -68,7 +65,7 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
     y = torch.empty(problem.m, problem.n, dtype=problem.dtype, device=problem.device)
     config = cuda_forward_config(problem.m, problem.k, problem.n, hardware(problem.device))
 
-    with torch.cuda.device(problem.device):
+    with cuda_tools.stream_of(problem.device) as stream:
         kernels.forward(
             x=_address(x),
             x_stride=x.stride(0),
@@ -92,20 +89,21 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
             activation=list(ACTIVATIONS).index(problem.activation),
             dtype=DTYPES[problem.dtype],
             cluster=config.CLUSTER,
-            stream=torch.cuda.current_stream(problem.device).cuda_stream,
+            stream=stream,
         )
     return y, z
 
 
 def _why_not_device(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"CUDA kernels run on CUDA tensors, these are on {device}"
+    reason = cuda_tools.why_not_device(device, CUDA_ARCH)
+    if reason is not None:
+        return reason
     arch = hardware(device).arch
     if arch != CUDA_ARCH:
-        return f"its kernel is written for sm_{CUDA_ARCH} (clusters, wgmma), {device} is sm_{arch}"
-    archs = extension.load().build_info()["archs"]
+        return f"its kernel is for sm_{CUDA_ARCH} alone (wgmma), {device} is sm_{arch}"
+    archs = extension.build_record()["archs"]
     if f"{CUDA_ARCH}a" not in archs:
-        return f"the extension was built for {', '.join(archs)}, without {CUDA_ARCH}a"
+        return f"the extension was built for {', '.join(archs)}, and its kernel needs {CUDA_ARCH}a"
     return None
 
 
@@ -131,4 +129,5 @@ IMPLEMENTATION = Implementation(
     forward=forward,
     # The forward pass saves what that of torch saves.
     backward=torch_impl.backward,
+    borrows=("torch",),
 )

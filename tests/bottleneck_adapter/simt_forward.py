@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from peft_kernels._core import extension
+from peft_kernels._core import cuda_tools, extension
 from peft_kernels.bottleneck_adapter import cuda_impl
 from peft_kernels.bottleneck_adapter.config import CudaForwardConfig
 from tests.simt import build
@@ -93,9 +93,8 @@ int main(int argc, char** argv) {
 """
 
 
-def max_columns(r: int) -> int:
-    """As the extension's function of this name; test_cuda.py compares the two."""
-    return 8 * 64 * (22 if r <= 64 else 16)
+# What the extension says of itself; test_cuda.py compares the two.
+LIMITS = SimpleNamespace(MAX_RANK=128, max_columns=lambda r: 8 * 64 * (22 if r <= 64 else 16))
 
 
 @contextlib.contextmanager
@@ -114,15 +113,12 @@ def kernel(
     def forward(**given: Any) -> None:
         _launch(given, schedules, first_seed, resident_clusters)
 
-    module = SimpleNamespace(MAX_RANK=128, max_columns=max_columns, forward=forward)
-    stream = SimpleNamespace(cuda_stream=0)
+    module = SimpleNamespace(**vars(LIMITS), forward=forward)
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (extension, "why_not", lambda: None),
             (extension, "load", lambda: SimpleNamespace(bottleneck_adapter=module)),
             (cuda_impl, "_why_not_device", lambda device: None),
-            (torch.cuda, "device", lambda device: contextlib.nullcontext()),
-            (torch.cuda, "current_stream", lambda device: stream),
+            (cuda_tools, "stream_of", lambda device: contextlib.nullcontext(0)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         if cluster is not None:

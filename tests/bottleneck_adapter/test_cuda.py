@@ -5,12 +5,14 @@ No GPU has run the kernel. What the emulator does and does not model is in tests
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels._core import extension
+from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.device import Hardware
 from peft_kernels.bottleneck_adapter import config, cuda_impl, torch_impl
 from peft_kernels.bottleneck_adapter.problem import BottleneckAdapterProblem, Inputs, describe
@@ -215,8 +217,38 @@ def test_never_in_auto() -> None:
 
 def test_refuses_cpu_tensors_with_a_reason() -> None:
     case = Case(m=2, k=72, r=16, dtype=BF16)
-    with pytest.raises(pk.UnsupportedError, match="backend 'cuda' cannot run this problem"):
+    with pytest.raises(pk.UnsupportedError, match="CUDA kernels run on CUDA tensors, these are on cpu"):
         pk.bottleneck_adapter(**arguments(case, make(case, CPU)), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("arch", "archs", "reason"),
+    [
+        (80, ["80", "90a"], "it needs sm_90 or newer, cuda is sm_80"),
+        (100, ["90a", "100"], "its kernel is for sm_90 alone (wgmma), cuda is sm_100"),
+        (90, ["80", "90"], "the extension was built for 80, 90, and its kernel needs 90a"),
+        (90, ["80", "90a"], None),
+    ],
+)
+def test_refuses_other_devices_and_builds(arch: int, archs: list[str], reason: str | None) -> None:
+    case = Case(m=2, k=72, r=16, dtype=BF16)
+    problem, _ = _problem(case, make(case, CPU))
+    chip, record = Hardware(arch=arch, sm_count=132), {"archs": archs, "ptx": None}
+    with contextlib.ExitStack() as stack:
+        for module, name, value in (
+            (extension, "why_not", lambda: None),
+            (extension, "build_record", lambda: record),
+            (extension, "load", lambda: SimpleNamespace(bottleneck_adapter=simt_forward.LIMITS)),
+            (cuda_tools, "hardware", lambda device: chip),
+            (cuda_impl, "hardware", lambda device: chip),
+        ):
+            stack.enter_context(mock.patch.object(module, name, value))
+        cuda_tools._why_not_compiled.cache_clear()
+        try:
+            on_gpu = dataclasses.replace(problem, device=torch.device("cuda"))
+            assert cuda_impl.why_not(on_gpu) == reason
+        finally:
+            cuda_tools._why_not_compiled.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -250,8 +282,10 @@ def built() -> ModuleType:
 
 
 def test_limits_of_the_extension(built: ModuleType) -> None:
-    assert built.MAX_RANK == 128
-    assert [built.max_columns(r) for r in (1, 64, 65, 128)] == [simt_forward.max_columns(r) for r in (1, 64, 65, 128)]
+    assert built.MAX_RANK == simt_forward.LIMITS.MAX_RANK
+    assert [built.max_columns(r) for r in (1, 64, 65, 128)] == [
+        simt_forward.LIMITS.max_columns(r) for r in (1, 64, 65, 128)
+    ]
 
 
 VALID = {
