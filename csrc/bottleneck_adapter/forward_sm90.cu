@@ -14,6 +14,7 @@ namespace {
 using sm90::HalfType;
 
 constexpr const char* kName = "launch of bottleneck_adapter's forward_sm90";
+static_assert(kSharedLimit == kHopperSharedLimit, "the plan and the launch allow a block the same");
 constexpr int64_t kIndexLimit = int64_t{1} << 31;  // the copy engine's coordinates are 32-bit
 
 // Two CTAs a multiprocessor where their shared memory leaves room for them, which it does at the narrower width.

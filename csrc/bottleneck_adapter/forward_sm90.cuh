@@ -327,6 +327,12 @@ PEFT_KERNELS_DEVICE void forward_cta(uint8_t* shared, const ForwardMaps& maps, c
                        static_cast<int>(threadIdx.x),
                        slice_of(args.k, cluster, rank),
                        slice_of(args.n, cluster, rank)};
+  if (cta.thread == 0) {
+    sm90::prefetch_tensor_map(&maps.x);
+    sm90::prefetch_tensor_map(&maps.down_weight);
+    sm90::prefetch_tensor_map(&maps.up_weight);
+    sm90::prefetch_tensor_map(&maps.y);
+  }
   init_barriers(cta);
   if (cta.thread == 0) {
     load_chunks(cta, &maps.x, cta.in);

@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PEFT_KERNELS_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PEFT_KERNELS_HOST_DEVICE inline
-#endif
+#include "core/host_device.h"
 
 namespace peft_kernels::lora_linear {
 
