@@ -1,7 +1,7 @@
 """Every provider of a kernel family timed side by side, in one process, on the shapes of real models.
 
     python -m benchmarks [family] [--quick] [--out DIR]    time, print tables, append records
-    python -m benchmarks.report                            write README.md's tables from the records
+    python -m benchmarks.report --images                   write tables and pictures from the records
     pytest benchmarks --benchmark-only                     host overhead of one call
 
 Map:
@@ -15,5 +15,6 @@ Map:
     environment.py   device, versions, commit
     harness.py       one problem: check, time, weigh, record
     tables.py        comparisons between the providers of one problem; Markdown
-    report.py        README.md and pictures
+    report.py        README.md's part and docs/benchmarks.md
+    pictures.py      docs/images: time, roofline and memory of each problem
 """
