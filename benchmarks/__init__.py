@@ -2,6 +2,7 @@
 
     python -m benchmarks [family] [--quick] [--out DIR]    time, print tables, append records
     python -m benchmarks.report --images                   write tables and pictures from the records
+    python -m benchmarks.tune FAMILY FUNCTION              search the values near those of a config.py
     pytest benchmarks --benchmark-only                     host overhead of one call
 
 Map:
@@ -16,5 +17,8 @@ Map:
     harness.py       one problem: check, time, weigh, record
     tables.py        comparisons between the providers of one problem; Markdown
     report.py        README.md's part and docs/benchmarks.md
+    aot.py           compile for a GPU that is not there, and read the machine code
+    candidates.py    what else a config could be
+    tune.py          which candidates fit (no GPU needed), and which is fastest
     pictures.py      docs/images: time, roofline and memory of each problem
 """
