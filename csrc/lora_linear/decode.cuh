@@ -252,7 +252,8 @@ __device__ __forceinline__ void add_partials(float (&sums)[kOutputs],
   }
 }
 
-// Pass when `count` units, `first`, first + step, ..., have published; what they published is then there for the CTA.
+// Wait until the units first, first + step, ..., `count` of them, have published. The CTA's next barrier hands what
+// they have published to all of its threads.
 __device__ __forceinline__ void wait_for(const DecodeParams& params, int first, int step, int count) {
   for (int i = threadIdx.x; i < count; i += kThreads) {
     wait_until_published(params.flags + first + i * step, params.nonce);
