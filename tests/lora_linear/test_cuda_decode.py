@@ -104,6 +104,18 @@ def test_every_schedule_and_grid_give_the_same_bits(grid: int) -> None:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapters_lose_no_bit(dtype: torch.dtype) -> None:
+    """A token that is 1 in one place takes A's column there: in three pieces, to the last bit."""
+    case = Case(m=16, n=8, k=64, r=70, dtype=dtype, adapter_dtype=torch.float32, bias=False)
+    tensors = make(case, CPU)
+    columns = torch.randperm(case.k, generator=torch.Generator().manual_seed(0))[: case.m]
+    x = torch.zeros_like(tensors.x).scatter_(1, columns[:, None], 1.0)
+    _, s = simt_decode.run(case, tensors._replace(x=x))
+    compare.assert_bitwise_equal("S", s, tensors.lora_a[:, columns].t())
+
+
+@pytest.mark.cpu_only
 def test_infinite_elements_stay_where_they_are() -> None:
     """An inf or nan in a row of W reaches its column of y and no other; one of x its token."""
     case = Case(m=5, n=40, k=72, r=3, dtype=torch.float16, bias=False)
