@@ -158,7 +158,14 @@ def _extension() -> dict[str, Any]:
 
 def _family(family: str) -> dict[str, Any]:
     implementations = importlib.import_module(f"peft_kernels.{family}.op").IMPLEMENTATIONS
-    return {each.name: _attempt(lambda each=each: each.why_not_environment() or AVAILABLE) for each in implementations}
+    return {each.name: _attempt(_implementation, each) for each in implementations}
+
+
+def _implementation(implementation: Any) -> str:
+    status = implementation.why_not_environment() or AVAILABLE
+    if implementation.borrows:
+        status += f"; what it has no kernels for is done by {', '.join(implementation.borrows)}"
+    return status
 
 
 def _append(lines: list[str], value: dict[str, Any], depth: int) -> None:

@@ -53,6 +53,9 @@ void check_params(const DecodeParams& params, Dtype adapter_dtype, int grid) {
   if (shape.m > decode::kMaxTokens) {
     throw std::invalid_argument("lora_linear: decode takes at most 16 tokens, got " + std::to_string(shape.m));
   }
+  if (shape.n > decode::kMaxSize || shape.k > decode::kMaxSize || shape.r > decode::kMaxSize) {
+    throw std::invalid_argument("lora_linear: decode's n, k and r must be at most 2^30");
+  }
   if (shape.k % decode::kVector != 0) {
     throw std::invalid_argument("lora_linear: decode's k must be a multiple of 8, got " + std::to_string(shape.k));
   }
@@ -63,9 +66,11 @@ void check_params(const DecodeParams& params, Dtype adapter_dtype, int grid) {
 
 }  // namespace
 
-void decode_forward(const DecodeParams& params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream) {
+void decode_forward(DecodeParams params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream) {
   const Kernel kernel = kernel_for(dtype, adapter_dtype);
   check_params(params, adapter_dtype, grid);
+  params.partials = reinterpret_cast<float*>(params.flags + decode::flag_count(params.shape));
+
   LaunchShape shape{dim3(static_cast<unsigned>(grid)), dim3(decode::kThreads), decode::kSharedBytes};
   shape.cooperative = true;
   launch("launch of lora_linear's decode_forward", kernel, shape, stream, params);

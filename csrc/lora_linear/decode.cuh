@@ -257,9 +257,9 @@ __device__ __forceinline__ void stage_up(
   for (int row = thread.warp; row < kTileRows; row += kWarps) {
     const int n = tile * kTileRows + row;
     if (n < params.shape.n) {
-      const TAdapter* gRow = static_cast<const TAdapter*>(params.lora_b) + n * params.b_stride;
+      const TAdapter* gRow = static_cast<const TAdapter*>(params.lora_b) + n * params.b_stride_n;
       for (int i = thread.lane; i < kRankBlock && rank + i < params.shape.r; i += 32) {
-        sUp[row * kUpPitch + i] = static_cast<float>(gRow[rank + i]);
+        sUp[row * kUpPitch + i] = static_cast<float>(gRow[(rank + i) * params.b_stride_r]);
       }
     }
   }
@@ -315,7 +315,8 @@ __device__ __forceinline__ void finish_tile(
   for (int j = 0; j < kRowsPerThread; ++j) {
     const int token = thread.warp + kWarps * j;
     if (token < shape.m && n < shape.n) {
-      const float bias = params.bias == nullptr ? 0.0f : static_cast<float>(static_cast<const T*>(params.bias)[n]);
+      const T* gBias = static_cast<const T*>(params.bias);
+      const float bias = gBias == nullptr ? 0.0f : static_cast<float>(gBias[n * params.bias_stride]);
       const float value = sums[j] + bias + scale * update[j];
       static_cast<T*>(params.y)[static_cast<int64_t>(token) * shape.n + n] = static_cast<T>(value);
     }

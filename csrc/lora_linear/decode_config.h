@@ -19,8 +19,9 @@
 
 namespace peft_kernels::lora_linear::decode {
 
-constexpr int kMaxTokens = 16;  // the rows of one tensor-core product
-constexpr int kTileRows = 32;   // of W or A; 16 KiB of partial sums a CTA, and x is read once for 32 rows
+constexpr int kMaxTokens = 16;     // the rows of one tensor-core product
+constexpr int kMaxSize = 1 << 30;  // of n, k and r: indices within a row or column are 32-bit
+constexpr int kTileRows = 32;      // of W or A; 16 KiB of partial sums a CTA, and x is read once for 32 rows
 constexpr int kSubtiles = kTileRows / 8;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;

@@ -21,28 +21,31 @@ struct DropoutMaskParams {
 void dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
 
 struct DecodeParams {
-  const void* x;       // (m, k), rows of 16-byte multiples on 16-byte boundaries
+  const void* x;       // (m, k), rows contiguous and on 16-byte boundaries
   const void* weight;  // (n, k), likewise
   const void* lora_a;  // (r, k), likewise
-  const void* lora_b;  // (n, r), rows contiguous
-  const void* bias;    // (n,) or null
+  const void* lora_b;  // (n, r)
+  const void* bias;    // (n,), or null
   const float* scale;  // 0-d, or null: scale_value
   void* y;             // (m, n), contiguous
   float* s;            // (m, r), contiguous
-  uint64_t* flags;     // workspace: decode::flag_count, then
-  float* partials;     // what is left of decode::workspace_bytes
+  uint64_t* flags;     // decode::flag_count(shape) of them
+  float* partials;     // decode::partials(shape) times (m, kTileRows)
   int64_t x_stride;    // between rows, in elements
   int64_t weight_stride;
   int64_t a_stride;
-  int64_t b_stride;
-  uint64_t nonce;  // that no other launch with this workspace has
+  int64_t b_stride_n;
+  int64_t b_stride_r;
+  int64_t bias_stride;
+  uint64_t nonce;  // that no other launch on these flags has
   float scale_value;
   decode::Shape shape;
 };
 
-// `dtype` of x, weight, bias and y; `adapter_dtype` of lora_a and lora_b: the same, or float32. All CTAs must be
-// resident together: the launch is cooperative, and fails where `grid` is too large for that.
-void decode_forward(const DecodeParams& params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream);
+// `dtype` of x, weight, bias and y; `adapter_dtype` of lora_a and lora_b: the same, or float32. `flags` is the
+// beginning of a workspace of decode::workspace_bytes, in which partials finds its place. All CTAs must be resident
+// together: the launch is cooperative, and fails where `grid` is too large for that.
+void decode_forward(DecodeParams params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream);
 
 // Forward: y (m, n) = x w^T + bias + f S up^T and S = x down^T, with w (n, k), down = A (r, k), up = B (n, r).
 // Backward: the gradients dX = dY W + dS A and dS = f dY B under the names y, S and x = dY, with w = W (k, n), down = B

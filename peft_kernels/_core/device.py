@@ -33,6 +33,14 @@ def hardware(device: torch.device) -> Hardware:
     return _cuda_hardware(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def why_not_verified(device: torch.device, verified_archs: frozenset[int], backend: str) -> str | None:
+    """Reason why ``auto`` passes over kernels that run on this CUDA device: nobody has verified them there; or None."""
+    arch = hardware(device).arch
+    if arch not in verified_archs:
+        return f"it has not been verified on sm_{arch}; backend='{backend}' runs it all the same"
+    return None
+
+
 @cache
 def _cuda_hardware(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)

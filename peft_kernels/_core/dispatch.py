@@ -33,6 +33,7 @@ class Implementation:
         why_not: reason why it cannot run this problem, or None; implies the environment's reason.
         why_not_auto: reason why ``auto`` passes over it although it can run (never verified on this GPU), or None.
         forward, backward: the family's own signature, the same for all its implementations.
+        borrows: backends whose functions do what this one has no kernels for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Implementation:
     why_not_auto: Callable[[Any], str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    borrows: tuple[str, ...] = ()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from peft_kernels._core.device import hardware
+from peft_kernels._core import device as devices
 
 MINIMUM_ARCH = 80
 MINIMUM_VERSION = (3, 6)  # the oldest that the kernels were compiled with
@@ -69,10 +69,7 @@ def why_not_verified(device: torch.device, verified_archs: frozenset[int]) -> st
     """Reason why ``auto`` passes over kernels that run on this device: nobody has verified them there; or None."""
     if device.type != "cuda":
         return "on a CPU it runs in Triton's interpreter, which is for tests"
-    arch = hardware(device).arch
-    if arch not in verified_archs:
-        return f"it has not been verified on sm_{arch}; backend='triton' runs it all the same"
-    return None
+    return devices.why_not_verified(device, verified_archs, "triton")
 
 
 def tma_can_read(matrix: Tensor) -> bool:

@@ -6,6 +6,7 @@ No branch here has been measured on a GPU yet. Each says what it assumes; docs/d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -75,6 +76,29 @@ class GradDownConfig:
     SPLIT_M: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """At most 16 tokens in one launch (csrc/lora_linear/decode_config.h).
+
+    Attributes:
+        SPLITS: of K, for each tile of W.
+        DOWN_SPLITS: of K, for each tile of A.
+        GRID: blocks, which must be resident together.
+    """
+
+    SPLITS: int
+    DOWN_SPLITS: int
+    GRID: int
+
+
+# Constants of csrc/lora_linear/decode_config.h: rows of a tile, k that a warp takes at a time, warps of a block, blocks
+# of a multiprocessor.
+DECODE_TILE_ROWS = 32
+DECODE_CHUNK_K = 64
+DECODE_WARPS = 8
+DECODE_BLOCKS_PER_SM = 2
 
 
 def base_product_path(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool, hardware: Hardware) -> Path:
@@ -201,6 +225,31 @@ def grad_down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, ha
         num_warps=4 if hardware.arch >= 100 else 8,
         num_stages=3,
     )
+
+
+@cache
+def decode_config(n: int, k: int, r: int, hardware: Hardware) -> DecodeConfig:
+    """As many splits of K as keep all multiprocessors loading, and no more; remembered, as it is asked for every token.
+
+    Model, not measured: the time is that of the blocks with most units; a unit costs a round for each chunk that its
+    warps load, and two more for its sums, its flags, and what waits for them.
+    """
+    chunks, slots = _cdiv(k, DECODE_CHUNK_K), DECODE_BLOCKS_PER_SM * hardware.sm_count
+    tiles, down_tiles = _cdiv(n, DECODE_TILE_ROWS), _cdiv(r, DECODE_TILE_ROWS)
+
+    def units(splits: int, down_splits: int) -> int:
+        return tiles * splits + down_tiles * down_splits
+
+    def rounds(choice: tuple[int, int]) -> int:
+        splits, down_splits = choice
+        return _cdiv(units(splits, down_splits), slots) * (_cdiv(_cdiv(chunks, splits), DECODE_WARPS) + 2)
+
+    # S had better be there before the first tile of W asks for it, so A's units are half as long, unless that takes
+    # another wave of blocks. With fewer chunks to a unit than warps, more splits have nothing to share.
+    most = max(1, _cdiv(chunks, DECODE_WARPS))
+    choices = [(splits, min(factor * splits, chunks)) for splits in range(1, most + 1) for factor in (2, 1)]
+    splits, down_splits = min(choices, key=rounds)
+    return DecodeConfig(SPLITS=splits, DOWN_SPLITS=down_splits, GRID=min(units(splits, down_splits), slots))
 
 
 def torch_rows_per_block(width: int, device_type: str) -> int:

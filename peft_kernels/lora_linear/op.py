@@ -15,11 +15,15 @@ from torch.autograd.function import once_differentiable
 from peft_kernels._core import library
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels._core.dispatch import Implementation, choose, requested_backend
-from peft_kernels.lora_linear import dropout, torch_impl, triton_impl
+from peft_kernels.lora_linear import cuda_impl, dropout, torch_impl, triton_impl
 from peft_kernels.lora_linear.problem import FAMILY, Gradients, Inputs, LoraLinearProblem, Needs, describe
 
 # In the order that `auto` tries them; the last one runs everything.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    cuda_impl.IMPLEMENTATION,
+    triton_impl.IMPLEMENTATION,
+    torch_impl.IMPLEMENTATION,
+)
 
 
 def lora_linear(

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from peft_kernels._core import checks
+from peft_kernels._core import checks, cuda_tools
 from peft_kernels.lora_linear import dropout
 
 FAMILY = "lora_linear"
@@ -69,6 +70,7 @@ class LoraLinearProblem:
         adapter_dtype: of lora_a and lora_b.
         device: of all tensors.
         dropout_threshold: a 16-bit draw below it drops its element; 0 is no dropout.
+        rows_aligned: on a CUDA device, whether rows of x, weight and lora_a can be read 16 bytes at a time.
     """
 
     m: int
@@ -79,6 +81,7 @@ class LoraLinearProblem:
     adapter_dtype: torch.dtype
     device: torch.device
     dropout_threshold: int
+    rows_aligned: bool = False
 
     @property
     def has_dropout(self) -> bool:
@@ -130,7 +133,13 @@ def describe(
         adapter_dtype=lora_a.dtype,
         device=x.device,
         dropout_threshold=threshold,
+        rows_aligned=_can_be_launched_on(x) and cuda_tools.rows_aligned(x, weight, lora_a),
     )
+
+
+def _can_be_launched_on(x: Tensor) -> bool:
+    # Tensors that only stand for shapes, as when a graph is traced, have no addresses.
+    return x.device.type == "cuda" and not isinstance(x, FakeTensor)
 
 
 def _check_tensors(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from peft_kernels._core import triton_tools
+from peft_kernels._core import device, triton_tools
 from peft_kernels._core.device import Hardware
 
 
@@ -65,7 +65,7 @@ def test_next_power_of_2(value: int, power: int) -> None:
 
 
 def test_only_verified_architectures_are_chosen_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_tools, "hardware", lambda device: Hardware(arch=90, sm_count=132))
+    monkeypatch.setattr(device, "hardware", lambda device: Hardware(arch=90, sm_count=132))
     cuda = torch.device("cuda", 0)
     assert triton_tools.why_not_verified(cuda, frozenset({80, 90})) is None
     assert "not been verified on sm_90" in (triton_tools.why_not_verified(cuda, frozenset({80})) or "")

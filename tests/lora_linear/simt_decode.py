@@ -41,7 +41,9 @@ void test(const simt::Arguments& arguments) {
         params.x_stride = arguments.integer("x_stride");
         params.weight_stride = arguments.integer("weight_stride");
         params.a_stride = arguments.integer("a_stride");
-        params.b_stride = arguments.integer("b_stride");
+        params.b_stride_n = arguments.integer("b_stride_n");
+        params.b_stride_r = arguments.integer("b_stride_r");
+        params.bias_stride = 1;
         params.nonce = 0x9E3779B97F4A7C15u + seed;
         params.scale_value = static_cast<float>(arguments.number("scale_value"));
         params.shape = shape;
@@ -107,7 +109,8 @@ def run(
         x_stride=case.k,
         weight_stride=case.k,
         a_stride=case.k,
-        b_stride=case.r,
+        b_stride_n=case.r,
+        b_stride_r=1,
         scale_value=float("nan") if scale_tensor else case.scale,
     )
     return got["y"], got["s"]
