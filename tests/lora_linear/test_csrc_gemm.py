@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from python_ref import compare
 from python_ref import lora_linear as oracle
 from tests.lora_linear import cases, simt_gemm
-from tests.lora_linear.cases import Case
+from tests.lora_linear.cases import Case, Tensors
+from tests.simt import build
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CPU = torch.device("cpu")
@@ -51,19 +53,23 @@ BACKWARD = (
 @pytest.mark.parametrize(("case", "grid"), FORWARD, ids=str)
 def test_forward(case: Case, grid: int) -> None:
     tensors = cases.make(case, CPU)
-    y, s = simt_gemm.forward(case, tensors, grid, schedules=3)
-    exact = oracle.forward(*(tensor.double() for tensor in tensors[:4]), case.scale, _double(tensors.bias))
-    eager = oracle.eager(*tensors[:4], case.scale, tensors.bias)
-    compare.assert_close(f"{case} y", y, eager, exact[0])
-    compare.assert_close(f"{case} S", s, tensors.x.float() @ tensors.lora_a.float().t(), exact[1])
+    _check_forward(case, tensors, *simt_gemm.forward(case, tensors, grid, schedules=3))
 
 
 @pytest.mark.parametrize(("case", "grid"), BACKWARD, ids=str)
 def test_backward(case: Case, grid: int) -> None:
     tensors, dy = cases.make(case, CPU), cases.output_gradient(case, CPU)
-    dx, ds = simt_gemm.backward(case, tensors, dy, grid, schedules=3)
-    exact = cases.run_oracle(case, tensors, dy)
-    eager = cases.run_eager(case, tensors, dy)
+    _check_backward(case, tensors, dy, *simt_gemm.backward(case, tensors, dy, grid, schedules=3))
+
+
+def _check_forward(case: Case, tensors: Tensors, y: Tensor, s: Tensor) -> None:
+    exact = oracle.forward(*(tensor.double() for tensor in tensors[:4]), case.scale, _double(tensors.bias))
+    compare.assert_close(f"{case} y", y, oracle.eager(*tensors[:4], case.scale, tensors.bias), exact[0])
+    compare.assert_close(f"{case} S", s, tensors.x.float() @ tensors.lora_a.float().t(), exact[1])
+
+
+def _check_backward(case: Case, tensors: Tensors, dy: Tensor, dx: Tensor, ds: Tensor) -> None:
+    eager, exact = cases.run_eager(case, tensors, dy), cases.run_oracle(case, tensors, dy)
     compare.assert_close(f"{case} dX", dx, eager.x, exact.x)
     exact_ds = case.scale * (dy.double() @ tensors.lora_b.double())
     compare.assert_close(f"{case} dS", ds, case.scale * (dy.float() @ tensors.lora_b.float()), exact_ds)
@@ -80,24 +86,198 @@ def test_exact(seed: int) -> None:
     compare.assert_bitwise_equal("S", s.double() + 0.0, exact[1] + 0.0)
 
 
-def test_infinite_x_stays_in_its_row() -> None:
+def test_infinite_x_stays_infinite() -> None:
     """0 * inf in the columns that pad the rank must not make nan of y's inf."""
-    case, tensors = _with_an_infinite_row()
-    y, _ = simt_gemm.forward(case, tensors, 2, schedules=1)
-    eager = oracle.eager(*tensors[:4], case.scale, tensors.bias)
-    exact = oracle.forward(*(tensor.double() for tensor in tensors[:4]), case.scale, _double(tensors.bias))
-    compare.assert_close("y", y, eager, exact[0])
-
-
-def _with_an_infinite_row() -> tuple[Case, cases.Tensors]:
     case = Case(m=140, n=264, k=72, r=3, dtype=BF16)
+    tensors = _with_an_infinite_row(case)
+    _check_forward(case, tensors, *simt_gemm.forward(case, tensors, 2, schedules=1))
+
+
+def _with_an_infinite_row(case: Case) -> Tensors:
+    """Factors without signs, so that the row of y is inf and not nan."""
     tensors = cases.make(case, CPU)
     tensors.x[7, 5] = float("inf")
-    tensors.lora_b.abs_()
-    tensors.lora_a.abs_()
-    tensors.weight.abs_()
-    return case, tensors
+    for factor in (tensors.weight, tensors.lora_a, tensors.lora_b):
+        factor.abs_()
+    return tensors
 
 
-def _double(bias: torch.Tensor | None) -> torch.Tensor | None:
+def _double(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.double()
+
+
+# Faults: the text that is replaced, what replaces it, and which case must see it. In one program, each in a namespace of
+# its own, because compiling one more costs a second and compiling another program five.
+PLAIN, BACKWARD_CONFIG = "kBf16-16-kForward", "kBf16-16-kBackward"
+FAULTS = {
+    "no fault": ("", "", PLAIN),
+    "no fault, backward": ("", "", BACKWARD_CONFIG),
+    "consumers do not wait for a stage's copies": (
+        "    sm90::barrier_wait(&shared.full[ring.slot], ring.parity);\n    sm90::wgmma_fence();",
+        "    sm90::wgmma_fence();",
+        PLAIN,
+    ),
+    "the producer does not wait for a free stage": (
+        "sm90::barrier_wait(&shared.free[ring.slot], ring.parity ^ 1);",
+        "",
+        PLAIN,
+    ),
+    "the producer waits for the wrong parity": ("ring.parity ^ 1", "ring.parity", PLAIN),
+    "the ring's parity never changes": ("parity ^= 1;", "", PLAIN),
+    "a stage is freed before its products are done": (
+        """    if (step > 0) {
+      sm90::wgmma_wait<1>();
+      free_stage(shared, previous);
+    }
+    previous = ring.slot;
+    ring.advance();
+  }
+  sm90::wgmma_wait<0>();
+  sm90::wgmma_results(rY);
+  if constexpr (kMakesS) {
+    sm90::wgmma_results(rS);
+  }
+  free_stage(shared, previous);
+""",
+        """    free_stage(shared, ring.slot);
+    sm90::wgmma_wait<1>();
+    previous = ring.slot;
+    ring.advance();
+  }
+  sm90::wgmma_wait<0>();
+""",
+        PLAIN,
+    ),
+    "the rank steps' stages are freed before the rank product": (
+        "    finish<Config>(arguments, shared, slots, tile, consumer, up_factor, rY);\n",
+        "    for (int slot : slots) free_stage(shared, slot);\n"
+        "    finish<Config>(arguments, shared, slots, tile, consumer, up_factor, rY); continue;\n",
+        PLAIN,
+    ),
+    "nobody waits for the products": ("  sm90::wgmma_wait<0>();\n  sm90::wgmma_results(rY);", "", PLAIN),
+    "S is not waited for": (
+        "wait_until_published(&arguments.flags[Config::kConsumers * tile.m + consumer], arguments.nonce);",
+        "",
+        PLAIN,
+    ),
+    "one half of S is not waited for": (
+        "for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {\n        wait",
+        "for (int consumer = 0; consumer < 1; ++consumer) {\n        wait",
+        PLAIN,
+    ),
+    "S is published by a thread that does not wait for the others": (
+        "  sm90::fence_async_shared();\n  sm90::named_barrier_sync(kConsumerBarrier + consumer, Config::kWarpgroup);\n"
+        "  if (threadIdx.x % Config::kWarpgroup == 0) {\n    publish",
+        "  sm90::fence_async_shared();\n  if (threadIdx.x % Config::kWarpgroup == 0) {\n    publish",
+        PLAIN,
+    ),
+    "flags of an earlier launch count": ("arguments.nonce = params.nonce;", "arguments.nonce = 1;", PLAIN),
+    "S is not fenced for the copy engine": (
+        "  sm90::fence_async_global();\n  sm90::fence_async_shared();",
+        "  sm90::fence_async_shared();",
+        PLAIN,
+    ),
+    "S is not fenced for the tensor cores": (
+        "  sm90::fence_async_global();\n  sm90::fence_async_shared();",
+        "  sm90::fence_async_global();",
+        PLAIN,
+    ),
+    "S is kept without the swizzle": (
+        "sm90::swizzled(sS + tile_row * kLine + 2 * (col % Config::kRankChunk), kLine)",
+        "sS + tile_row * kLine + 2 * (col % Config::kRankChunk)",
+        PLAIN,
+    ),
+    "y is staged without the swizzle": (
+        "sm90::swizzled(sY + 16 * (i / 4 + lane / 16), Config::kLineBytes)",
+        "(sY + 16 * (i / 4 + lane / 16))",
+        PLAIN,
+    ),
+    "y is staged while the last chunk is still read": ("    sm90::tma_store_wait_read<0>();\n", "", PLAIN),
+    "y is not fenced for the copy engine": (
+        "  sm90::fence_async_shared();\n  sm90::named_barrier_sync(barrier, Config::kWarpgroup);\n",
+        "  sm90::named_barrier_sync(barrier, Config::kWarpgroup);\n",
+        PLAIN,
+    ),
+    "y leaves before the warpgroup has staged it": (
+        "  sm90::fence_async_shared();\n  sm90::named_barrier_sync(barrier, Config::kWarpgroup);\n",
+        "  sm90::fence_async_shared();\n",
+        PLAIN,
+    ),
+    "the block exits before its stores are done": ("    sm90::tma_store_wait<0>();\n", "", PLAIN),
+    "fewer bytes are announced than come": ("(makes_s ? Config::kDownBytes : 0)", "0", PLAIN),
+    "columns past the rank are not cleared": ("col < arguments.r ? rS[i] * factor : 0.0f", "rS[i] * factor", PLAIN),
+    "rows past the end are written": ("      if (row < arguments.m) {\n        if (col", "      {\n        if (col", PLAIN),
+    "the tile n = 0 comes last": (
+        "    const TileIndex tile = arguments.order.at(number);",
+        "    TileIndex tile = arguments.order.at(number); tile.n = arguments.order.tiles_n - 1 - tile.n;",
+        PLAIN,
+    ),
+    "the scale is left out": ("+ factor * rP[i + j] +", "+ (factor != 0.0f) * rP[i + j] +", PLAIN),
+    "the bias of a pair is swapped": ("j % 2 == 0 ? bias.x : bias.y", "j % 2 == 0 ? bias.y : bias.x", PLAIN),
+    "W's blocks of columns are taken to be closer together": (
+        "sm90::operand_descriptor(sW + kAlongW * i, kLine, Config::kBlockK * kLine)",
+        "sm90::operand_descriptor(sW + kAlongW * i, kLine, 1024)",
+        BACKWARD_CONFIG,
+    ),
+    "steps along k are as far in transposed operands": (
+        "kAlongW = Config::kTransposed ? 16 * kLine : 32",
+        "kAlongW = 32",
+        BACKWARD_CONFIG,
+    ),
+}
+MUTATED = ("gemm_sm90_config.h", "tile_order.h", "gemm_sm90.cuh", "gemm_sm90_arguments.h")
+
+
+FAULT_CASE = Case(m=200, n=520, k=200, r=3, dtype=BF16)
+FAULT_CASE_BACKWARD = Case(m=200, n=200, k=520, r=3, dtype=BF16)
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Path:
+    """One program with every faulty version of the kernel, by its number."""
+    kernel = "".join((CSRC / "lora_linear" / name).read_text() for name in MUTATED).replace("#pragma once", "")
+    for name in MUTATED:
+        kernel = kernel.replace(f'#include "lora_linear/{name}"\n', "")
+    includes, main = simt_gemm.PROGRAM.split("TESTS")
+    test = includes.split("using namespace peft_kernels::lora_linear;")[1]
+    unused = ("parameter", "value", "but-set-variable", "variable")
+    text = "".join(f'#pragma GCC diagnostic ignored "-Wunused-{what}"\n' for what in unused)
+    text += '#include "lora_linear/params.h"\nusing namespace peft_kernels;\n'
+    entries = []
+    for number, (fault, (old, new, config)) in enumerate(FAULTS.items()):
+        assert old in kernel, f"{fault}: there is nothing to replace"
+        space, (kind, rank, direction) = f"peft_kernels::fault_{number}", config.split("-")
+        text += f"namespace {space} {{ using lora_linear::GemmParams; }}\n"
+        text += (kernel.replace(old, new) if old else kernel).replace("peft_kernels::lora_linear", space)
+        text += f"namespace {space} {{\n{test}}}\n"
+        types = f"sm90::HalfType::{kind}, {rank}, {space}::Direction::{direction}"
+        entries.append(f'{{"{number}", {space}::test<{space}::GemmConfig<{types}>>}}')
+    tests = f"const std::map<std::string, void (*)(const simt::Arguments&)> tests = {{{', '.join(entries)}}};"
+    return build.build(text + tests + main)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(faulty: Path, fault: str) -> None:
+    backward = FAULTS[fault][2] == BACKWARD_CONFIG
+    case = FAULT_CASE_BACKWARD if backward else FAULT_CASE
+    tensors, dy = _with_an_infinite_row(case), cases.output_gradient(case, CPU)
+    x, weight, lora_a, lora_b, bias = tensors
+
+    def check(schedules: int) -> None:
+        number = str(list(FAULTS).index(fault))
+        if backward:
+            operands, sizes = {"x": dy, "w": weight, "down": lora_b, "up": lora_a}, (case.m, case.k, case.n)
+            got = simt_gemm.run(faulty, number, operands, None, case, sizes, grid=3, schedules=schedules)
+            _check_backward(case, tensors, dy, *got)
+        else:
+            operands, sizes = {"x": x, "w": weight, "down": lora_a, "up": lora_b}, (case.m, case.n, case.k)
+            got = simt_gemm.run(faulty, number, operands, bias, case, sizes, grid=3, schedules=schedules)
+            _check_forward(case, tensors, *got)
+
+    if fault.startswith("no fault"):
+        check(4)
+        return
+    # What is wrong under every schedule is seen by one; a race by one of many.
+    with pytest.raises(AssertionError):
+        check(1)
+        check(100)
