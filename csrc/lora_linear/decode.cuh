@@ -1,9 +1,9 @@
 // What      LoRA's linear layer for at most 16 tokens, in one launch: the device body
 // Equation  y = x W^T + bias + scale S B^T,  S = x A^T   (Hu et al. 2021, arXiv:2106.09685, section 4.1)
 // Tensors   x (m, k), W (n, k), bias, y (m, n) bf16 or fp16; A (r, k), B (n, r) likewise or float32; S (m, r) float32
-// Tiles     a unit is 32 rows of W or A and a split of k; a CTA takes units in order, see decode_config.h. Its warps
-//           share the split's chunks of k; a warp multiplies its 32 rows with all tokens on tensor cores
-// Bound     one read of W: 2 n k bytes. x comes from L1 and L2, m / 32 of W's bytes; S and B from L2, below a percent
+// Tiles     a unit is 64 rows of W or A and a split of k; a CTA takes units in order, see decode_config.h. Of its warps
+//           two share the rows and four the split's chunks of k; a warp multiplies its rows on tensor cores
+// Bound     one read of W: 2 n k bytes. From L2, beside W: x, m / 64 of W's bytes; S, B and partial sums, some percent
 // Refused   k no multiple of 8, rows off 16-byte boundaries, m > 16
 //
 // The lanes of a product are given k by whole vectors: lane t of a row's four loads k = 8t ... 8t + 7 in one access, of
@@ -35,7 +35,9 @@
 namespace peft_kernels::lora_linear::decode {
 
 constexpr uint4 kZero = {0, 0, 0, 0};
-constexpr int kRowsPerThread = kMaxTokens / kWarps;  // tokens of a thread's outputs: warp and warp + 8; column: lane
+// A thread's outputs: the tokens warp and warp + 8 of the tile's columns lane and lane + 32.
+constexpr int kOutputs = kMaxTokens / kWarps * kRowGroups;
+static_assert(kWarpRows == 32, "a lane has a column in each row group");
 
 __device__ __forceinline__ int at_most(int value, int limit) {
   return value < limit ? value : limit;
@@ -44,6 +46,14 @@ __device__ __forceinline__ int at_most(int value, int limit) {
 struct Thread {
   int warp, lane;
   int group, quad;  // of the lane within a product's fragments
+
+  // What the warp multiplies.
+  __device__ __forceinline__ int first_row() const { return warp % kRowGroups * kWarpRows; }
+  __device__ __forceinline__ int warp_of_k() const { return warp / kRowGroups; }
+
+  // Where its outputs are in the tile.
+  __device__ __forceinline__ int token(int output) const { return warp + kWarps * (output / kRowGroups); }
+  __device__ __forceinline__ int column(int output) const { return lane + kWarpRows * (output % kRowGroups); }
 };
 
 // A tile's rows of W or A, in memory.
@@ -113,7 +123,7 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const uint4 (&rX)[2], 
   }
 }
 
-// acc[i] = x (16, k) times rows 8i ... 8i + 7 of the tile, over the warp's chunks. Rows and tokens beyond the last one
+// acc[i] = x (16, k) times rows 8i ... 8i + 7 of the warp's, over its chunks. Rows and tokens beyond the last one
 // are the last one again, which costs no bytes and no predicates; what comes of them is stored nowhere.
 template <typename T, typename TRow>
 __device__ __forceinline__ void accumulate(float (&acc)[kSubtiles][4],
@@ -123,7 +133,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[kSubtiles][4],
                                            const Range& range) {
   constexpr int kVectors = sizeof(TRow) / sizeof(T);
   constexpr int kAtOnce = kSteps / kVectors;  // float32 rows take twice the registers
-  const int first = (range.begin + thread.warp) * kChunkK + thread.quad * kVector;
+  const int first = (range.begin + thread.warp_of_k()) * kChunkK + thread.quad * kVector;
   const T* gX[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -133,12 +143,13 @@ __device__ __forceinline__ void accumulate(float (&acc)[kSubtiles][4],
   const TRow* gRow[kSubtiles];
 #pragma unroll
   for (int i = 0; i < kSubtiles; ++i) {
-    gRow[i] = rows.gBase + at_most(rows.first + thread.group + 8 * i, rows.end - 1) * rows.stride + first;
+    const int row = at_most(rows.first + thread.first_row() + thread.group + 8 * i, rows.end - 1);
+    gRow[i] = rows.gBase + row * rows.stride + first;
   }
   // Up to the end of k or of the range; k is a multiple of a vector.
   int left = at_most(params.shape.k, range.end * kChunkK) - first;
 
-  for (; left + thread.quad * kVector > 0; left -= kWarps * kChunkK) {
+  for (; left + thread.quad * kVector > 0; left -= kWarpsOfK * kChunkK) {
 #pragma unroll 1
     for (int at = 0; at < kChunkK; at += kAtOnce * kStepK) {
       uint4 rRow[kAtOnce][kSubtiles][kVectors], rX[kAtOnce][2];
@@ -168,15 +179,15 @@ __device__ __forceinline__ void accumulate(float (&acc)[kSubtiles][4],
     }
 #pragma unroll
     for (int i = 0; i < kSubtiles; ++i) {
-      gRow[i] += kWarps * kChunkK;
+      gRow[i] += kWarpsOfK * kChunkK;
     }
-    gX[0] += kWarps * kChunkK;
-    gX[1] += kWarps * kChunkK;
+    gX[0] += kWarpsOfK * kChunkK;
+    gX[1] += kWarpsOfK * kChunkK;
   }
 }
 
-// The tile's sums over the CTA's warps, in the warps' order: a thread's are those of its outputs.
-__device__ __forceinline__ void reduce_over_warps(float (&sums)[kRowsPerThread],
+// The tile's sums over the warps that share its k, in the warps' order: a thread's are those of its outputs.
+__device__ __forceinline__ void reduce_over_warps(float (&sums)[kOutputs],
                                                   const float (&acc)[kSubtiles][4],
                                                   const Thread& thread,
                                                   float* sSums) {
@@ -191,32 +202,33 @@ __device__ __forceinline__ void reduce_over_warps(float (&sums)[kRowsPerThread],
   }
   __syncthreads();
 #pragma unroll
-  for (int j = 0; j < kRowsPerThread; ++j) {
+  for (int j = 0; j < kOutputs; ++j) {
     sums[j] = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      sums[j] += sSums[(warp * kMaxTokens + thread.warp + kWarps * j) * kSumsPitch + thread.lane];
+    for (int i = 0; i < kWarpsOfK; ++i) {
+      const int warp = i * kRowGroups + j % kRowGroups;
+      sums[j] += sSums[(warp * kMaxTokens + thread.token(j)) * kSumsPitch + thread.lane];
     }
   }
 }
 
 // Leave the sums in memory for the last split of the tile.
-__device__ __forceinline__ void store_partial(const float (&sums)[kRowsPerThread],
+__device__ __forceinline__ void store_partial(const float (&sums)[kOutputs],
                                               const Thread& thread,
                                               const DecodeParams& params,
                                               const Unit& unit) {
   float* gPartial = params.partials + partial_of(params.shape, unit) * partial_floats(params.shape);
 #pragma unroll
-  for (int j = 0; j < kRowsPerThread; ++j) {
-    const int token = thread.warp + kWarps * j;
+  for (int j = 0; j < kOutputs; ++j) {
+    const int token = thread.token(j);
     if (token < params.shape.m) {
-      gPartial[token * kTileRows + thread.lane] = sums[j];
+      gPartial[token * kTileRows + thread.column(j)] = sums[j];
     }
   }
 }
 
 // sums = the earlier splits' sums, in order, then this one's.
-__device__ __forceinline__ void add_partials(float (&sums)[kRowsPerThread],
+__device__ __forceinline__ void add_partials(float (&sums)[kOutputs],
                                              const Thread& thread,
                                              const DecodeParams& params,
                                              const Unit& unit) {
@@ -224,12 +236,12 @@ __device__ __forceinline__ void add_partials(float (&sums)[kRowsPerThread],
   const Unit first = {unit.is_down, unit.tile, 0, unit.splits};
   const float* gPartial = params.partials + partial_of(params.shape, first) * size;
 #pragma unroll
-  for (int j = 0; j < kRowsPerThread; ++j) {
-    const int token = thread.warp + kWarps * j;
+  for (int j = 0; j < kOutputs; ++j) {
+    const int token = thread.token(j);
     if (token < params.shape.m) {
       float total = 0.0f;
       for (int split = 0; split < unit.split; ++split) {
-        total += gPartial[split * size + token * kTileRows + thread.lane];
+        total += gPartial[split * size + token * kTileRows + thread.column(j)];
       }
       sums[j] += total;
     }
@@ -278,11 +290,10 @@ __device__ __forceinline__ void stage_s(float* sS, const Thread& thread, const D
 // y of a tile: the base product's sums, bias, and the low-rank term of the S that A's units publish meanwhile.
 template <typename T, typename TAdapter>
 __device__ __forceinline__ void finish_tile(
-    float (&sums)[kRowsPerThread], const Thread& thread, const DecodeParams& params, const Unit& unit, int index) {
+    float (&sums)[kOutputs], const Thread& thread, const DecodeParams& params, const Unit& unit, int index) {
   float* sUp = static_cast<float*>(shared_memory()) + kUp;
   float* sS = static_cast<float*>(shared_memory()) + kS;
   const Shape& shape = params.shape;
-  const int n = unit.tile * kTileRows + thread.lane;
 
   stage_up<TAdapter>(sUp, thread, params, unit.tile, 0);
   wait_for(params, index - unit.split, 1, unit.split);
@@ -290,7 +301,7 @@ __device__ __forceinline__ void finish_tile(
   __syncthreads();
   add_partials(sums, thread, params, unit);
 
-  float update[kRowsPerThread] = {};
+  float update[kOutputs] = {};
   for (int rank = 0; rank < shape.r; rank += kRankBlock) {
     if (rank > 0) {
       __syncthreads();  // all have read the block before
@@ -300,11 +311,10 @@ __device__ __forceinline__ void finish_tile(
     __syncthreads();
     const int width = shape.r - rank < kRankBlock ? shape.r - rank : kRankBlock;
 #pragma unroll
-    for (int j = 0; j < kRowsPerThread; ++j) {
-      const int token = thread.warp + kWarps * j;
-      if (token < shape.m && n < shape.n) {
+    for (int j = 0; j < kOutputs; ++j) {
+      if (thread.token(j) < shape.m && unit.tile * kTileRows + thread.column(j) < shape.n) {
         for (int i = 0; i < width; ++i) {
-          update[j] += sS[token * kRankBlock + i] * sUp[thread.lane * kUpPitch + i];
+          update[j] += sS[thread.token(j) * kRankBlock + i] * sUp[thread.column(j) * kUpPitch + i];
         }
       }
     }
@@ -312,8 +322,8 @@ __device__ __forceinline__ void finish_tile(
 
   const float scale = params.scale == nullptr ? params.scale_value : *params.scale;
 #pragma unroll
-  for (int j = 0; j < kRowsPerThread; ++j) {
-    const int token = thread.warp + kWarps * j;
+  for (int j = 0; j < kOutputs; ++j) {
+    const int token = thread.token(j), n = unit.tile * kTileRows + thread.column(j);
     if (token < shape.m && n < shape.n) {
       const T* gBias = static_cast<const T*>(params.bias);
       const float bias = gBias == nullptr ? 0.0f : static_cast<float>(gBias[n * params.bias_stride]);
@@ -325,14 +335,13 @@ __device__ __forceinline__ void finish_tile(
 
 // S of a tile of A.
 __device__ __forceinline__ void finish_down(
-    float (&sums)[kRowsPerThread], const Thread& thread, const DecodeParams& params, const Unit& unit, int index) {
+    float (&sums)[kOutputs], const Thread& thread, const DecodeParams& params, const Unit& unit, int index) {
   wait_for(params, index - unit.split, 1, unit.split);
   __syncthreads();
   add_partials(sums, thread, params, unit);
-  const int rank = unit.tile * kTileRows + thread.lane;
 #pragma unroll
-  for (int j = 0; j < kRowsPerThread; ++j) {
-    const int token = thread.warp + kWarps * j;
+  for (int j = 0; j < kOutputs; ++j) {
+    const int token = thread.token(j), rank = unit.tile * kTileRows + thread.column(j);
     if (token < params.shape.m && rank < params.shape.r) {
       params.s[static_cast<int64_t>(token) * params.shape.r + rank] = sums[j];
     }
@@ -364,7 +373,7 @@ __device__ __forceinline__ void decode_body(const DecodeParams& params) {
     }
 
     // Each branch passes a barrier after these sums are read and before the next unit's are written.
-    float sums[kRowsPerThread];
+    float sums[kOutputs];
     reduce_over_warps(sums, acc, thread, sSums);
     if (!unit.is_last()) {
       store_partial(sums, thread, params, unit);

@@ -21,18 +21,25 @@ namespace peft_kernels::lora_linear::decode {
 
 constexpr int kMaxTokens = 16;     // the rows of one tensor-core product
 constexpr int kMaxSize = 1 << 30;  // of n, k and r: indices within a row or column are 32-bit
-constexpr int kTileRows = 32;      // of W or A; 16 KiB of partial sums a CTA, and x is read once for 32 rows
-constexpr int kSubtiles = kTileRows / 8;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kCtasPerSm = 2;  // 16 warps with 8 loads of 16 bytes each: 64 KiB of W on the way to a multiprocessor
 
+// A warp multiplies 32 rows. Two warps of different rows share a chunk of k, so that the second finds x in L1: one row
+// group would fetch m / 32 of W's bytes from L2 for x beside W itself, two fetch m / 64. More would ask for more splits
+// of k to fill the machine, whose partial sums go through L2 too.
+constexpr int kWarpRows = 32;
+constexpr int kSubtiles = kWarpRows / 8;
+constexpr int kRowGroups = 2;
+constexpr int kTileRows = kRowGroups * kWarpRows;
+constexpr int kWarpsOfK = kWarps / kRowGroups;
+
 constexpr int kVector = 8;                // half-precision elements in 16 bytes
 constexpr int kStepK = 4 * kVector;       // the four lanes that share a row load 64 bytes of it
 constexpr int kSteps = 2;                 // loaded at a time
-constexpr int kChunkK = kSteps * kStepK;  // what a warp takes of K before the CTA's next warp
+constexpr int kChunkK = kSteps * kStepK;  // what a warp takes of k before the next warp of its rows
 
-constexpr int kSumsPitch = kTileRows + 8;  // a quarter warp's pairs then fall on banks that differ
+constexpr int kSumsPitch = kWarpRows + 8;  // a quarter warp's pairs then fall on banks that differ
 constexpr int kRankBlock = 64;             // ranks of B and S that are in shared memory at a time
 constexpr int kUpPitch = kRankBlock + 1;   // lanes read a column
 
@@ -90,7 +97,7 @@ PEFT_KERNELS_DECODE_CONFIG int chunks(int k) {
   return (k - 1) / kChunkK + 1;
 }
 
-// The chunks of K that a split takes; its warp w takes the chunks begin + w, begin + w + kWarps, ...
+// The chunks of K that a split takes; warp w of a row group takes the chunks begin + w, begin + w + kWarpsOfK, ...
 PEFT_KERNELS_DECODE_CONFIG Range chunks_of(const Shape& shape, const Unit& unit) {
   const int64_t all = chunks(shape.k);
   return {static_cast<int>(all * unit.split / unit.splits), static_cast<int>(all * (unit.split + 1) / unit.splits)};

@@ -68,6 +68,11 @@ def stream_of(device: torch.device) -> Iterator[int]:
         yield torch.cuda.current_stream(device).cuda_stream
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether launches on the device go into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @cache
 def _why_not_compiled(arch: int) -> str | None:
     record = extension.build_record()

@@ -9,6 +9,9 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 | triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | any  | tested in Triton's interpreter and compiled for |
 |         |                       |                        |      | sm_80, 89, 90, 100; run by no GPU yet: not in   |
 |         |                       |                        |      | `auto`                                          |
+| cuda    | CUDA, sm_80 and newer | bf16, fp16; adapters   | any  | decode: M <= 16, no dropout; backward by torch. |
+|         |                       | likewise or fp32       |      | Device body tested in the emulator; run by no   |
+|         |                       |                        |      | GPU yet: not in `auto`                          |
 
 Map, top to bottom:
     problem.py         the tensors of a call, the facts backends decide on, every check
@@ -19,6 +22,9 @@ Map, top to bottom:
     triton_bwd.py      kernels `grad_up`, `grad_down` and their launchers    (dS, dB, dbias; dA)
     triton_dropout.py  the mask, recomputed in a kernel's registers
     triton_impl.py     what Triton can run, and the order of its launches
+    cuda_workspace.py  memory and nonces of launches whose blocks wait for each other
+    cuda_decode.py     what csrc/lora_linear/decode.cuh can run, and its launch                   (S, y; M <= 16)
+    cuda_impl.py       the CUDA kernels in the order in which they are tried
     op.py              the public function, autograd, torch.library
     module.py          FusedLoRALinear
 """

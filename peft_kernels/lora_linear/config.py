@@ -93,11 +93,11 @@ class DecodeConfig:
     GRID: int
 
 
-# Constants of csrc/lora_linear/decode_config.h: rows of a tile, k that a warp takes at a time, warps of a block, blocks
-# of a multiprocessor.
-DECODE_TILE_ROWS = 32
+# Constants of csrc/lora_linear/decode_config.h: rows of a tile, k that a warp takes at a time, warps of a block that
+# share its k, blocks of a multiprocessor.
+DECODE_TILE_ROWS = 64
 DECODE_CHUNK_K = 64
-DECODE_WARPS = 8
+DECODE_WARPS_OF_K = 4
 DECODE_BLOCKS_PER_SM = 2
 
 
@@ -242,11 +242,11 @@ def decode_config(n: int, k: int, r: int, hardware: Hardware) -> DecodeConfig:
 
     def rounds(choice: tuple[int, int]) -> int:
         splits, down_splits = choice
-        return _cdiv(units(splits, down_splits), slots) * (_cdiv(_cdiv(chunks, splits), DECODE_WARPS) + 2)
+        return _cdiv(units(splits, down_splits), slots) * (_cdiv(_cdiv(chunks, splits), DECODE_WARPS_OF_K) + 2)
 
     # S had better be there before the first tile of W asks for it, so A's units are half as long, unless that takes
     # another wave of blocks. With fewer chunks to a unit than warps, more splits have nothing to share.
-    most = max(1, _cdiv(chunks, DECODE_WARPS))
+    most = max(1, _cdiv(chunks, DECODE_WARPS_OF_K))
     choices = [(splits, min(factor * splits, chunks)) for splits in range(1, most + 1) for factor in (2, 1)]
     splits, down_splits = min(choices, key=rounds)
     return DecodeConfig(SPLITS=splits, DOWN_SPLITS=down_splits, GRID=min(units(splits, down_splits), slots))

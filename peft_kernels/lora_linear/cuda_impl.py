@@ -1,7 +1,7 @@
 """Capability record of the CUDA backend: its kernels in the order in which they are tried, and what it borrows.
 
-The kernels compute the forward pass. The backward pass is the torch backend's, which takes the same S (M, r) float32;
-the record says so. Imports the extension only to ask or to launch.
+A call's backward pass is that of the kernel that runs its forward pass, or, where the kernel has none, the torch
+backend's, which takes the same S (M, r) float32; the record declares it. Imports the extension only to ask or launch.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ VERIFIED_ARCHS: frozenset[int] = frozenset()
 
 
 class Kernel(NamedTuple):
-    """A forward pass in one launch.
+    """One kernel, and the passes of the calls that it runs.
 
     Attributes:
         name: for refusals.
         minimum_arch: oldest architecture that it is compiled for.
         why_not: reason why it cannot run a problem, or None.
         forward: returns y (M, N) and S (M, r) float32.
+        backward: returns the gradients that are asked for.
     """
 
     name: str
     minimum_arch: int
     why_not: Callable[[LoraLinearProblem], str | None]
     forward: Callable[[LoraLinearProblem, Inputs], tuple[Tensor, Tensor]]
+    backward: Callable[[LoraLinearProblem, Inputs, Tensor, Tensor, Needs], Gradients]
 
 
 # In the order in which they are tried: where few tokens make the weights' bytes all the cost, decode reads them once.
-KERNELS: tuple[Kernel, ...] = (Kernel("decode", cuda_decode.MINIMUM_ARCH, cuda_decode.why_not, cuda_decode.forward),)
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("decode", cuda_decode.MINIMUM_ARCH, cuda_decode.why_not, cuda_decode.forward, torch_impl.backward),
+)
 
 
 def why_not(problem: LoraLinearProblem) -> str | None:
@@ -54,28 +58,32 @@ def why_not_auto(problem: LoraLinearProblem) -> str | None:
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r) float32."""
-    chosen = _choose(problem)
-    if isinstance(chosen, str):
-        raise RuntimeError(f"lora_linear: no CUDA kernel runs this problem: {chosen}")
-    return chosen.forward(problem, inputs)
+    return _chosen(problem).forward(problem, inputs)
 
 
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
-    """Return the gradients that ``needs`` asks for, by the torch backend."""
-    return torch_impl.backward(problem, inputs, s, dy, needs)
+    """Return the gradients that ``needs`` asks for."""
+    return _chosen(problem).backward(problem, inputs, s, dy, needs)
+
+
+def _chosen(problem: LoraLinearProblem) -> Kernel:
+    chosen = _choose(problem)
+    if isinstance(chosen, str):
+        raise RuntimeError(f"lora_linear: no CUDA kernel runs this problem: {chosen}")
+    return chosen
 
 
 def _choose(problem: LoraLinearProblem) -> Kernel | str:
     """The first kernel that runs the problem, or the reasons of all."""
-    reasons: list[str] = []
+    reasons: dict[str, None] = {}  # a device that refuses several kernels for one reason says so once
     for kernel in KERNELS:
         reason = cuda_tools.why_not_device(problem.device, kernel.minimum_arch)
-        if reason is not None:
-            return reason
-        reason = kernel.why_not(problem)
         if reason is None:
-            return kernel
-        reasons.append(f"{kernel.name}: {reason}")
+            reason = kernel.why_not(problem)
+            if reason is None:
+                return kernel
+            reason = f"{kernel.name}: {reason}"
+        reasons[reason] = None
     return "; ".join(reasons)
 
 

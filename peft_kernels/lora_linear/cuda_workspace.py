@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_kernels._core import cuda_tools
+
 _FLAG_BYTES = 8
 
 
@@ -43,7 +45,7 @@ def allocate(flags: int, size: int, device: torch.device) -> Workspace:
         size: bytes of the whole.
     """
     tensor = torch.empty(-(-size // _FLAG_BYTES), dtype=torch.int64, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if cuda_tools.is_capturing(device):
         tensor[:flags].zero_()
     return Workspace(tensor, _next_nonce())
 

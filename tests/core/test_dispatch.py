@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 import threading
 import warnings
 
@@ -12,6 +14,7 @@ import torch
 import peft_kernels as pk
 from peft_kernels._core import dispatch
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels.info import families
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,3 +110,14 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "tritn")
     with pytest.raises(ValueError, match=r"PEFT_KERNELS_BACKEND must be one of .*got 'tritn'"):
         dispatch.requested_backend(None)
+
+
+@pytest.mark.parametrize("family", families())
+def test_what_is_borrowed_is_declared(family: str) -> None:
+    """A record names the backends whose code its own calls, and no others."""
+    implementations = importlib.import_module(f"peft_kernels.{family}.op").IMPLEMENTATIONS
+    names = [implementation.name for implementation in implementations]
+    for implementation in implementations:
+        module = sys.modules[implementation.forward.__module__]
+        imported = {name for name in names if f"{name}_impl" in vars(module)}
+        assert imported - {implementation.name} == set(implementation.borrows)

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,70 @@ def test_bad_arguments(built: ModuleType, wrong: dict[str, int], message: str) -
 @pytest.mark.parametrize(("rows", "cols"), [(0, 8), (4, 0)])
 def test_empty_launches_nothing(built: ModuleType, rows: int, cols: int) -> None:
     built.lora_linear.dropout_mask(mask=0, seed=0, rows=rows, cols=cols, threshold=0, stream=0)
+
+
+DECODE = {
+    **dict.fromkeys(("x", "weight", "lora_a", "lora_b", "bias", "scale", "y", "s", "workspace"), 64),
+    "m": 4,
+    "n": 32,
+    "k": 64,
+    "r": 8,
+    "splits": 1,
+    "down_splits": 1,
+    "grid": 1,
+    "stream": 0,
+    "nonce": 1,
+    "x_stride": 64,
+    "weight_stride": 64,
+    "a_stride": 64,
+    "b_strides": (8, 1),
+    "bias_stride": 1,
+    "dtype": "bfloat16",
+    "adapter_dtype": "bfloat16",
+    "scale_value": 1.0,
+}
+
+
+def test_decode_without_a_device_says_so(built: ModuleType) -> None:
+    reason = built.why_no_device()
+    if reason is None:
+        pytest.skip("there is a CUDA device")
+    for dtypes in ({}, {"adapter_dtype": "float32"}, {"dtype": "float16", "adapter_dtype": "float16"}):
+        with pytest.raises(RuntimeError, match="launch of lora_linear's decode_forward failed: cudaError") as error:
+            built.lora_linear.decode_forward(**DECODE | dtypes)
+        assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"m": 17}, "decode takes at most 16 tokens, got 17"),
+        ({"m": 0}, "decode's m must be positive, got 0"),
+        ({"n": 0}, "decode's n must be positive"),
+        ({"k": -8}, "decode's k must be positive"),
+        ({"r": 0}, "decode's r must be positive"),
+        ({"splits": 0}, "decode's splits must be positive"),
+        ({"down_splits": 0}, "decode's down_splits must be positive"),
+        ({"grid": 0}, "decode's grid must be positive"),
+        ({"n": 2**30 + 1}, r"n, k and r must be at most 2\^30"),
+        ({"k": 60}, "k must be a multiple of 8, got 60"),
+        ({"x": 66}, "rows of x do not start at multiples of 16 bytes"),
+        ({"weight_stride": 68}, "rows of weight do not start at multiples of 16 bytes"),
+        ({"a_stride": 66, "adapter_dtype": "float32"}, "rows of lora_a do not start at multiples of 16 bytes"),
+        ({"dtype": "float32"}, "decode takes bfloat16 or float16 with adapters of that dtype or float32"),
+        ({"adapter_dtype": "float16"}, "decode takes bfloat16 or float16 with adapters of that dtype or float32"),
+        ({"dtype": "int8"}, "dtype must be bfloat16, float16 or float32, got int8"),
+    ],
+)
+def test_bad_arguments_of_decode(built: ModuleType, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built.lora_linear.decode_forward(**DECODE | wrong)
+
+
+def test_workspace_of_decode(built: ModuleType) -> None:
+    """3 tiles of W in 4 splits, 2 of A in 5: 22 units, of which 17 leave partial sums of 64 floats a token."""
+    shape = {"m": 7, "n": 129, "k": 4096, "r": 65, "splits": 4, "down_splits": 5}
+    assert built.lora_linear.decode_workspace(**shape) == (22, 22 * 8 + 17 * 7 * 64 * 4)
 
 
 def test_why_not_names_the_last_obstacle(built: ModuleType) -> None:

@@ -34,6 +34,7 @@ def test_json_names_every_family_and_backend() -> None:
     for backends in report["families"].values():
         assert backends["torch"] == info.AVAILABLE
         assert all(isinstance(answer, str) and answer for answer in backends.values())
+    assert report["families"]["lora_linear"]["cuda"].endswith("; what it has no kernels for is done by torch")
 
 
 def test_text_shows_reasons() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ void test(const simt::Arguments& arguments) {
         params.a_stride = arguments.integer("a_stride");
         params.b_stride_n = arguments.integer("b_stride_n");
         params.b_stride_r = arguments.integer("b_stride_r");
-        params.bias_stride = 1;
+        params.bias_stride = arguments.integer("bias_stride");
         params.nonce = 0x9E3779B97F4A7C15u + seed;
         params.scale_value = static_cast<float>(arguments.number("scale_value"));
         params.shape = shape;
@@ -76,11 +78,6 @@ int main(int argc, char** argv) {
 """
 
 
-def dtypes(case: Case) -> str:
-    """A case's pair of dtypes by the program's name for it."""
-    return "+".join(str(dtype).removeprefix("torch.") for dtype in (case.dtype, case.adapter_dtype or case.dtype))
-
-
 def run(
     case: Case,
     tensors: Tensors,
@@ -90,27 +87,41 @@ def run(
     schedules: int = 1,
     first_seed: int = 0,
     scale_tensor: bool = False,
+    source: str = PROGRAM,
 ) -> tuple[Tensor, Tensor]:
     """y (m, n) and S (m, r), the same bits under all schedules."""
-    got = build.run(
-        build.build(PROGRAM),
-        {**tensors._asdict(), "scale": torch.tensor([case.scale]) if scale_tensor else None},
-        {"y": ((case.m, case.n), case.dtype), "s": ((case.m, case.r), torch.float32)},
-        schedules,
-        first_seed,
-        dtypes=dtypes(case),
-        m=case.m,
-        n=case.n,
-        k=case.k,
-        r=case.r,
-        splits=splits,
-        down_splits=down_splits,
-        grid=grid,
-        x_stride=case.k,
-        weight_stride=case.k,
-        a_stride=case.k,
-        b_stride_n=case.r,
-        b_stride_r=1,
-        scale_value=float("nan") if scale_tensor else case.scale,
-    )
+    arguments = {
+        "m": case.m,
+        "n": case.n,
+        "k": case.k,
+        "r": case.r,
+        "splits": splits,
+        "down_splits": down_splits,
+        "grid": grid,
+        "x_stride": case.k,
+        "weight_stride": case.k,
+        "a_stride": case.k,
+        "b_stride_n": case.r,
+        "b_stride_r": 1,
+        "bias_stride": 1,
+        "scale_value": float("nan") if scale_tensor else case.scale,
+    }
+    inputs = {**tensors._asdict(), "scale": torch.tensor([case.scale]) if scale_tensor else None}
+    return run_on(case.dtype, case.adapter_dtype or case.dtype, inputs, arguments, schedules, first_seed, source)
+
+
+def run_on(
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    inputs: Mapping[str, Tensor | None],
+    arguments: Mapping[str, float],
+    schedules: int,
+    first_seed: int = 0,
+    source: str = PROGRAM,
+) -> tuple[Tensor, Tensor]:
+    """As ``run``, on tensors that lie in memory as the strides among the arguments say."""
+    m, n, r = (int(arguments[name]) for name in ("m", "n", "r"))
+    names = "+".join(str(each).removeprefix("torch.") for each in (dtype, adapter_dtype))
+    outputs = {"y": ((m, n), dtype), "s": ((m, r), torch.float32)}
+    got = build.run(build.build(source), inputs, outputs, schedules, first_seed, dtypes=names, **arguments)
     return got["y"], got["s"]
