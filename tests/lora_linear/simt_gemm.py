@@ -83,9 +83,9 @@ CONFIGS = (
     ("kBf16", 64, "kForward"),
     ("kFp16", 32, "kForward"),
     ("kFp16", 128, "kForward"),
-    ("kBf16", 32, "kBackward"),
+    ("kBf16", 16, "kBackward"),
     ("kBf16", 128, "kBackward"),
-    ("kFp16", 16, "kBackward"),
+    ("kFp16", 32, "kBackward"),
     ("kFp16", 64, "kBackward"),
 )
 
