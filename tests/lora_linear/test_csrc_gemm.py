@@ -6,6 +6,9 @@ the code on purpose are seen; the order of tiles for many shapes and grids.
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -282,3 +285,100 @@ def test_faults_are_seen(faulty: Path, fault: str) -> None:
     with pytest.raises(AssertionError):
         check(1)
         check(100)
+
+
+TILE_ORDER_PROGRAM = r"""
+#include <algorithm>
+#include <cstdio>
+#include <vector>
+
+#include "lora_linear/ORDER"
+
+using peft_kernels::lora_linear::TileIndex;
+using peft_kernels::lora_linear::TileOrder;
+
+#define DEMAND(condition)                                                                              \
+  if (!(condition)) {                                                                                  \
+    std::printf("%s: %d x %d tiles, %d blocks\n", #condition, order.tiles_m, order.tiles_n, blocks);   \
+    return 1;                                                                                          \
+  }
+
+int main() {
+  int blocks = 0;
+  for (int tiles_m = 1; tiles_m <= 40; ++tiles_m) {
+    for (int tiles_n = 1; tiles_n <= 12; ++tiles_n) {
+      const TileOrder order = {tiles_m, tiles_n};
+      std::vector<int> seen(tiles_m * tiles_n, 0), first(tiles_m, -1);
+      std::vector<TileIndex> tiles;
+      for (int64_t number = 0; number < order.count(); ++number) {
+        const TileIndex tile = order.at(number);
+        DEMAND(tile.m >= 0 && tile.m < tiles_m && tile.n >= 0 && tile.n < tiles_n);
+        DEMAND(seen[tile.m * tiles_n + tile.n]++ == 0);
+        if (tile.n == 0) {
+          first[tile.m] = static_cast<int>(number);
+        }
+        DEMAND(first[tile.m] >= 0);
+        // From the second group on, S is made a whole group's rest before it is needed.
+        const int rest = TileOrder::kGroup * (tiles_n - 1);
+        DEMAND(tile.n == 0 || tile.m < TileOrder::kGroup || number - first[tile.m] >= rest);
+        tiles.push_back(tile);
+      }
+      // Blocks in lockstep, each stuck where it waits: everybody gets through, however many blocks there are.
+      for (blocks = 1; blocks <= static_cast<int>(tiles.size()) + 1 && blocks <= 140; ++blocks) {
+        std::vector<size_t> at(blocks);
+        std::vector<bool> raised(tiles_m, false);
+        size_t done = 0;
+        for (int block = 0; block < blocks; ++block) {
+          at[block] = block;
+        }
+        for (bool moved = true; moved;) {
+          moved = false;
+          for (int block = blocks - 1; block >= 0; --block) {
+            if (at[block] < tiles.size() && (tiles[at[block]].n == 0 || raised[tiles[at[block]].m])) {
+              raised[tiles[at[block]].m] = raised[tiles[at[block]].m] || tiles[at[block]].n == 0;
+              at[block] += blocks;
+              ++done;
+              moved = true;
+            }
+          }
+        }
+        DEMAND(done == tiles.size());
+      }
+    }
+  }
+  // Numbers past 2^31.
+  const TileOrder order = {1 << 20, 1 << 12};
+  const TileIndex last = order.at(order.count() - 1);
+  DEMAND(last.m == (1 << 20) - 1 && last.n == (1 << 12) - 1);
+  return 0;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("", "", None),
+        ("return {static_cast<int>(number), 0};", "return {static_cast<int>(number), tiles_n - 1};", "first"),
+        ("1 + static_cast<int>(inside / rows)", "static_cast<int>(inside / rows)", "seen"),
+        ("last > 0 ? last - 1 : 0", "last", "seen|tile.m"),
+    ],
+    ids=["right", "tile n = 0 late", "a tile twice", "the last group alone"],
+)
+def test_tile_order(tmp_path: Path, old: str, new: str, complaint: str | None) -> None:
+    """Each tile once, the tile n = 0 of a row block first and early, no deadlock for any number of blocks."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler on PATH")
+    header = (CSRC / "lora_linear" / "tile_order.h").read_text()
+    assert old in header
+    (tmp_path / "lora_linear").mkdir()
+    (tmp_path / "lora_linear" / "changed.h").write_text(header.replace(old, new) if old else header)
+    (tmp_path / "main.cpp").write_text(TILE_ORDER_PROGRAM.replace("ORDER", "changed.h", 1))
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
+    subprocess.run([compiler, *flags, "-I.", "main.cpp", "-o", "main"], cwd=tmp_path, check=True)
+    result = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=False)
+    if complaint is None:
+        assert result.returncode == 0, result.stdout + result.stderr
+    else:
+        assert result.returncode != 0 and re.search(complaint, result.stdout), result.stdout + result.stderr
