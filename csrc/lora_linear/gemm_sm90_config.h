@@ -28,9 +28,13 @@ constexpr int gemm_block_n(int padded_rank) {
   return padded_rank <= 64 ? 256 : 192;
 }
 
-// Flags that the caller lends: one for each consumer's half of each row block.
+// What the caller lends: a flag of 8 bytes for each consumer's half of each row block, an even number of them, so that
+// S (m, padded rank) in half precision may follow on a 16-byte boundary.
 constexpr int64_t gemm_flags(int64_t m) {
   return kGemmConsumers * ((m + kGemmBlockM - 1) / kGemmBlockM);
+}
+constexpr int64_t gemm_workspace_bytes(int64_t m, int64_t r) {
+  return 8 * gemm_flags(m) + 2 * m * gemm_padded_rank(r);
 }
 
 template <HalfType kType_, int kRank_, Direction kDirection_>

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.device import why_not_verified
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.lora_linear import cuda_decode, torch_impl
+from peft_kernels.lora_linear import cuda_decode, cuda_gemm, torch_impl
 from peft_kernels.lora_linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
@@ -42,6 +42,7 @@ class Kernel(NamedTuple):
 # In the order in which they are tried: where few tokens make the weights' bytes all the cost, decode reads them once.
 KERNELS: tuple[Kernel, ...] = (
     Kernel("decode", cuda_decode.MINIMUM_ARCH, cuda_decode.why_not, cuda_decode.forward, torch_impl.backward),
+    Kernel("gemm", cuda_gemm.ARCH, cuda_gemm.why_not, cuda_gemm.forward, cuda_gemm.backward),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -66,67 +68,97 @@ void test(const simt::Arguments& arguments) {
   });
 }
 
+TESTS
+
 int main(int argc, char** argv) {
-  return simt::main_of(argc, argv, test<GemmConfig<HalfType::TYPE, RANK, Direction::DIRECTION>>);
+  return simt::main_of(argc, argv, [](const simt::Arguments& arguments) {
+    tests.at(arguments.text("config"))(arguments);
+  });
 }
 """
 
+# What a kernel is compiled for: dtype, padded rank, direction. Not all sixteen, for the time that compiling takes.
+CONFIGS = (
+    ("kBf16", 16, "kForward"),
+    ("kBf16", 64, "kForward"),
+    ("kFp16", 32, "kForward"),
+    ("kFp16", 128, "kForward"),
+    ("kBf16", 16, "kBackward"),
+    ("kBf16", 128, "kBackward"),
+    ("kFp16", 32, "kBackward"),
+    ("kFp16", 64, "kBackward"),
+)
 
-def padded_rank(r: int) -> int:
-    """The rank that a kernel is compiled for."""
-    return next(rank for rank in (16, 32, 64, 128) if r <= rank)
+
+def program(text: str = PROGRAM) -> Path:
+    """The compiled program, with a test for each of CONFIGS."""
+    entries = ", ".join(
+        f'{{"{name(*config)}", test<GemmConfig<HalfType::{config[0]}, {config[1]}, Direction::{config[2]}>>}}'
+        for config in CONFIGS
+    )
+    tests = f"const std::map<std::string, void (*)(const simt::Arguments&)> tests = {{{entries}}};"
+    return build.build(text.replace("TESTS", tests))
 
 
-def forward(
-    case: Case, tensors: Tensors, grid: int, schedules: int = 2, *changes: tuple[str, str]
-) -> tuple[Tensor, Tensor]:
+def name(kind: str, rank: int, direction: str) -> str:
+    return f"{kind}-{rank}-{direction}"
+
+
+def forward(case: Case, tensors: Tensors, grid: int, schedules: int) -> tuple[Tensor, Tensor]:
     """y (M, N) and S (M, r) float32 by the emulated kernel."""
     x, weight, lora_a, lora_b, bias = tensors
-    operands = {"x": x, "w": weight, "down": lora_a, "up": aligned_rows(lora_b)}
-    sizes = {"m": case.m, "n": case.n, "k": case.k, "r": case.r}
-    return _run(case, "kForward", operands, bias, sizes, grid, schedules)
+    operands = {"x": x, "w": weight, "down": lora_a, "up": lora_b}
+    config = name(_kind(case), padded_rank(case.r), "kForward")
+    return run(program(), config, operands, bias, case, (case.m, case.n, case.k), grid, schedules)
 
 
-def backward(case: Case, tensors: Tensors, dy: Tensor, grid: int, schedules: int = 2) -> tuple[Tensor, Tensor]:
+def backward(case: Case, tensors: Tensors, dy: Tensor, grid: int, schedules: int) -> tuple[Tensor, Tensor]:
     """dX (M, K) and dS (M, r) float32 by the emulated kernel."""
-    operands = {"x": dy, "w": tensors.weight, "down": aligned_rows(tensors.lora_b), "up": tensors.lora_a}
-    sizes = {"m": case.m, "n": case.k, "k": case.n, "r": case.r}
-    return _run(case, "kBackward", operands, None, sizes, grid, schedules)
+    operands = {"x": dy, "w": tensors.weight, "down": tensors.lora_b, "up": tensors.lora_a}
+    config = name(_kind(case), padded_rank(case.r), "kBackward")
+    return run(program(), config, operands, None, case, (case.m, case.k, case.n), grid, schedules)
 
 
-def aligned_rows(matrix: Tensor) -> Tensor:
-    """The matrix in rows of 16-byte multiples; what the padding holds must not matter."""
-    rows, cols = matrix.shape
-    stride = (cols + 7) // 8 * 8
-    padded = torch.full((rows, stride), float("nan"), dtype=matrix.dtype)
-    padded[:, :cols] = matrix
-    return padded[:, :cols]
-
-
-def _run(
-    case: Case,
-    direction: str,
+def run(
+    compiled: Path,
+    config: str,
     operands: dict[str, Tensor],
     bias: Tensor | None,
-    sizes: dict[str, int],
+    case: Case,
+    sizes: tuple[int, int, int],
     grid: int,
     schedules: int,
 ) -> tuple[Tensor, Tensor]:
-    kind = "kBf16" if case.dtype == torch.bfloat16 else "kFp16"
-    program = build.build(PROGRAM, f"TYPE={kind}", f"RANK={padded_rank(case.r)}", f"DIRECTION={direction}")
-    # Whole rows with their padding go to the program.
-    stored = {
-        name: matrix.as_strided((matrix.shape[0], matrix.stride(0)), (matrix.stride(0), 1))
-        for name, matrix in operands.items()
-    }
+    """y and S of one product; what lies between the operands' rows is nan and must not matter."""
+    stored = {key: _in_rows_of_8(matrix) for key, matrix in operands.items()}
+    m, n, k = sizes
     got = build.run(
-        program,
+        compiled,
         {**stored, "bias": bias},
-        {"y": ((sizes["m"], sizes["n"]), case.dtype), "s": ((sizes["m"], sizes["r"]), torch.float32)},
+        {"y": ((m, n), case.dtype), "s": ((m, case.r), torch.float32)},
         schedules=schedules,
+        config=config,
         grid=grid,
+        m=m,
+        n=n,
+        k=k,
+        r=case.r,
         scale_value=case.scale,
-        **sizes,
-        **{f"{name}_stride": matrix.stride(0) for name, matrix in operands.items()},
+        **{f"{key}_stride": matrix.shape[1] for key, matrix in stored.items()},
     )
     return got["y"], got["s"]
+
+
+def padded_rank(r: int) -> int:
+    return next(rank for rank in (16, 32, 64, 128) if r <= rank)
+
+
+def _kind(case: Case) -> str:
+    return "kBf16" if case.dtype == torch.bfloat16 else "kFp16"
+
+
+def _in_rows_of_8(matrix: Tensor) -> Tensor:
+    rows, cols = matrix.shape
+    stored = torch.full((rows, (cols + 7) // 8 * 8), float("nan"), dtype=matrix.dtype)
+    stored[:, :cols] = matrix
+    return stored

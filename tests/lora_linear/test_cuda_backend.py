@@ -80,7 +80,7 @@ def test_each_launch_has_its_nonce(emulated: EmulatedExtension) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"m": 17}, "it takes at most 16 tokens, got 17"),
+        ({"m": 17, "n": 20}, "it takes at most 16 tokens, got 17"),
         ({"dtype": torch.float32}, "it takes bfloat16 and float16, x is torch.float32"),
         ({"dtype": torch.float64}, "x is torch.float64"),
         ({"p": 0.1}, "it has no dropout"),

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <list>
 #include <unordered_map>
 #include <vector>
 
@@ -37,6 +38,26 @@ struct Unfenced {
 };
 using UnfencedShared = Unfenced<0>;
 using UnfencedGlobal = Unfenced<1>;
+
+// Shared memory that asynchronous operations under way will read, as ranges of offsets: nobody may write there.
+struct PendingReads {
+  struct Range {
+    uint32_t begin, end;
+    const char* reader;
+  };
+  std::list<Range> ranges;
+
+  std::list<Range>::iterator add(uint32_t begin, uint32_t end, const char* reader) {
+    return ranges.insert(ranges.end(), {begin, end, reader});
+  }
+  void check(uint32_t begin, uint32_t end, const char* writer) const {
+    for (const Range& range : ranges) {
+      if (begin < range.end && range.begin < end) {
+        simt::fail(std::string(writer) + " to shared memory that " + range.reader + " under way has yet to read");
+      }
+    }
+  }
+};
 
 template <int kSpace>
 struct Written {
@@ -100,6 +121,8 @@ float2 unpack_halves(uint32_t word) {
 }
 
 inline void store_shared(uint32_t address, uint32_t word) {
+  const uint32_t offset = address & 0xFFFFFFu;
+  simt::self().cta->state<PendingReads>().check(offset, offset + 4, "an ordinary store");
   write_word(simt::self().cta->state<UnfencedShared>(), simt::shared_pointer(address), word);
 }
 

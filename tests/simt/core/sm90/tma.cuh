@@ -58,11 +58,16 @@ inline void prefetch_tensor_map(const TensorMap*) {}
 
 inline void tma_load_to(simt::Cta& cta, const TensorMap* map, uint64_t* barrier, uint32_t start, int row, int col) {
   Mbarrier& state = mbarrier_at(cta, barrier);
-  simt::defer("TMA load", [&cta, &state, map, start, row, col] {
+  const auto end = start + static_cast<uint32_t>(map->box_bytes());
+  cta.state<PendingReads>().check(start, end, "a TMA load");
+  simt::defer("TMA load", [&cta, &state, map, start, end, row, col] {
+    cta.state<PendingReads>().check(start, end, "a TMA load");
+    const auto& unfenced_shared = cta.state<UnfencedShared>();
+    const auto& unfenced_global = simt::g_machine->state<UnfencedGlobal>();
     for_box(*map, cta.shared, start, row, col, [&](char* shared, const char* global) {
-      cta.state<UnfencedShared>().check(shared, 2, "a TMA load");
+      unfenced_shared.check(shared, 2, "a TMA load");
       if (global != nullptr) {
-        simt::g_machine->state<UnfencedGlobal>().check(global, 2, "a TMA load");
+        unfenced_global.check(global, 2, "a TMA load");
         std::memcpy(shared, global, 2);
       } else {
         std::memset(shared, 0, 2);
@@ -99,13 +104,17 @@ struct BulkGroups {
     const TensorMap* map;
     uint32_t start;
     int row, col;
+    std::list<PendingReads::Range>::iterator read;
   };
   std::vector<Store> open;
   char reads, writes;  // their addresses order the two halves
 };
 
 inline void tma_store(const TensorMap* map, const void* source, int row, int col) {
-  simt::self().state<BulkGroups>().open.push_back({map, box_start(*map, source), row, col});
+  const uint32_t start = box_start(*map, source);
+  auto& reads = simt::self().cta->state<PendingReads>();
+  const auto read = reads.add(start, start + static_cast<uint32_t>(map->box_bytes()), "a TMA store");
+  simt::self().state<BulkGroups>().open.push_back({map, start, row, col, read});
 }
 
 inline void tma_store_commit() {
@@ -124,6 +133,7 @@ inline void tma_store_commit() {
               values.emplace_back(global, value);
             }
           });
+          cta.state<PendingReads>().ranges.erase(store.read);
         }
         simt::defer(
             "TMA store's writes",

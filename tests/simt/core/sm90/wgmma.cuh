@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <list>
 
 #include "core/sm90/arch.cuh"
 #include "core/sm90/dtype.h"
@@ -30,13 +31,22 @@ struct Operand {
     }
   }
 
-  // Address of element (mn, k), 16 bits wide: 8 of them are the 16-byte units that the layouts are made of.
-  uint32_t at(uint32_t mn, uint32_t k, bool k_major) const {
+  // Element (mn, k), 16 bits wide, before the swizzle: 8 of them are the 16-byte units that the layouts are made of.
+  uint32_t plain(uint32_t mn, uint32_t k, bool k_major) const {
     const uint32_t units = width / 16;
-    const uint32_t plain =
-        start + (k_major ? mn % 8 * width + mn / 8 * stride + k * 2
-                         : mn % 8 * 2 + mn / 8 % units * 16 + mn / 8 / units * leading + k % 8 * width + k / 8 * stride);
-    return plain ^ ((plain >> 7 & (units - 1)) << 4);
+    return start +
+           (k_major ? mn % 8 * width + mn / 8 * stride + k * 2
+                    : mn % 8 * 2 + mn / 8 % units * 16 + mn / 8 / units * leading + k % 8 * width + k / 8 * stride);
+  }
+  uint32_t at(uint32_t mn, uint32_t k, bool k_major) const {
+    const uint32_t address = plain(mn, k, k_major);
+    return address ^ ((address >> 7 & (width / 16 - 1)) << 4);
+  }
+
+  // The whole 128-byte lines, which the swizzle never leaves, that elements mn to mn + count - 1 lie in.
+  std::list<PendingReads::Range>::iterator read(simt::Cta& cta, uint32_t mn, uint32_t count, bool k_major) const {
+    const uint32_t begin = plain(mn, 0, k_major) / 128 * 128, last = plain(mn + count - 1, 15, k_major);
+    return cta.state<PendingReads>().add(begin, last / 128 * 128 + 128, "a wgmma");
   }
 };
 
@@ -51,7 +61,7 @@ struct ThreadProducts {
   bool fenced = false;
 };
 
-// Products of a warp, by its thread 0: where all its threads find them.
+// Of the running thread's warp.
 inline WarpProducts& warp_products() {
   struct Warps {
     std::array<WarpProducts, 32> warp;
@@ -159,10 +169,14 @@ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate, SIMT_CAL
     }
     simt::Cta& cta = *simt::self().cta;
     const unsigned number = simt::self().warp();
+    const auto read_a = Operand(a).read(cta, 16 * (number % 4), 16, true);
+    const auto read_b = Operand(b).read(cta, 0, kN, !kTransposeB);
     simt::defer(
         "wgmma",
-        [&cta, number, accumulators, a, b, accumulate] {
+        [=, &cta] {
           multiply<kType, kN>(cta, number, accumulators, Operand(a), Operand(b), kTransposeB, accumulate);
+          cta.state<PendingReads>().ranges.erase(read_a);
+          cta.state<PendingReads>().ranges.erase(read_b);
         },
         &warp);
   }

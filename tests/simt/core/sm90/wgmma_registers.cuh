@@ -82,9 +82,11 @@ void wgmma_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool ac
     }
   }
   simt::Cta& cta = *simt::self().cta;
+  const auto read = Operand(b).read(cta, 0, 64, true);
   simt::defer(
       "wgmma from registers",
-      [&cta, accumulators, rows, b, accumulate] {
+      [=, &cta] {
+        cta.state<PendingReads>().ranges.erase(read);
         multiply_rows<kType>(cta, accumulators, rows, Operand(b), accumulate);
       },
       &warp);
