@@ -4,6 +4,8 @@ apply.py          which library a model is of; apply, revert
 report.py         what apply found, and what fell back since
 peft.py           the names for users of PEFT
 peft_layers.py    PEFT's LoRA layers: class swap, eligibility, the fused forward
+peft_prompts.py   PEFT's prefix and prompt tuning models: class swap, eligibility, what replaces the repeated prompt
+peft_prefixes.py  the same models' prefixes, and the hooks that carry them
 peft_files.py     PEFT's adapter files for models built from FusedLoRALinear
 transformers.py   the names for users of transformers: prefixes on its models, a callback for its Trainer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
@@ -41,6 +41,8 @@ def why_not(model: Any) -> str | None:
         return "its attention caps the scores (attn_logit_softcapping)"
     if not (model._supports_sdpa and model._can_set_attn_implementation()):
         return "its attention does not go through transformers' AttentionInterface, or not as SDPA does"
+    if any(_is_cross_attention(module) for module in model.modules()):
+        return "it has cross-attention"
     modules = attention_modules(model)
     if [module.layer_idx for module in modules] != list(range(text.num_hidden_layers)):
         return "not every layer has one self-attention module with the layer's index"
@@ -59,10 +61,7 @@ def attention_modules(model: nn.Module) -> list[Any]:
     found: list[Any] = [
         module
         for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-        and hasattr(module, "is_causal")
-        and not getattr(module, "is_cross_attention", False)
-        and "CrossAttention" not in type(module).__name__
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     ]
     return sorted(found, key=lambda module: module.layer_idx)
 
@@ -175,6 +174,27 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return dict(zip(names, args, strict=False)) | kwargs
 
 
+def stores(base: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call without a cache makes one: as transformers decides, but not in training unless asked to."""
+    wanted = kwargs.get("use_cache")
+    if wanted is None:
+        wanted = getattr(base.config, "use_cache", False) and not (base.training and torch.is_grad_enabled())
+    return bool(wanted) and attention_modules(base)[0].is_causal
+
+
+def with_cache(output: Any, cache: PrefixCache, instead: Cache | None) -> Any:
+    """A model's output with another cache in place of one."""
+    if isinstance(output, tuple):
+        return tuple(instead if part is cache else part for part in output)
+    if getattr(output, "past_key_values", None) is cache:
+        output.past_key_values = instead
+    return output
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_cross_attention", False)) or "CrossAttention" in type(module).__name__
+
+
 def _takes_any_argument(module: nn.Module) -> bool:
     parameters = inspect.signature(type(module).forward).parameters.values()
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
@@ -196,7 +216,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     elif kwargs.get("cu_seq_lens_q") is not None:
         raise UnsupportedError("add_prefix: packed sequences need position_ids that begin anew with each")
     kwargs["attention_mask"] = _widened(kwargs.get("attention_mask"), prefixes.length)
-    if inner is None and _stores(base, kwargs):
+    if inner is None and stores(base, kwargs):
         inner = DynamicCache(config=base.config)
     kwargs["past_key_values"] = PrefixCache(prefixes, inner)
     kwargs[ARGUMENT] = prefixes
@@ -207,19 +227,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     """Check that each layer took its prefix, and hand out the cache that holds the keys."""
     check_all_taken(kwargs[ARGUMENT])
     cache: PrefixCache = kwargs["past_key_values"]
-    if isinstance(output, tuple):
-        return tuple(cache.inner if part is cache else part for part in output)
-    if getattr(output, "past_key_values", None) is cache:
-        output.past_key_values = cache.inner
-    return output
-
-
-def _stores(base: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call without a cache makes one: as transformers decides, but not in training unless asked to."""
-    wanted = kwargs.get("use_cache")
-    if wanted is None:
-        wanted = getattr(base.config, "use_cache", False) and not (base.training and torch.is_grad_enabled())
-    return bool(wanted) and attention_modules(base)[0].is_causal
+    return with_cache(output, cache, cache.inner)
 
 
 def _packed_mask(base: Any, positions: Tensor) -> Tensor | None:
