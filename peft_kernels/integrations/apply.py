@@ -18,6 +18,9 @@ _LIBRARIES = {
     "peft": ("peft_layers", "peft_prompts"),
 }
 
+# What a report calls the model itself.
+_WHOLE = "the model"
+
 
 def apply(model: nn.Module, *, strict: bool = False) -> Report:
     """Put a PEFT model on these kernels, in place: its LoRA layers, or the prefixes or prompts of the whole model.
@@ -45,9 +48,9 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
         for name, module in model.named_modules():
             reason = library.why_not(module)
             if reason is None:
-                fused[name] = (library, module)
+                fused[name or _WHOLE] = (library, module)
             elif reason:
-                fallbacks[name] = reason
+                fallbacks[name or _WHOLE] = reason
     report = Report(tuple(fused), fallbacks, tuple(module for _, module in fused.values()))
     if strict and (fallbacks or not fused):
         raise UnsupportedError(f"apply: strict, and not everything can be fused\n{report}")

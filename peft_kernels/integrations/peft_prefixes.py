@@ -13,6 +13,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCES
 from transformers import DynamicCache
 
 from peft_kernels.integrations import prefix_interface, prefix_model
+from peft_kernels.integrations.hooks import named_arguments, remove_hooks
 from peft_kernels.integrations.prefix_state import ARGUMENT, LayerPrefixes, Pairs, PrefixCache, slot_of
 
 
@@ -45,7 +46,7 @@ def detach(model: Any) -> None:
     """Undo ``attach``."""
     base = model.get_base_model()
     prefix_model.detach(base)
-    prefix_model.remove_hooks(prefix_model.backbone(base), _before, _after)
+    remove_hooks(prefix_model.backbone(base), _before, _after)
 
 
 def cache_of(model: Any) -> PrefixCache:
@@ -68,7 +69,7 @@ def _pairs(model: Any) -> Pairs:
 
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take the prefixes out of the cache, which layers may not see, and give them to the attention."""
-    kwargs = prefix_model.named_arguments(base, args, kwargs)
+    kwargs = named_arguments(base, args, kwargs)
     cache = kwargs.get("past_key_values")
     if isinstance(cache, PrefixCache):
         prefix_model.check_call(base, kwargs)

@@ -16,6 +16,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations import prefix_interface
+from peft_kernels.integrations.hooks import named_arguments, remove_hooks, takes_any_argument
 from peft_kernels.integrations.prefix_state import (
     ARGUMENT,
     LayerPrefixes,
@@ -51,7 +52,7 @@ def why_not(model: Any) -> str | None:
         return "its backbone takes no past_key_values"
     for name, module in base.named_modules():
         inside = any(part is attention for part in module.modules() for attention in modules)
-        if inside and not isinstance(module, nn.ModuleList) and not _takes_any_argument(module):
+        if inside and not isinstance(module, nn.ModuleList) and not takes_any_argument(module):
             return f"its {name or 'backbone'} hands no keyword arguments on to the attention"
     return None
 
@@ -129,18 +130,6 @@ def sizes(model: Any) -> tuple[int, int, int]:
     return text.num_hidden_layers, heads // getattr(attention, "num_key_value_groups", 1), head_dim
 
 
-def remove_hooks(module: nn.Module, *hooks: Any) -> None:
-    """Remove hooks by the function: a handle would neither copy nor pickle with the module."""
-    with_kwargs = {
-        id(module._forward_pre_hooks): module._forward_pre_hooks_with_kwargs,
-        id(module._forward_hooks): module._forward_hooks_with_kwargs,
-    }
-    for registered in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in registered.items() if hook in hooks]:
-            del registered[key]
-            with_kwargs[id(registered)].pop(key, None)
-
-
 def check_call(module: Any, kwargs: dict[str, Any]) -> None:
     """Raise if the attention is not ours, or if the call wants its probabilities, which are not computed."""
     implementation = module.config._attn_implementation
@@ -166,14 +155,6 @@ def check_all_taken(prefixes: LayerPrefixes) -> None:
         )
 
 
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward call by name."""
-    if not args:
-        return dict(kwargs)
-    names = list(inspect.signature(module.forward).parameters)
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
 def stores(base: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call without a cache makes one: as transformers decides, but not in training unless asked to."""
     wanted = kwargs.get("use_cache")
@@ -193,11 +174,6 @@ def with_cache(output: Any, cache: PrefixCache, instead: Cache | None) -> Any:
 
 def _is_cross_attention(module: nn.Module) -> bool:
     return bool(getattr(module, "is_cross_attention", False)) or "CrossAttention" in type(module).__name__
-
-
-def _takes_any_argument(module: nn.Module) -> bool:
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
