@@ -6,7 +6,9 @@ peft.py           the names for users of PEFT
 peft_layers.py    PEFT's LoRA layers: class swap, eligibility, the fused forward
 peft_prompts.py   PEFT's prefix and prompt tuning models: class swap, eligibility, what replaces the repeated prompt
 peft_prefixes.py  the same models' prefixes, and the hooks that carry them
-peft_files.py     PEFT's adapter files for models built from FusedLoRALinear
+peft_reader.py    the two files of a PEFT adapter
+peft_lora_files.py    LoRA files for models built from FusedLoRALinear
+peft_prompt_files.py  prefix and prompt files for PrefixEncoder and PromptEmbedding
 transformers.py   the names for users of transformers: prefixes and prompts on its models, a callback for its Trainer
 hooks.py          what hooks on other libraries' modules need
 
