@@ -14,7 +14,7 @@ from peft_kernels.integrations.report import Report, forget
 
 # Library -> the module here that knows its layers: why_not(module) -> reason, "" where it is no layer of the library
 # at all, None where it can be fused; is_fused, fuse, restore.
-_LIBRARIES = {"peft": "peft_layers"}
+_LIBRARIES = {"peft": "peft_layers", "adapters.methods.modeling": "adapterhub_layers"}
 
 
 def apply(model: nn.Module, *, strict: bool = False) -> Report:
