@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer
-from adapters.methods.modeling import Activation_Function_Class, Adapter, ParallelAdapter
+from adapters.methods.modeling import Activation_Function_Class, Adapter, GLOWCouplingBlock, NICECouplingBlock, ParallelAdapter
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
@@ -78,7 +78,8 @@ def why_not(module: Any) -> str | None:
     """Reason why a module is not fused, "" if it is no adapter of AdapterHub's, None if it is or can be."""
     if isinstance(module, Adapter):
         return _why_not_adapter(module)
-    if isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer) and module.adapter_modules:
+    has_others = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer) and len(module.adapter_modules)
+    if has_others or isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
         return f"it is AdapterHub's {type(module).__name__}, not a bottleneck"
     return ""
 

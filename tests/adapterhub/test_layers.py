@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from tests.adapterhub.models import ARCHITECTURES, HIDDEN, KINDS, activate, base, build, randomize, run, tokens
 
@@ -25,14 +26,15 @@ from peft_kernels.integrations.adapterhub_layers import FusedAdapter, FusedParal
 from python_ref import compare
 
 # Two orders of the same float32 sums through two layers, in parts of a tensor's largest value. The largest difference
-# among the tests that use it was 10 eps; the least mistake, the tanh form of gelu for the other, makes 1000.
-CLOSE = 50 * torch.finfo(torch.float32).eps
+# among the tests that use it was 28 eps; the least mistake, one form of gelu for the other, makes 240.
+CLOSE = 100 * torch.finfo(torch.float32).eps
 _DRAWS = 12
 
 
 def _assert_close(name: str, got: Tensor, expected: Tensor) -> None:
+    expected = expected.detach()
     torch.testing.assert_close(
-        got, expected, rtol=0, atol=CLOSE * float(expected.abs().max()), msg=lambda text: f"{name}: {text}"
+        got.detach(), expected, rtol=0, atol=CLOSE * float(expected.abs().max()), msg=lambda text: f"{name}: {text}"
     )
 
 
@@ -76,6 +78,7 @@ def test_architectures(architecture: str, kind: str) -> None:
 def test_activations(name: str) -> None:
     fused, plain, report = _pair("bert", "double", non_linearity=name)
     assert not report.fallbacks
+    assert {adapterhub_layers._activation(adapter) for adapter in _adapters(fused)} == {ACTIVATIONS[name]}
     _assert_same(fused, plain)
     assert not report.fallback_calls
 
@@ -131,11 +134,7 @@ class TestComposition:
         fused, plain, report = _pair(architecture, kind, "abc", scaling=0.5)
         assert len(report.fused) == 3 * (4 if kind == "double" else 2)
         for model in (fused, plain):
-            if isinstance(setup, Stack) and "c" in setup.flatten():
-                model.add_adapter_fusion(Fuse("a", "b"))
-                fused.load_state_dict(plain.state_dict())
             activate(model, setup)
-        fused.load_state_dict(plain.state_dict())
         _assert_same(fused, plain)
         assert not report.fallback_calls
 
@@ -143,10 +142,7 @@ class TestComposition:
     def test_blocks_of_parallel_adapters(self, name: str) -> None:
         fused, plain, report = _pair("bert", "parallel", "abc")
         for model in (fused, plain):
-            if name == "fuse in a stack":
-                model.add_adapter_fusion(Fuse("a", "b"))
             activate(model, SETUPS[name])
-        fused.load_state_dict(plain.state_dict())
         _assert_same(fused, plain)
         assert not report.fallback_calls
 
@@ -278,7 +274,7 @@ class TestFallbacks:
             ({"scaling": "learned"}, "its scaling is learned"),
             ({"scaling": "channel"}, "its scaling is learned"),
             (
-                {"phm_layer": True, "reduction_factor": 4},
+                {"phm_layer": True, "reduction_factor": 4, "init_weights": "bert"},
                 "it is made of PHMLayer, Activation_Function_Class, PHMLayer, Dropout",
             ),
         ],
@@ -314,11 +310,11 @@ class TestFallbacks:
     @staticmethod
     def _pruned(adapter: nn.Module) -> None:
         torch.manual_seed(0)
-        nn.utils.prune.random_unstructured(adapter.adapter_up, "weight", 0.5)
+        prune.random_unstructured(adapter.adapter_up, "weight", 0.5)
 
     @staticmethod
     def _alpha_dropout(adapter: nn.Module) -> None:
-        adapter.dropout = nn.AlphaDropout(0.5)
+        adapter.dropout = nn.AlphaDropout(0.5).eval()
 
     @staticmethod
     def _stochastic_depth(adapter: nn.Module) -> None:
@@ -474,11 +470,11 @@ class TestFallbacks:
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
-            (adapters.LoRAConfig(), "it is AdapterHub's LoRALinear, not a bottleneck"),
+            (adapters.LoRAConfig(), "it is AdapterHub's LoRALinearTorch, not a bottleneck"),
             (adapters.PrefixTuningConfig(), "it is AdapterHub's PrefixTuningLayer, not a bottleneck"),
             (adapters.PromptTuningConfig(), "it is AdapterHub's PromptTuningLayer, not a bottleneck"),
             (adapters.LoReftConfig(), "it is AdapterHub's ReftLayer, not a bottleneck"),
-            (adapters.SeqBnInvConfig(), "it is AdapterHub's InvertibleAdapterLayer, not a bottleneck"),
+            (adapters.SeqBnInvConfig(), "it is AdapterHub's NICECouplingBlock, not a bottleneck"),
         ],
         ids=lambda value: value if isinstance(value, str) else type(value).__name__,
     )
@@ -585,8 +581,7 @@ class TestAdapterHubFeatures:
         fused, plain, _ = _pair("bert", kind, seed=2)
         for model, other in ((fused, plain), (plain, fused)):
             folder = tmp_path / type(_adapters(model)[0]).__name__
-            model.save_adapter(str(folder), "a", use_safetensors=safe)
-            assert run(model)[0].equal(run(model)[0])
+            model.save_adapter(str(folder), "a", use_safetensors=safe, with_head=False)
             other.load_adapter(str(folder), load_as="loaded", use_safetensors=safe)
             other.set_active_adapters("loaded")
             pk.apply(other)
@@ -619,14 +614,14 @@ class TestAdapterHubFeatures:
                 _assert_close("output", copied(x, x)[0], original(x, x)[0])
         _assert_same(copy.deepcopy(fused), plain)
 
-    @pytest.mark.parametrize("use_reentrant", [False, True])
     @pytest.mark.parametrize(("architecture", "kind"), [("bert", "seq"), ("llama", "double"), ("bert", "parallel")])
-    def test_gradient_checkpointing(self, architecture: str, kind: str, use_reentrant: bool) -> None:
+    def test_gradient_checkpointing(self, architecture: str, kind: str) -> None:
+        """The one kind that AdapterHub lets through."""
         fused, _, report = _pair(architecture, kind)
         fused.train()
         expected, expected_gradients = run(fused)
         fused.enable_input_require_grads()
-        fused.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        fused.gradient_checkpointing_enable({"use_reentrant": False})
         assert any(getattr(module, "gradient_checkpointing", False) for module in fused.modules())
         got, gradients = run(fused)
         _assert_bitwise("logits", got, expected)
