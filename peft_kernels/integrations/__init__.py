@@ -5,6 +5,9 @@ report.py         what apply found, and what fell back since
 peft.py           the names for users of PEFT
 peft_layers.py    PEFT's LoRA layers: class swap, eligibility, the fused forward
 peft_files.py     PEFT's adapter files for models built from FusedLoRALinear
+adapterhub*.py    the same for AdapterHub: names for users, layers (with activations and deferred results), files
+class_swap.py     what swapping a class takes
+file_readers.py   reading adapter files
 transformers.py   a callback for transformers' Trainer and what derives from it
 """
 
@@ -18,7 +21,7 @@ from peft_kernels.integrations.report import Report
 
 __all__ = ["Report", "apply", "revert"]
 
-_LAZY = ("peft", "transformers")
+_LAZY = ("adapterhub", "peft", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -22,7 +22,13 @@ import torch
 import torch.nn.functional as F
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer
-from adapters.methods.modeling import Activation_Function_Class, Adapter, GLOWCouplingBlock, NICECouplingBlock, ParallelAdapter
+from adapters.methods.modeling import (
+    Activation_Function_Class,
+    Adapter,
+    GLOWCouplingBlock,
+    NICECouplingBlock,
+    ParallelAdapter,
+)
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
@@ -36,7 +42,7 @@ from peft_kernels.integrations.report import count_fallback
 
 
 def _class_of(name: str) -> type[nn.Module]:
-    entry = ACT2CLS[name]
+    entry: Any = ACT2CLS[name]
     return entry[0] if isinstance(entry, tuple) else entry
 
 
@@ -78,8 +84,8 @@ def why_not(module: Any) -> str | None:
     """Reason why a module is not fused, "" if it is no adapter of AdapterHub's, None if it is or can be."""
     if isinstance(module, Adapter):
         return _why_not_adapter(module)
-    has_others = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer) and len(module.adapter_modules)
-    if has_others or isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
+    is_other_layer = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer)
+    if (is_other_layer and module.adapter_modules) or isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
         return f"it is AdapterHub's {type(module).__name__}, not a bottleneck"
     return ""
 
@@ -132,7 +138,7 @@ def _why_not_modules(adapter: Any) -> str | None:
     return None
 
 
-def _why_not_call(adapter: Any, x: Tensor, residual: Tensor, output_gating: bool) -> str | None:
+def _why_not_call(adapter: Any, x: Tensor, residual: Any, output_gating: bool) -> str | None:
     """Reason that lies in the arguments, or in dtypes, devices and the mode of training."""
     if output_gating:
         # Without a gate AdapterHub keeps the last result instead, which is ``up``.

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from peft_kernels.integrations.file_readers import read_json_object, read_tensors
 from peft_kernels.lora_linear import FusedLoRALinear
 
 CONFIG_FILE = "adapter_config.json"
@@ -96,7 +96,8 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)
     layers = _layers(model)
-    adapters = _adapters(folder, _read_tensors(folder), config, layers)
+    _, tensors = read_tensors("load_adapter", folder, WEIGHTS_FILE, PICKLED_FILE)
+    adapters = _adapters(folder, tensors, config, layers)
     for name in adapters:
         if layers[name].merged:
             raise ValueError(f"load_adapter: {name} is merged; call unmerge() before loading")
@@ -139,15 +140,9 @@ def _config(layers: Mapping[str, FusedLoRALinear], adapter: str) -> dict[str, An
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load_adapter: {path} must be JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"load_adapter: {path} must have peft_type 'LORA', got {kind!r}")
+    config = read_json_object("load_adapter", path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"load_adapter: {path} must have peft_type 'LORA', got {config.get('peft_type')!r}")
     for option in _UNSUPPORTED:
         if config.get(option):
             raise ValueError(f"load_adapter: {path} must not set {option}, got {config[option]!r}")
@@ -155,25 +150,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         if isinstance(config.get(option), bool) or not isinstance(config.get(option), (int, float)):
             raise ValueError(f"load_adapter: {path} must have a number {option}, got {config.get(option)!r}")
     return config
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    try:
-        if path.exists():
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        path = folder / PICKLED_FILE
-        if path.exists():
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict):
-                raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
-            return tensors
-    except Exception as error:
-        # Each format has errors of its own for a damaged file, and torch's unpickler raises whatever the bytes ask for.
-        raise ValueError(f"load_adapter: {path} cannot be read: {error}") from error
-    raise FileNotFoundError(f"load_adapter: {folder} must hold {WEIGHTS_FILE} or {PICKLED_FILE}")
 
 
 def _adapters(
