@@ -286,21 +286,23 @@ def _matched(
     def without_prefix(key: str) -> str:
         return key.removeprefix(f"{prefix}.") if prefix else key
 
-    given = {without_prefix(key): tensor for key, tensor in tensors.items()}
-    wanted = {
-        without_prefix(f"{place.path}.adapters.{name}.{suffix}"): (linear, part)
-        for place in places
-        for suffix, linear, part in _parts(place.adapter)
-    }
+    given = {without_prefix(key): key for key in tensors}
+    wanted = {}
+    for place in places:
+        for suffix, linear, part in _parts(place.adapter):
+            key = f"{place.path}.adapters.{name}.{suffix}"
+            wanted[without_prefix(key)] = key, linear, part
     if len(given) < len(tensors):
         raise ValueError(f"load_adapter: {path} must hold each tensor once, holds some with and without '{prefix}.'")
-    for key in sorted(given.keys() - wanted.keys()):
-        raise ValueError(f"load_adapter: {path}: key {key!r} must name an adapter of the model, which has none there")
+    for short in sorted(given.keys() - wanted.keys()):
+        raise ValueError(
+            f"load_adapter: {path}: key {given[short]!r} must name an adapter of the model, which has none there"
+        )
     values = []
-    for key, (linear, part) in wanted.items():
-        if key not in given:
+    for short, (key, linear, part) in wanted.items():
+        if short not in given:
             raise ValueError(f"load_adapter: {path} must hold {key!r}, which it lacks")
-        value, parameter = given[key], getattr(linear, part)
+        value, parameter = tensors[given[short]], getattr(linear, part)
         shape = (linear.out_features, linear.in_features) if part == "weight" else (linear.out_features,)
         if tuple(value.shape) != shape or not value.is_floating_point():
             raise ValueError(

@@ -89,7 +89,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "adapters." in name:
+            if "adapters." in name and "adapter_fusion_layer" not in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
