@@ -12,7 +12,9 @@ from collections.abc import Callable
 import adapters
 import torch
 from adapters.composition import Average, BatchSplit, Fuse, Parallel, Split, Stack
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 import peft_kernels as pk
 from peft_kernels.integrations import adapterhub_layers
@@ -229,3 +231,18 @@ def test_compiled(kind: str) -> None:
     compiled = torch.compile(adapters_of(fused)[0], backend="aot_eager", fullgraph=True)
     for got, expected in zip(compiled(x, x), adapters_of(plain)[0](x, x), strict=True):
         assert_close("output", got, expected)
+
+
+def test_compiled_model() -> None:
+    """One graph, in which every adapter is one operation: the compiler drops the results that nobody reads."""
+    fused, plain, _ = pair("bert", "double")
+    operations: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        targets = [node.target for node in graph.graph.nodes]
+        operations.append(targets.count(torch.ops.peft_kernels.bottleneck_adapter.default))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(fused, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    assert_close("logits", compiled(input_ids=tokens()).logits, plain(input_ids=tokens()).logits)
+    assert operations == [4]
