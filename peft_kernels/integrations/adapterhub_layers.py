@@ -117,9 +117,9 @@ def _why_not_adapter(adapter: Any) -> str | None:
         return "it has stochastic depth"
     if type(adapter.scaling) not in (float, int):
         return "its scaling is learned"
-    parts = (*adapter.adapter_down, adapter.adapter_up, adapter.dropout)
-    expected = (nn.Linear, Activation_Function_Class, nn.Linear, nn.Dropout)
-    if tuple(map(type, parts)) != expected:
+    down = adapter.adapter_down
+    parts = (*(down if type(down) is nn.Sequential else (down,)), adapter.adapter_up, adapter.dropout)
+    if tuple(map(type, parts)) != (nn.Linear, Activation_Function_Class, nn.Linear, nn.Dropout):
         return f"it is made of {', '.join(type(part).__name__ for part in parts)}"
     if not _activation(adapter):
         return f"its activation is {type(adapter.adapter_down[1].f).__name__}, which has no equivalent"
@@ -190,8 +190,10 @@ def _parameters(adapter: Any) -> tuple[Tensor, ...]:
 def _activation(adapter: Any) -> str:
     """The operation's name for the adapter's activation, "" where it has none."""
     f = adapter.adapter_down[1].f
-    if f is F.leaky_relu or (isinstance(f, nn.LeakyReLU) and f.negative_slope != LEAKY_SLOPE):
-        return "leaky_relu" if f is F.leaky_relu else ""
+    if f is F.leaky_relu:
+        return "leaky_relu"
+    if isinstance(f, nn.LeakyReLU) and f.negative_slope != LEAKY_SLOPE:
+        return ""
     return _BY_CLASS.get(type(f), "")
 
 

@@ -77,9 +77,32 @@ def _alpha_dropout(adapter: nn.Module) -> None:
     adapter.dropout = nn.AlphaDropout(0.5).eval()
 
 
+class _Doubling(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _doubling_down(adapter: nn.Module) -> None:
+    adapter.adapter_down = _Doubling(*adapter.adapter_down)
+
+
 def _stochastic_depth(adapter: nn.Module) -> None:
     # Instead of torchvision's, which would be one more package for one class.
     adapter.DropPath = nn.Hardtanh(-0.1, 0.1)
+
+
+class _Negative(Tensor):
+    """A weight that products see with another sign, as a quantized one is seen with other values."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            args = (args[0], -args[1].as_subclass(Tensor), *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def _other_weight(adapter: nn.Module) -> None:
+    adapter.adapter_up.weight = nn.Parameter(adapter.adapter_up.weight.detach().as_subclass(_Negative))
 
 
 def _no_bias(adapter: nn.Module) -> None:
@@ -125,7 +148,9 @@ CHANGES = {
     "leaky": (_leaky, "its activation is LeakyReLU, which has no equivalent"),
     "parametrized": (_parametrized, "it is made of Linear, Activation_Function_Class, ParametrizedLinear, Dropout"),
     "alpha dropout": (_alpha_dropout, "it is made of Linear, Activation_Function_Class, Linear, AlphaDropout"),
+    "doubling down": (_doubling_down, "it is made of _Doubling, Linear, Dropout"),
     "stochastic depth": (_stochastic_depth, "it has stochastic depth"),
+    "other weight": (_other_weight, "a parameter of it is a _Negative, not a plain tensor"),
     "no bias": (_no_bias, "a parameter of it is a NoneType, not a plain tensor"),
     "subclass": (_subclass, "it is a Doubled, not AdapterHub's Adapter or ParallelAdapter"),
     "pruned": (_pruned, _HOOKED),
@@ -192,7 +217,7 @@ CALLS = {
     "residual of another shape": (lambda x: (x, x[:1]), r"the residual \(1, 3, 32\), the adapter 32 wide"),
     "no residual": (lambda x: (x, None), "the residual is a NoneType"),
     "x of more": (lambda x: (x.double(), x), "x is torch.float64, its parameters are torch.float32"),
-    "x of another width": (lambda x: (x[..., :5], x), r"x is \(2, 3, 5\)"),
+    "x of another width": (lambda x: (x[..., :5], x[..., :5]), r"x is \(2, 3, 5\)"),
     "x elsewhere": (lambda x: (x.to("meta"), x.to("meta")), "its tensors are on several devices"),
 }
 

@@ -233,9 +233,12 @@ def test_compiled(kind: str) -> None:
         assert_close("output", got, expected)
 
 
-def test_compiled_model() -> None:
-    """One graph, in which every adapter is one operation: the compiler drops the results that nobody reads."""
-    fused, plain, _ = pair("bert", "double")
+@pytest.mark.parametrize(("setup", "count"), [("a", 2), (Fuse("a", "b"), 4)], ids=str)
+def test_compiled_model(setup: object, count: int) -> None:
+    """One graph, from which the compiler drops the results that nobody reads."""
+    fused, plain, _ = pair("bert", "seq", "ab")
+    for model in (fused, plain):
+        activate(model, setup)
     operations: list[int] = []
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
@@ -245,4 +248,4 @@ def test_compiled_model() -> None:
 
     compiled = torch.compile(fused, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
     assert_close("logits", compiled(input_ids=tokens()).logits, plain(input_ids=tokens()).logits)
-    assert operations == [4]
+    assert operations == [count]
