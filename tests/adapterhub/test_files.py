@@ -141,12 +141,22 @@ def test_round_trip_is_exact_and_keeps_parameters(tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "pytorch_adapter.bin"]
     randomize(other, 9)
-    held = dict(other.named_parameters())
+    held = {name: (parameter, parameter.data_ptr()) for name, parameter in other.named_parameters()}
     load_adapter(other, tmp_path)
-    assert all(parameter is held[name] for name, parameter in other.named_parameters())
+    for name, parameter in other.named_parameters():
+        assert parameter is held[name][0] and parameter.data_ptr() == held[name][1]
     assert_bitwise("logits", logits_of(other), logits_of(model))
     _, gradients = run(other)
     assert any("adapters.attention.down" in name for name in gradients)
+
+
+def test_parameters_keep_their_dtype(tmp_path: Path) -> None:
+    model = with_adapters()
+    save_adapter(model, tmp_path)
+    half = with_adapters().bfloat16()
+    load_adapter(half, tmp_path)
+    for name, parameter in half.named_parameters():
+        assert_bitwise(name, parameter, model.get_parameter(name).bfloat16())
 
 
 def test_applied_models_write_the_same_file(tmp_path: Path) -> None:

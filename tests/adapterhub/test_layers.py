@@ -230,6 +230,7 @@ def test_compiled(kind: str) -> None:
     x = torch.randn(2, 3, HIDDEN)
     compiled = torch.compile(adapters_of(fused)[0], backend="aot_eager", fullgraph=True)
     for got, expected in zip(compiled(x, x), adapters_of(plain)[0](x, x), strict=True):
+        assert isinstance(got, Tensor)
         assert_close("output", got, expected)
 
 
