@@ -16,6 +16,7 @@ from peft_kernels.integrations.report import Report, forget
 # none of theirs, None where it can be fused; is_fused, fuse, restore.
 _LIBRARIES = {
     "peft": ("peft_layers", "peft_prompts"),
+    "adapters.methods.modeling": ("adapterhub_layers",),
 }
 
 # What a report calls the model itself.

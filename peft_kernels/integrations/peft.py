@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from peft_kernels.integrations import peft_lora_files, peft_prompt_files, peft_reader
+from peft_kernels.integrations import peft_adapter, peft_lora_files, peft_prompt_files
 from peft_kernels.lora_linear import FusedLoRALinear
 from peft_kernels.prefix_attention import PrefixEncoder
 from peft_kernels.prompt_tuning import PromptEmbedding
@@ -69,7 +69,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
             merged. The text names the file or key, what it must be and what it was. The model is as it was.
     """
     folder = Path(folder)
-    config = peft_reader.read_config(folder, tuple(_KINDS))
+    config = peft_adapter.read_config(folder, tuple(_KINDS))
     kind = config["peft_type"]
     if kind == "LORA":
         peft_lora_files.load(model, folder, config, adapter_name)

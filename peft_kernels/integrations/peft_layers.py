@@ -7,7 +7,6 @@ PEFT's layer works on it: ``isinstance``, pickling, deepcopy, merging, hotswappi
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +16,9 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels.integrations.class_swap import is_hooked, set_class
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.lora_linear import lora_linear
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FusedLoraLinear(PeftLinear):
@@ -52,19 +50,12 @@ def is_fused(module: nn.Module) -> bool:
 
 def fuse(module: nn.Module) -> None:
     """Swap the class."""
-    _set_class(module, FusedLoraLinear)
+    set_class(module, FusedLoraLinear)
 
 
 def restore(module: nn.Module) -> None:
     """Swap it back."""
-    _set_class(module, PeftLinear)
-
-
-def _set_class(module: nn.Module, cls: type[PeftLinear]) -> None:
-    module.__class__ = cls
-    if "_old_forward" in module.__dict__:
-        # accelerate wraps the bound method that it finds, and calls that one.
-        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+    set_class(module, PeftLinear)
 
 
 def _why_not_state(layer: PeftLinear) -> str | None:
@@ -88,7 +79,7 @@ def _why_not_parts(layer: PeftLinear) -> str | None:
         if type(layer.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
             return f"its dropout is {type(layer.lora_dropout[name]).__name__}, not nn.Dropout"
     for part in _parts(layer):
-        if any(getattr(part, hooks) for hooks in _HOOKS) or "forward" in part.__dict__:
+        if is_hooked(part):
             return "there are hooks on its base layer or on its adapters"
         weight = getattr(part, "weight", None)
         if weight is not None and type(weight) not in (nn.Parameter, Tensor):

@@ -15,10 +15,10 @@ import torch
 from peft import PeftType
 from torch import Tensor, nn
 
+from peft_kernels.integrations.class_swap import is_hooked, set_class
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.prompt_tuning import prompt_tuning
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ENCODERS = {PeftType.PREFIX_TUNING: peft.PrefixEncoder, PeftType.PROMPT_TUNING: peft.PromptEmbedding}
 
 
@@ -133,14 +133,14 @@ def fuse(module: Any) -> None:
     """Swap the class; for prefix tuning, set the attention implementation too."""
     if is_fused(module):
         return
-    module.__class__ = _FUSED[type(module)]
+    set_class(module, _FUSED[type(module)])
     if module.peft_type == PeftType.PREFIX_TUNING:
         _prefixes().attach(module)
 
 
 def restore(module: Any) -> None:
     """Undo ``fuse``."""
-    module.__class__ = _PLAIN[type(module)]
+    set_class(module, _PLAIN[type(module)])
     if module.peft_type == PeftType.PREFIX_TUNING:
         _prefixes().detach(module)
 
@@ -159,9 +159,8 @@ def _why_not_call(model: Any) -> str | None:
     expected: Any = _ENCODERS[config.peft_type]
     if type(encoder) is not expected:
         return f"its encoder is a {type(encoder).__name__}, not PEFT's {expected.__name__}"
-    for part in encoder.modules():
-        if any(getattr(part, hooks) for hooks in _HOOKS) or "forward" in part.__dict__:
-            return "there are hooks on its encoder"
+    if any(is_hooked(part) for part in encoder.modules()):
+        return "there are hooks on its encoder"
     if type(encoder.embedding) is not nn.Embedding or type(encoder.embedding.weight) not in (nn.Parameter, Tensor):
         return "its embedding is not a plain nn.Embedding"
     reason: str | None = None if config.peft_type == PeftType.PROMPT_TUNING else _prefixes().why_not_call(model)

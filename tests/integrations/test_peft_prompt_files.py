@@ -129,7 +129,7 @@ KEY = "prompt_embeddings"
 FAULTS = [
     (_truncate, ValueError, r"adapter_model\.safetensors cannot be read"),
     (lambda f: _pickle(f, nn.Linear(2, 2)), ValueError, r"adapter_model\.bin cannot be read"),
-    (lambda f: _pickle(f, {KEY: 3}), ValueError, r"adapter_model\.bin cannot be read: it holds"),
+    (lambda f: _pickle(f, {KEY: 3}), ValueError, "'prompt_embeddings' must be a tensor's name, holds a int"),
     (lambda f: (f / "adapter_model.safetensors").unlink(), FileNotFoundError, "must hold adapter_model.safetensors or"),
     (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "adapter_config.json"),
     (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "must be JSON"),

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from peft_kernels.integrations import file_readers
+from peft_kernels.integrations.file_readers import read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -34,16 +36,10 @@ def read_config(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
         ValueError: it is damaged or of another kind.
     """
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load_adapter: {path} must be JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") not in kinds:
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    config = read_json_object("load_adapter", path)
+    if config.get("peft_type") not in kinds:
         expected = " or ".join(map(repr, kinds))
-        raise ValueError(f"load_adapter: {path} must have peft_type {expected}, got {kind!r}")
+        raise ValueError(f"load_adapter: {path} must have peft_type {expected}, got {config.get('peft_type')!r}")
     return config
 
 
@@ -54,22 +50,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is neither.
         ValueError: it is damaged, or holds something else than tensors by name.
     """
-    path = folder / WEIGHTS_FILE
-    try:
-        if path.exists():
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        path = folder / PICKLED_FILE
-        if path.exists():
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-                raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
-            return tensors
-    except Exception as error:
-        # Each format has errors of its own for a damaged file, and torch's unpickler raises whatever the bytes ask for.
-        raise ValueError(f"load_adapter: {path} cannot be read: {error}") from error
-    raise FileNotFoundError(f"load_adapter: {folder} must hold {WEIGHTS_FILE} or {PICKLED_FILE}")
+    return file_readers.read_tensors("load_adapter", folder, WEIGHTS_FILE, PICKLED_FILE)[1]
 
 
 def require(folder: Path, config: Mapping[str, Any], option: str, expected: object) -> None:
