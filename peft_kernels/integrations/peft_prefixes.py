@@ -15,12 +15,24 @@ from transformers import DynamicCache
 from peft_kernels.integrations import prefix_interface, prefix_model
 from peft_kernels.integrations.hooks import named_arguments, remove_hooks
 from peft_kernels.integrations.prefix_state import ARGUMENT, LayerPrefixes, Pairs, PrefixCache, slot_of
+from peft_kernels.integrations.rules import Rule, Support
+
+_OTHER_LAYOUT = Rule(
+    "model types that PEFT rearranges prefixes for",
+    "PEFT has a layout of its own for prefixes of this model type",
+)
+_OTHER_LAYERS = Rule("a configuration for another number of layers", "its prefix is for another number of layers")
+_OTHER_ATTENTION = Rule(
+    "`set_attn_implementation` after `apply`", f"the attention implementation is no longer {prefix_interface.NAME!r}"
+)
+
+SUPPORT = Support("PEFT: prefixes alone", (), (_OTHER_LAYOUT, _OTHER_LAYERS, _OTHER_ATTENTION))
 
 
 def why_not(model: Any) -> str | None:
     """Reason why the prefixes of PEFT's model cannot be fused, None if they can."""
     if model.config.model_type in TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING:
-        return "PEFT has a layout of its own for prefixes of this model type"
+        return _OTHER_LAYOUT()
     return prefix_model.why_not(model.get_base_model())
 
 
@@ -28,9 +40,9 @@ def why_not_call(model: Any) -> str | None:
     """Reason that lies in the active adapter's sizes, or in what became of the base model."""
     modules = prefix_model.attention_modules(model.get_base_model())
     if model.active_peft_config.num_layers != len(modules):
-        return "its prefix is for another number of layers"
+        return _OTHER_LAYERS()
     if any(slot_of(part) is None or part.config._attn_implementation != prefix_interface.NAME for part in modules):
-        return f"the attention implementation is no longer {prefix_interface.NAME!r}"
+        return _OTHER_ATTENTION()
     return None
 
 

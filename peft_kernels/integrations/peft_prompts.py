@@ -17,7 +17,26 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.class_swap import is_hooked, set_class
 from peft_kernels.integrations.report import count_fallback
+from peft_kernels.integrations.rules import Rule, Support
 from peft_kernels.prompt_tuning import prompt_tuning
+
+_OTHER_KIND = Rule(
+    "P-tuning, multitask prompt tuning, CPT, cartridges", "it is PEFT's {kind}, neither PREFIX_TUNING nor PROMPT_TUNING"
+)
+_NO_TASK = Rule("a model without a task (`task_type=None`)", "it is PEFT's {model}, not one of a task")
+_OTHER_ENCODER = Rule("an encoder of another class", "its encoder is a {encoder}, not PEFT's {expected}")
+_HOOKED = Rule("hooks on the encoder or inside it", "there are hooks on its encoder")
+_OTHER_EMBEDDING = Rule("an embedding that is quantized or sharded", "its embedding is not a plain nn.Embedding")
+
+SUPPORT = Support(
+    "PEFT: prefix and prompt tuning models",
+    (
+        "`PROMPT_TUNING` for every task; while `torch.compile` traces, PEFT's own repetition and concatenation",
+        "`PREFIX_TUNING` for causal language models, classification, question answering and feature extraction",
+        "`prefix_projection`, several adapters, `disable_adapter()`, `generate`, gradient checkpointing",
+    ),
+    (_OTHER_KIND, _NO_TASK, _OTHER_ENCODER, _HOOKED, _OTHER_EMBEDDING),
+)
 
 _ENCODERS = {PeftType.PREFIX_TUNING: peft.PrefixEncoder, PeftType.PROMPT_TUNING: peft.PromptEmbedding}
 
@@ -117,9 +136,9 @@ def why_not(module: Any) -> str | None:
         return ""
     model: Any = module
     if model.peft_type not in _ENCODERS:
-        return f"it is PEFT's {model.peft_type.value}, neither PREFIX_TUNING nor PROMPT_TUNING"
+        return _OTHER_KIND(kind=model.peft_type.value)
     if type(model) not in (*_FUSED, *_PLAIN):
-        return f"it is PEFT's {type(model).__name__}, not one of a task"
+        return _NO_TASK(model=type(model).__name__)
     reason: str | None = _prefixes().why_not(model) if model.peft_type == PeftType.PREFIX_TUNING else None
     return reason
 
@@ -158,10 +177,10 @@ def _why_not_call(model: Any) -> str | None:
     encoder = model.prompt_encoder[model.active_adapter]
     expected: Any = _ENCODERS[config.peft_type]
     if type(encoder) is not expected:
-        return f"its encoder is a {type(encoder).__name__}, not PEFT's {expected.__name__}"
+        return _OTHER_ENCODER(encoder=type(encoder).__name__, expected=expected.__name__)
     if any(is_hooked(part) for part in encoder.modules()):
-        return "there are hooks on its encoder"
+        return _HOOKED()
     if type(encoder.embedding) is not nn.Embedding or type(encoder.embedding.weight) not in (nn.Parameter, Tensor):
-        return "its embedding is not a plain nn.Embedding"
+        return _OTHER_EMBEDDING()
     reason: str | None = None if config.peft_type == PeftType.PROMPT_TUNING else _prefixes().why_not_call(model)
     return reason

@@ -26,34 +26,67 @@ from peft_kernels.integrations.prefix_state import (
     slot_of,
     unmark,
 )
+from peft_kernels.integrations.rules import Rule, Support
 from peft_kernels.prefix_attention import PrefixEncoder
 
 ENCODER = "prefix_encoder"
+
+_NO_MODEL = Rule("a module that is no `PreTrainedModel`", "it is no transformers model")
+_ENCODER_DECODER = Rule("T5, BART and other encoder-decoders", "it is an encoder-decoder model")
+_SOFTCAP = Rule("Gemma 2", "its attention caps the scores (attn_logit_softcapping)")
+_NO_INTERFACE = Rule(
+    "models whose attention is code of their own, or knows no SDPA (gpt-oss, with its sinks)",
+    "its attention does not go through transformers' AttentionInterface, or not as SDPA does",
+)
+_CROSS_ATTENTION = Rule("BERT as a decoder of an encoder's states", "it has cross-attention")
+_NO_LAYERS = Rule(
+    "hybrids with recurrent layers; ALBERT, whose layers are one",
+    "not every layer has one self-attention module with the layer's index",
+)
+_NO_CACHE = Rule("backbones that cannot decode", "its backbone takes no past_key_values")
+_NO_KWARGS = Rule(
+    "models that drop unknown keyword arguments on the way", "its {part} hands no keyword arguments on to the attention"
+)
+
+SUPPORT = Support(
+    "Prefixes on transformers' models: `add_prefix`, and `apply` on PEFT's",
+    ("Llama, Qwen2, Mistral, GPT-2, BERT: tested; others that no rule below excludes",),
+    (
+        _NO_MODEL,
+        _ENCODER_DECODER,
+        _SOFTCAP,
+        _NO_INTERFACE,
+        _CROSS_ATTENTION,
+        _NO_LAYERS,
+        _NO_CACHE,
+        _NO_KWARGS,
+    ),
+)
 
 
 def why_not(model: Any) -> str | None:
     """Reason why a model cannot carry prefixes, None if it can."""
     if not isinstance(model, PreTrainedModel):
-        return "it is no transformers model"
+        return _NO_MODEL()
     if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder model"
+        return _ENCODER_DECODER()
     text = model.config.get_text_config()
     if getattr(text, "attn_logit_softcapping", None) is not None:
-        return "its attention caps the scores (attn_logit_softcapping)"
+        return _SOFTCAP()
     if not (model._supports_sdpa and model._can_set_attn_implementation()):
-        return "its attention does not go through transformers' AttentionInterface, or not as SDPA does"
+        return _NO_INTERFACE()
     if any(_is_cross_attention(module) for module in model.modules()):
-        return "it has cross-attention"
+        return _CROSS_ATTENTION()
     modules = attention_modules(model)
     if [module.layer_idx for module in modules] != list(range(text.num_hidden_layers)):
-        return "not every layer has one self-attention module with the layer's index"
+        return _NO_LAYERS()
     base = backbone(model)
     if "past_key_values" not in inspect.signature(base.forward).parameters:
-        return "its backbone takes no past_key_values"
+        return _NO_CACHE()
     for name, module in base.named_modules():
         inside = any(part is attention for part in module.modules() for attention in modules)
         if inside and not isinstance(module, nn.ModuleList) and not takes_any_argument(module):
-            return f"its {name or 'backbone'} hands no keyword arguments on to the attention"
+            return _NO_KWARGS(part=name or "backbone")
     return None
 
 

@@ -60,9 +60,9 @@ def test_peft_reads_what_is_written_here(
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize(("architecture", "task"), TASKS)
 @pytest.mark.parametrize(
-    "options", [{}, {"prefix_projection": True, "encoder_hidden_size": 6}], ids=["rows", "projection"]
+    ("kind", "options"),
+    [("prefix", {}), ("prefix", {"prefix_projection": True, "encoder_hidden_size": 6}), ("prompt", {})],
 )
-@pytest.mark.parametrize("kind", CONFIGS)
 def test_what_peft_wrote_is_read_here(
     kind: str, options: dict[str, object], architecture: str, task: str, safe: bool, tmp_path: Path
 ) -> None:
