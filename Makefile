@@ -1,7 +1,9 @@
-# Targets run in .venv, which they create from BASE_PYTHON with the pinned versions of requirements/.
+# Targets run in .venv, which they create from BASE_PYTHON with the pinned versions of requirements/; AdapterHub's tests
+# in an environment of their own.
 # PYTHON=... takes that interpreter as it is instead: no venv, nothing installed, no network.
 
 VENV := .venv
+ADAPTERHUB_VENV := .venv-adapterhub
 BASE_PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -11,9 +13,13 @@ CLANG_FORMAT = $(PYTHON) -c 'from clang_format import clang_format; clang_format
 ifeq ($(origin PYTHON),undefined)
   PYTHON := $(VENV)/bin/python
   VENV_STAMP := $(VENV)/.stamp
+  ADAPTERHUB_PYTHON := $(ADAPTERHUB_VENV)/bin/python
+  ADAPTERHUB_STAMP := $(ADAPTERHUB_VENV)/.stamp
   GPU_PYTHON := $(BASE_PYTHON)
 else
   VENV_STAMP :=
+  ADAPTERHUB_PYTHON := $(PYTHON)
+  ADAPTERHUB_STAMP :=
   GPU_PYTHON := $(PYTHON)
 endif
 
@@ -38,7 +44,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test codegen lint format demo bench report gpu clean
+.PHONY: help venv build test test-adapterhub codegen lint format demo bench report gpu clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -53,6 +59,12 @@ $(VENV)/.stamp: requirements/torch.txt requirements/dev.txt requirements/constra
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements/no-deps.txt
 	touch $@
 
+$(ADAPTERHUB_VENV)/.stamp: requirements/torch.txt requirements/adapterhub.txt requirements/adapterhub-constraints.txt
+	test -x $(ADAPTERHUB_VENV)/bin/python || $(BASE_PYTHON) -m venv $(ADAPTERHUB_VENV)
+	$(ADAPTERHUB_VENV)/bin/python -m pip install --quiet -r requirements/torch.txt -c requirements/adapterhub-constraints.txt
+	$(ADAPTERHUB_VENV)/bin/python -m pip install --quiet -r requirements/adapterhub.txt -c requirements/adapterhub-constraints.txt
+	touch $@
+
 ## build    compile the CUDA extension in place where there is an nvcc; elsewhere record why not
 build: $(STAMP)
 
@@ -62,6 +74,11 @@ $(STAMP): setup.py pyproject.toml $(CSRC) $(VENV_STAMP)
 ## test     run the tests; skipped ones are listed with their reasons
 test: build
 	$(PYTHON) -m pytest tests -n $(WORKERS) $(PYTEST_ARGS)
+
+## test-adapterhub  run the tests that need AdapterHub, in .venv-adapterhub, which it creates
+test-adapterhub: $(ADAPTERHUB_STAMP)
+	@$(ADAPTERHUB_PYTHON) -c 'import adapters' # without it the tests would be skipped
+	$(ADAPTERHUB_PYTHON) -m pytest tests/adapterhub $(PYTEST_ARGS)
 
 ## codegen  compile every kernel ahead of time for every architecture, and read the machine code; test takes a part
 codegen: build
@@ -102,8 +119,8 @@ gpu: $(GPU_STAMP)
 	$(GPU_PYTHON) -m pytest tests -m "not cpu_only" $(PYTEST_ARGS)
 	$(GPU_PYTHON) -m benchmarks --out benchmarks/results
 
-## clean    remove what was built; the venv stays
+## clean    remove what was built; the venvs stay
 clean:
 	rm -rf build dist *.egg-info peft_kernels/_C*.so peft_kernels/_build_info.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +

@@ -3,6 +3,85 @@
 A model that PEFT built needs none of this: ``peft_kernels.apply`` leaves it PEFT's, with PEFT's own saving and loading.
 """
 
-from peft_kernels.integrations.peft_files import load_adapter, save_adapter
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from peft_kernels.integrations import peft_adapter, peft_lora_files, peft_prompt_files
+from peft_kernels.lora_linear import FusedLoRALinear
+from peft_kernels.prefix_attention import PrefixEncoder
+from peft_kernels.prompt_tuning import PromptEmbedding
 
 __all__ = ["load_adapter", "save_adapter"]
+
+_KINDS: dict[str, type[nn.Module]] = {
+    "LORA": FusedLoRALinear,
+    "PREFIX_TUNING": PrefixEncoder,
+    "PROMPT_TUNING": PromptEmbedding,
+}
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, adapter_name: str = "default", task_type: str | None = None
+) -> None:
+    """Write what a model trains as PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        model: contains FusedLoRALinear layers, whose paths become the file's keys; or one PrefixEncoder; or one
+            PromptEmbedding; or is one of these.
+        folder: is made if it does not exist; its two files are overwritten.
+        adapter_name: which adapter of FusedLoRALinear layers; the name itself is not stored.
+        task_type: PEFT's, for a prefix or a prompt; None takes it from the class of a transformers model.
+
+    Raises:
+        KeyError: no layer has an adapter of this name.
+        ValueError: the model has several kinds, or none; ``task_type`` is missing; or one configuration cannot express
+            what layers differ in.
+    """
+    found = {kind: _of_kind(model, kind) for kind in _KINDS}
+    kinds = [kind for kind, modules in found.items() if modules]
+    if len(kinds) > 1:
+        raise ValueError(f"save_adapter: model must have one kind of adapter, got {kinds}; save each part by itself")
+    if kinds and kinds != ["LORA"]:
+        peft_prompt_files.save(model, _only(found[kinds[0]], "save_adapter", kinds[0]), folder, task_type)
+    else:
+        peft_lora_files.save(model, folder, adapter_name)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
+    """Read a PEFT adapter's files into a model, or into a PrefixEncoder or PromptEmbedding alone.
+
+    An adapter of FusedLoRALinear layers of that name is replaced, whatever its rank; which one is active does not
+    change. Everything is read and checked before the first tensor is touched.
+
+    Args:
+        model: has what the file is for: a FusedLoRALinear at every path that it names; one PrefixEncoder or
+            PromptEmbedding of its sizes; and the head, if it has one.
+        folder: holds ``adapter_config.json``, and ``adapter_model.safetensors`` or ``adapter_model.bin``; the latter
+            is unpickled with ``weights_only``.
+        adapter_name: new name, of an adapter of FusedLoRALinear layers.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, is none of these kinds, or does not fit the model; or a layer that it names is
+            merged. The text names the file or key, what it must be and what it was. The model is as it was.
+    """
+    folder = Path(folder)
+    config = peft_adapter.read_config(folder, tuple(_KINDS))
+    kind = config["peft_type"]
+    if kind == "LORA":
+        peft_lora_files.load(model, folder, config, adapter_name)
+    else:
+        peft_prompt_files.load(model, _only(_of_kind(model, kind), "load_adapter", kind), folder, config)
+
+
+def _of_kind(model: nn.Module, kind: str) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _KINDS[kind])]
+
+
+def _only(modules: list[nn.Module], where: str, kind: str) -> peft_prompt_files.Part:
+    if len(modules) != 1 or not isinstance(modules[0], (PrefixEncoder, PromptEmbedding)):
+        raise ValueError(f"{where}: for {kind} model must have one {_KINDS[kind].__name__}, got {len(modules)}")
+    return modules[0]

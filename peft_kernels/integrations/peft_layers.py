@@ -7,7 +7,6 @@ PEFT's layer works on it: ``isinstance``, pickling, deepcopy, merging, hotswappi
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +16,67 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels.integrations.class_swap import is_hooked, set_class
 from peft_kernels.integrations.report import count_fallback
+from peft_kernels.integrations.rules import Rule, Support
 from peft_kernels.lora_linear import lora_linear
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OTHER_LAYER = Rule(
+    "a layer of another class: embeddings, convolutions, quantized layers, MoE parameters",
+    "it is PEFT's {layer}, not its lora.Linear",
+)
+_DISABLED = Rule("a call inside `disable_adapter()`", "adapters are disabled")
+_MERGED = Rule("a call after `merge_adapter()`", "adapters are merged into the weight")
+_NO_ADAPTER = Rule("a call while none of the layer's adapters is active", "no adapter is active")
+_OTHER_BASE = Rule(
+    "a base layer of another class, a parametrized one too", "its base layer is {base}, not nn.Linear or Conv1D"
+)
+_VARIANT = Rule("DoRA, aLoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
+_OTHER_DROPOUT = Rule("dropout of another class", "its dropout is {dropout}, not nn.Dropout")
+_HOOKED = Rule(
+    "hooks inside the layer: offloading, tensor parallelism, FSDP of the parts",
+    "there are hooks on its base layer or on its adapters",
+)
+_NO_PLAIN_WEIGHT = Rule("a weight that is a tensor subclass", "a weight of it is a {weight}, not a plain tensor")
+_ADAPTER_NAMES = Rule("`adapter_names` in the call", "adapter_names mixes adapters within a batch")
+_MORE_ARGUMENTS = Rule("a call with further arguments", "the call has arguments beside x")
+_SEVERAL_DEVICES = Rule("tensors on several devices", "its tensors are on several devices")
+_SEVERAL_DTYPES = Rule("active adapters of several dtypes", "its adapters have several dtypes")
+_SEVERAL_MASKS = Rule(
+    "several active adapters with dropout in training", "several active adapters with dropout draw a mask each"
+)
+_X_DTYPE = Rule("input and base weight of two dtypes outside autocast", "x is {x}, the base weight {base}")
+_ADAPTER_DTYPE = Rule(
+    "adapters neither in the input's dtype nor in float32 outside autocast", "x is {x}, the adapters are {adapter}"
+)
+
+SUPPORT = Support(
+    "PEFT: LoRA layers",
+    (
+        "`lora.Linear` on `nn.Linear`, or on transformers' `Conv1D`",
+        "rsLoRA, `rank_pattern`, `alpha_pattern`, `lora_bias`, PiSSA and other initialisations",
+        "adapters in float32 on a half-precision base, autocast, dropout in training",
+        "several active adapters without dropout, in one call",
+    ),
+    (
+        _OTHER_LAYER,
+        _DISABLED,
+        _MERGED,
+        _NO_ADAPTER,
+        _OTHER_BASE,
+        _VARIANT,
+        _OTHER_DROPOUT,
+        _HOOKED,
+        _NO_PLAIN_WEIGHT,
+        _ADAPTER_NAMES,
+        _MORE_ARGUMENTS,
+        _SEVERAL_DEVICES,
+        _SEVERAL_DTYPES,
+        _SEVERAL_MASKS,
+        _X_DTYPE,
+        _ADAPTER_DTYPE,
+    ),
+)
 
 
 class FusedLoraLinear(PeftLinear):
@@ -40,7 +96,7 @@ def why_not(module: Any) -> str | None:
     if not isinstance(module, LoraLayer):
         return ""
     if type(module) not in (PeftLinear, FusedLoraLinear):
-        return f"it is PEFT's {type(module).__module__.rpartition('.')[2]}.{type(module).__name__}, not its lora.Linear"
+        return _OTHER_LAYER(layer=f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}")
     layer: Any = module
     return _why_not_parts(layer)
 
@@ -52,28 +108,21 @@ def is_fused(module: nn.Module) -> bool:
 
 def fuse(module: nn.Module) -> None:
     """Swap the class."""
-    _set_class(module, FusedLoraLinear)
+    set_class(module, FusedLoraLinear)
 
 
 def restore(module: nn.Module) -> None:
     """Swap it back."""
-    _set_class(module, PeftLinear)
-
-
-def _set_class(module: nn.Module, cls: type[PeftLinear]) -> None:
-    module.__class__ = cls
-    if "_old_forward" in module.__dict__:
-        # accelerate wraps the bound method that it finds, and calls that one.
-        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+    set_class(module, PeftLinear)
 
 
 def _why_not_state(layer: PeftLinear) -> str | None:
     if layer.disable_adapters:
-        return "adapters are disabled"
+        return _DISABLED()
     if layer.merged:
-        return "adapters are merged into the weight"
+        return _MERGED()
     if not _active(layer):
-        return "no adapter is active"
+        return _NO_ADAPTER()
     return None
 
 
@@ -81,37 +130,37 @@ def _why_not_parts(layer: PeftLinear) -> str | None:
     """Reason that lies in what the layer is made of."""
     base = layer.base_layer
     if type(base) is not nn.Linear and not _is_conv1d(base):
-        return f"its base layer is {type(base).__name__}, not nn.Linear or Conv1D"
+        return _OTHER_BASE(base=type(base).__name__)
     for name in _active(layer):
         if name in layer.lora_variant:
-            return f"its adapter is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+            return _VARIANT(variant=type(layer.lora_variant[name]).__name__)
         if type(layer.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
-            return f"its dropout is {type(layer.lora_dropout[name]).__name__}, not nn.Dropout"
+            return _OTHER_DROPOUT(dropout=type(layer.lora_dropout[name]).__name__)
     for part in _parts(layer):
-        if any(getattr(part, hooks) for hooks in _HOOKS) or "forward" in part.__dict__:
-            return "there are hooks on its base layer or on its adapters"
+        if is_hooked(part):
+            return _HOOKED()
         weight = getattr(part, "weight", None)
         if weight is not None and type(weight) not in (nn.Parameter, Tensor):
-            return f"a weight of it is a {type(weight).__name__}, not a plain tensor"
+            return _NO_PLAIN_WEIGHT(weight=type(weight).__name__)
     return None
 
 
 def _why_not_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Reason that lies in the arguments, or in dtypes and devices."""
     if kwargs.get("adapter_names") is not None:
-        return "adapter_names mixes adapters within a batch"
+        return _ADAPTER_NAMES()
     if args or any(
         value is not None or key not in VARIANT_KWARG_KEYS for key, value in kwargs.items() if key != "adapter_names"
     ):
-        return "the call has arguments beside x"
+        return _MORE_ARGUMENTS()
     names = _active(layer)
     base, factors = _weight(layer.base_layer), [factor for name in names for factor in _factors(layer, name)]
     if any(weight.device != x.device for weight in (base, *factors)):
-        return "its tensors are on several devices"
+        return _SEVERAL_DEVICES()
     if len({factor.dtype for factor in factors}) > 1:
-        return "its adapters have several dtypes"
+        return _SEVERAL_DTYPES()
     if len(names) > 1 and any(_dropout_p(layer, name) for name in names):
-        return "several active adapters with dropout draw a mask each"
+        return _SEVERAL_MASKS()
     return _why_not_dtypes(x, base.dtype, factors[0].dtype, layer.cast_input_dtype_enabled)
 
 
@@ -120,9 +169,9 @@ def _why_not_dtypes(x: Tensor, base: torch.dtype, adapter: torch.dtype, casts_in
     if autocast_dtype(x.device.type) is not None and torch.float64 not in (x.dtype, base, adapter):
         return None
     if x.dtype != base:
-        return f"x is {x.dtype}, the base weight {base}"
+        return _X_DTYPE(x=x.dtype, base=base)
     if adapter not in (x.dtype, torch.float32) or (adapter != x.dtype and not casts_input):
-        return f"x is {x.dtype}, the adapters are {adapter}"
+        return _ADAPTER_DTYPE(x=x.dtype, adapter=adapter)
     return None
 
 

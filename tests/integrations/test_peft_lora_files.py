@@ -117,6 +117,11 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _no_tensor(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({FIRST: 1}, folder / "adapter_model.bin")
+
+
 def _evil(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     torch.save(nn.Linear(2, 2), folder / "adapter_model.bin")
@@ -130,6 +135,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (_truncate, ValueError, r"adapter_model\.safetensors cannot be read"),
         (_evil, ValueError, r"adapter_model\.bin cannot be read"),
+        (_no_tensor, ValueError, r"q_proj\.lora_A\.weight' must be a tensor's name, holds a int"),
         (
             lambda f: (f / "adapter_model.safetensors").unlink(),
             FileNotFoundError,
@@ -137,8 +143,8 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "must be JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "peft_type 'LORA', got 'list'"),
-        (lambda f: _write(f, "peft_type", "LOHA"), ValueError, "must have peft_type 'LORA', got 'LOHA'"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "must hold an object, got a list"),
+        (lambda f: _write(f, "peft_type", "LOHA"), ValueError, r"must have peft_type 'LORA' or .*, got 'LOHA'"),
         (lambda f: _write(f, "use_dora", True), ValueError, "must not set use_dora, got True"),
         (lambda f: _write(f, "modules_to_save", ["lm_head"]), ValueError, "must not set modules_to_save"),
         (lambda f: _write(f, "r", "four"), ValueError, "must have a number r, got 'four'"),

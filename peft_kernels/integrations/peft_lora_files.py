@@ -6,21 +6,17 @@ A file that is written here loads in PEFT on the same model with plain linear la
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from peft_kernels.integrations import peft_adapter
 from peft_kernels.lora_linear import FusedLoRALinear
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": 0, ".lora_B.weight": 1}
 
@@ -48,55 +44,28 @@ class _Adapter(NamedTuple):
     scaling: float
 
 
-def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
-    """Write an adapter of all FusedLoRALinear layers that have one of the name.
-
-    Args:
-        model: contains FusedLoRALinear layers; their paths become the file's keys.
-        folder: is made if it does not exist; its two files are overwritten.
-        adapter_name: which adapter; the name itself is not stored.
+def save(model: nn.Module, folder: str | Path, adapter_name: str) -> None:
+    """See ``peft.save_adapter``.
 
     Raises:
         KeyError: no layer has an adapter of this name.
         ValueError: layers differ in dropout or in ``use_rslora``, which one configuration cannot express.
     """
-    from safetensors.torch import save_file
-
     layers = {name: layer for name, layer in _layers(model).items() if adapter_name in layer.scaling}
     if not layers:
         raise KeyError(f"save_adapter: no FusedLoRALinear has an adapter {adapter_name!r}")
-    config = _config(layers, adapter_name)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].detach().cpu().contiguous()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name]
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name]
+    peft_adapter.write(folder, _config(layers, adapter_name), tensors)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
-    """Read an adapter file into the FusedLoRALinear layers of a model, as an adapter of the given name.
-
-    An adapter of that name is replaced, whatever its rank; which adapter is active does not change. Everything is read
-    and checked before the first layer is touched.
-
-    Args:
-        model: has a FusedLoRALinear at every path that the file names.
-        folder: holds ``adapter_config.json``, and ``adapter_model.safetensors`` or ``adapter_model.bin``; the latter
-            is unpickled with ``weights_only``.
-        adapter_name: new name.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, is no plain LoRA adapter, or does not fit the model; or a layer that it names is
-            merged. The text names the file or key, what it must be and what it was. The model is as it was.
-    """
-    folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE)
+def load(model: nn.Module, folder: Path, config: Mapping[str, Any], adapter_name: str) -> None:
+    """See ``peft.load_adapter``."""
+    _check_config(folder / peft_adapter.CONFIG_FILE, config)
     layers = _layers(model)
-    adapters = _adapters(folder, _read_tensors(folder), config, layers)
+    adapters = _adapters(folder, peft_adapter.read_tensors(folder), config, layers)
     for name in adapters:
         if layers[name].merged:
             raise ValueError(f"load_adapter: {name} is merged; call unmerge() before loading")
@@ -138,42 +107,13 @@ def _config(layers: Mapping[str, FusedLoRALinear], adapter: str) -> dict[str, An
     }
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load_adapter: {path} must be JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"load_adapter: {path} must have peft_type 'LORA', got {kind!r}")
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     for option in _UNSUPPORTED:
         if config.get(option):
             raise ValueError(f"load_adapter: {path} must not set {option}, got {config[option]!r}")
     for option in ("r", "lora_alpha"):
         if isinstance(config.get(option), bool) or not isinstance(config.get(option), (int, float)):
             raise ValueError(f"load_adapter: {path} must have a number {option}, got {config.get(option)!r}")
-    return config
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    try:
-        if path.exists():
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        path = folder / PICKLED_FILE
-        if path.exists():
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict):
-                raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
-            return tensors
-    except Exception as error:
-        # Each format has errors of its own for a damaged file, and torch's unpickler raises whatever the bytes ask for.
-        raise ValueError(f"load_adapter: {path} cannot be read: {error}") from error
-    raise FileNotFoundError(f"load_adapter: {folder} must hold {WEIGHTS_FILE} or {PICKLED_FILE}")
 
 
 def _adapters(

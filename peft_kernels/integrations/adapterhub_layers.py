@@ -1,0 +1,202 @@
+"""AdapterHub's bottleneck adapters on ``bottleneck_adapter``: the adapter's class is swapped, its state is not touched.
+
+A swapped adapter decides at each call whether the operation computes what AdapterHub's forward would; if not, that
+forward runs, and the reason is counted. What surrounds the adapter stays AdapterHub's: the layer norms and residuals of
+its placement, the composition blocks, and the sum of a parallel adapter with its sublayer, which is made after the
+blocks have joined their results.
+
+| adapter    | AdapterHub's forward returns             | operation                                        |
+| sequential | residual + s up(act(down(x))), down, up  | residual=residual: read once where x is residual |
+| parallel   | s up(act(down(x))), down, up             | residual=None; ``up`` is the same tensor         |
+
+Composition blocks pass ``up`` on, and only Fuse reads it; nothing reads ``down``. What may stay unread is made when it
+is read: adapterhub_deferred.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from adapters.methods.adapter_layer_base import AdapterLayerBase
+from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.modeling import (
+    Activation_Function_Class,
+    Adapter,
+    GLOWCouplingBlock,
+    NICECouplingBlock,
+    ParallelAdapter,
+)
+from torch import Tensor, nn
+from transformers.activations import ACT2CLS
+
+from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels.bottleneck_adapter import bottleneck_adapter
+from peft_kernels.bottleneck_adapter.activations import LEAKY_SLOPE
+from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS
+from peft_kernels.integrations.adapterhub_deferred import Deferred
+from peft_kernels.integrations.class_swap import is_hooked, set_class
+from peft_kernels.integrations.report import count_fallback
+
+
+def _class_of(name: str) -> type[nn.Module]:
+    entry: Any = ACT2CLS[name]
+    return entry[0] if isinstance(entry, tuple) else entry
+
+
+# By what the adapter holds, which is what runs; a name would have to be looked up in the model's configuration.
+_BY_CLASS = {_class_of(name): ours for name, ours in ACTIVATIONS.items() if name in ACT2CLS}
+
+
+class FusedAdapter(Adapter):
+    """AdapterHub's sequential bottleneck, with its residual sum, as one operation."""
+
+    def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Any, ...]:
+        """As AdapterHub's; what it cannot fuse runs AdapterHub's own."""
+        reason = _why_not_adapter(self) or _why_not_call(self, x, residual_input, output_gating)
+        if reason is not None:
+            count_fallback(self, reason)
+            return super().forward(x, residual_input, output_gating)
+        output = _bottleneck(self, x, residual_input)
+        return output, _later(lambda: self.adapter_down(x), x), _later(lambda: _bottleneck(self, x, None), x)
+
+
+class FusedParallelAdapter(ParallelAdapter):
+    """AdapterHub's parallel bottleneck as one operation; the sum with the sublayer is its ``post_forward``'s."""
+
+    def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Any, ...]:
+        """As AdapterHub's, which does not read the residual; what it cannot fuse runs AdapterHub's own."""
+        reason = _why_not_adapter(self) or _why_not_call(self, x, x, output_gating)
+        if reason is not None:
+            count_fallback(self, reason)
+            return super().forward(x, residual_input, output_gating)
+        output = _bottleneck(self, x, None)
+        return output, _later(lambda: self.adapter_down(x), x), output
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {Adapter: FusedAdapter, ParallelAdapter: FusedParallelAdapter}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+
+
+def why_not(module: Any) -> str | None:
+    """Reason why a module is not fused, "" if it is no adapter of AdapterHub's, None if it is or can be."""
+    if isinstance(module, Adapter):
+        return _why_not_adapter(module)
+    is_other_layer = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer)
+    if (is_other_layer and module.adapter_modules) or isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
+        return f"it is AdapterHub's {type(module).__name__}, not a bottleneck"
+    return ""
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module was swapped."""
+    return type(module) in _PLAIN
+
+
+def fuse(module: nn.Module) -> None:
+    """Swap the class."""
+    set_class(module, _FUSED.get(type(module), type(module)))
+
+
+def restore(module: nn.Module) -> None:
+    """Swap it back."""
+    set_class(module, _PLAIN[type(module)])
+
+
+def _why_not_adapter(adapter: Any) -> str | None:
+    """Reason that lies in what the adapter is made of."""
+    if type(adapter) not in _FUSED and type(adapter) not in _PLAIN:
+        return f"it is a {type(adapter).__name__}, not AdapterHub's Adapter or ParallelAdapter"
+    if adapter.use_gating:
+        return "it has a gate"
+    if adapter.add_layer_norm_before or adapter.add_layer_norm_after:
+        return "it has a layer norm of its own"
+    if hasattr(adapter, "DropPath"):
+        return "it has stochastic depth"
+    if type(adapter.scaling) not in (float, int):
+        return "its scaling is learned"
+    down = adapter.adapter_down
+    parts = (*(down if type(down) is nn.Sequential else (down,)), adapter.adapter_up, adapter.dropout)
+    if tuple(map(type, parts)) != (nn.Linear, Activation_Function_Class, nn.Linear, nn.Dropout):
+        return f"it is made of {', '.join(type(part).__name__ for part in parts)}"
+    if not _activation(adapter):
+        return f"its activation is {type(adapter.adapter_down[1].f).__name__}, which has no equivalent"
+    return _why_not_modules(adapter)
+
+
+def _why_not_modules(adapter: Any) -> str | None:
+    # A hook on the adapter itself may take away, after the call, the parameters that a deferred result needs.
+    down, activation = adapter.adapter_down
+    parts = (adapter, adapter.adapter_down, down, activation, activation.f, adapter.adapter_up, adapter.dropout)
+    if any(isinstance(part, nn.Module) and is_hooked(part) for part in parts):
+        return "there are hooks on it or on its parts"
+    for tensor in _parameters(adapter):
+        if type(tensor) not in (nn.Parameter, Tensor):
+            return f"a parameter of it is a {type(tensor).__name__}, not a plain tensor"
+    return None
+
+
+def _why_not_call(adapter: Any, x: Tensor, residual: Any, output_gating: bool) -> str | None:
+    """Reason that lies in the arguments, or in dtypes, devices and the mode of training."""
+    if output_gating:
+        # Without a gate AdapterHub keeps the last result instead, which is ``up``.
+        return "the call asks for gating scores"
+    if adapter.dropout.training and adapter.dropout.p > 0:
+        return "its dropout is active"
+    if not isinstance(residual, Tensor):
+        return f"the residual is a {type(residual).__name__}"
+    parameters = _parameters(adapter)
+    if any(tensor.device != x.device for tensor in (residual, *parameters)):
+        return "its tensors are on several devices"
+    if not torch.amp.is_autocast_available(x.device.type):
+        return f"x is on {x.device.type}"
+    if x.shape[-1:] != (adapter.input_size,) or residual.shape != x.shape:
+        return f"x is {tuple(x.shape)}, the residual {tuple(residual.shape)}, the adapter {adapter.input_size} wide"
+    return _why_not_dtypes(x, residual.dtype, {parameter.dtype for parameter in parameters})
+
+
+def _why_not_dtypes(x: Tensor, residual: torch.dtype, parameters: set[torch.dtype]) -> str | None:
+    # Under autocast every product is in autocast's dtype, whatever its operands are; float64 stays out of it.
+    if autocast_dtype(x.device.type) is not None and torch.float64 not in (x.dtype, residual, *parameters):
+        return None
+    if parameters != {x.dtype}:
+        return f"x is {x.dtype}, its parameters are {', '.join(sorted(map(str, parameters)))}"
+    if residual not in (x.dtype, torch.float32) or torch.promote_types(residual, x.dtype) != residual:
+        return f"x is {x.dtype}, the residual {residual}"
+    return None
+
+
+def _bottleneck(adapter: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+    down_weight, down_bias, up_weight, up_bias = _parameters(adapter)
+    return bottleneck_adapter(
+        x,
+        down_weight,
+        up_weight,
+        down_bias=down_bias,
+        up_bias=up_bias,
+        residual=residual,
+        activation=_activation(adapter),
+        scale=adapter.scaling,
+    )
+
+
+def _parameters(adapter: Any) -> tuple[Tensor, ...]:
+    down, up = adapter.adapter_down[0], adapter.adapter_up
+    return down.weight, down.bias, up.weight, up.bias
+
+
+def _activation(adapter: Any) -> str:
+    """The operation's name for the adapter's activation, "" where it has none."""
+    f = adapter.adapter_down[1].f
+    if f is F.leaky_relu:
+        return "leaky_relu"
+    if isinstance(f, nn.LeakyReLU) and f.negative_slope != LEAKY_SLOPE:
+        return ""
+    return _BY_CLASS.get(type(f), "")
+
+
+def _later(make: Callable[[], Tensor], x: Tensor) -> Tensor | Deferred:
+    # A compiler drops by itself what nobody reads.
+    return make() if torch.compiler.is_compiling() else Deferred(make, x.device.type)
