@@ -1,12 +1,13 @@
-"""Block sizes of the prefix attention kernels: frozen values from pure functions of the problem and the hardware.
+"""What runs, and in which sizes: frozen values from pure functions of the problem and the hardware.
 
-No branch here has been measured on a GPU yet. Sizes are those whose ahead-of-time compile shows no spill and fits the
-shared memory of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix_attention.md has the arithmetic.
+No branch here has been measured on a GPU yet. Kernels have the sizes whose ahead-of-time compile shows no spill and fits
+the shared memory of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix_attention.md has the arithmetic.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -70,6 +71,25 @@ class GradPrefixConfig:
     SPLIT: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class TorchConfig:
+    """What each pass of the torch backend is made of.
+
+    "blocks": products and a softmax of its own (torch_blocks.py). "fused": one call of torch's fused attention;
+    "ranges": one for each range of queries (torch_fused.py).
+    """
+
+    forward: Literal["blocks", "ranges", "fused"]
+    backward: Literal["blocks", "fused"]
+
+
+# What padding adds to a row where there can be no mask: 16 bytes of half precision, so that rows stay aligned.
+PADDING_COLUMNS = 8
+
+# A padded key's score is -8 * 2^30 * scale on that path (torch_fused.py): with this scale -2^21.
+LEAST_SCALE = 2.0**-12
 
 
 def forward_config(problem: PrefixAttentionProblem, hardware: Hardware) -> ForwardConfig:
@@ -164,6 +184,46 @@ def grad_prefix_config(problem: PrefixAttentionProblem, hardware: Hardware) -> G
         num_warps=8,
         num_stages=2,
     )
+
+
+def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
+    """Choose between torch's fused attention and blocks, for each pass.
+
+    CPU. Forward: over eleven shapes (1 to 2048 queries, 8 to 32 heads, grouped or not, padded or not; one core of an
+    AMD EPYC with AVX-512 BF16, shared with other work) fused took 0.35 to 0.85 of the time of blocks in training steps
+    in float32 and bf16, and 0.5 to 1.3 of it in decoding. Backward: fused attention recomputes its forward pass, and
+    took 0.7 to 1.5 times as long as blocks in training steps; and where heads are grouped it rounds dk and dv of each
+    head to half precision before it adds them, 0.85 eps against 0.2.
+
+    CUDA, which no GPU has run yet: fused in half precision, where torch documents a flash kernel for up to 256
+    dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped
+    heads and no mask aligned at the lower right: blocks.
+    """
+    if not _fused_can_run(problem):
+        return TorchConfig(forward="blocks", backward="blocks")
+    if problem.device.type == "cpu":
+        return TorchConfig(forward="ranges", backward="blocks")
+    columns = problem.d + (PADDING_COLUMNS if problem.padded else 0)
+    takes_flash = problem.device.type == "cuda" and problem.dtype.itemsize == 2 and columns <= 256
+    chosen: Literal["fused", "blocks"] = "fused" if takes_flash else "blocks"
+    return TorchConfig(forward=chosen, backward=chosen)
+
+
+def _fused_can_run(problem: PrefixAttentionProblem) -> bool:
+    if problem.is_empty or problem.scale < LEAST_SCALE:
+        # With a negative scale torch's fused CPU kernel gives nan (2.13); below the least one, padding would show.
+        return False
+    # Alignment at the lower right is ours only while the first query sees a key of the sequence; and what torch gives
+    # to a query without a key is not documented.
+    return not (problem.causal and problem.s > problem.l) and not (problem.padded and problem.p == 0)
+
+
+def torch_mask_rows(keys: int) -> int:
+    """Queries of a range: 2^17 elements of its mask.
+
+    2^16 to 2^18 differed by less than the noise in most of eleven shapes; with padding, 2^18 was the slowest.
+    """
+    return max(1, (1 << 17) // max(1, keys))
 
 
 def torch_block(heads: int, group: int, queries: int, keys: int, device_type: str) -> tuple[int, int]:
