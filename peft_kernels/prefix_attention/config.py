@@ -1,7 +1,7 @@
 """What runs, and in which sizes: frozen values from pure functions of the problem and the hardware.
 
-No branch here has been measured on a GPU yet. Kernels have the sizes whose ahead-of-time compile shows no spill and fits
-the shared memory of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix_attention.md has the arithmetic.
+No branch here has been measured on a GPU. Kernels have the sizes that compile without spills and fit the shared memory
+of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix_attention.md has the arithmetic.
 """
 
 from __future__ import annotations
@@ -18,14 +18,24 @@ from peft_kernels.prefix_attention.problem import PrefixAttentionProblem
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """y and the softmax's statistics."""
+    """y and the softmax's statistics, or SPLIT parts of them."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_P: int
     BLOCK_D: int
+    SPLIT: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """y and the statistics from their parts."""
+
+    BLOCK_M: int
+    BLOCK_D: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -111,9 +121,25 @@ def forward_config(problem: PrefixAttentionProblem, hardware: Hardware) -> Forwa
         BLOCK_N=block_n,
         BLOCK_P=_keys_at_most(problem.p, block_n),
         BLOCK_D=block_d,
+        SPLIT=_splits(problem, block_m, block_n, hardware.sm_count),
         num_warps=_forward_warps(problem, block_m * block_d),
         num_stages=2,
     )
+
+
+def _splits(problem: PrefixAttentionProblem, block_m: int, block_n: int, sm_count: int) -> int:
+    """Ranges of the sequence where half of the multiprocessors or more would have no program (assumed).
+
+    A range has at least four blocks of keys, so that its part, written and read once as float32, is little beside it.
+    """
+    tiles = _cdiv(problem.group * problem.s, block_m) * problem.b * problem.h_kv
+    return max(1, min(sm_count // tiles, problem.l // (4 * block_n))) if 2 * tiles <= sm_count else 1
+
+
+def merge_config(problem: PrefixAttentionProblem) -> MergeConfig:
+    """A tile of 512 elements, four a thread: a decoding query has few rows, and each should have threads."""
+    block_d = _block_d(problem.d)
+    return MergeConfig(BLOCK_M=max(1, 512 // block_d), BLOCK_D=block_d, num_warps=4)
 
 
 def _forward_warps(problem: PrefixAttentionProblem, elements: int) -> int:

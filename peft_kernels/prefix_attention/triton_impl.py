@@ -43,7 +43,7 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Te
     from peft_kernels.prefix_attention import triton_fwd
 
     chosen = config.forward_config(problem, hardware(problem.device))
-    return triton_fwd.attend(problem, inputs, chosen)
+    return triton_fwd.attend(problem, inputs, chosen, config.merge_config(problem))
 
 
 def backward(

@@ -20,9 +20,9 @@ from python_ref import compare
 from python_ref import prefix_attention as oracle
 
 # Backend, and what is pinned: "small" blocks of 16 (torch: of 7 queries), "ranges" of 5 queries, so that small problems
-# have several of everything; "fused" both passes through torch's fused attention in one call, as on a GPU.
-TORCH_VARIANTS = ("torch", "torch-small", "torch-ranges", "torch-fused")
-VARIANTS = (*TORCH_VARIANTS, "triton", "triton-small")
+# have several of everything; "fused" both passes through torch's fused attention in one call, as on a GPU; "split"
+# small blocks, and three ranges of keys, of which short sequences leave some without a key.
+VARIANTS = ("torch", "torch-small", "torch-ranges", "torch-fused", "triton", "triton-small", "triton-split")
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,10 @@ def variant(name: str) -> Iterator[str]:
     """Yield the backend's name, with what the variant pins."""
     backend, _, pinned = name.partition("-")
     patches: list[tuple[object, str, object]] = []
-    if name == "triton-small":
+    if name in ("triton-small", "triton-split"):
         functions = ("forward_config", "grad_q_config", "grad_kv_config", "grad_prefix_config")
-        patches += [(config, function, _small(getattr(config, function))) for function in functions]
+        splits = 3 if name == "triton-split" else 1
+        patches += [(config, function, _small(getattr(config, function), splits)) for function in functions]
     elif pinned:
         patches += [
             (torch_impl, "torch_config", functools.partial(_pinned, pinned, config.torch_config)),
@@ -203,11 +204,11 @@ def _pinned(pinned: str, choose: Callable[..., config.TorchConfig], problem: Pre
     return config.TorchConfig("fused", "fused") if pinned == "fused" else config.TorchConfig("ranges", "blocks")
 
 
-def _small(choose: Callable[..., object]) -> Callable[..., object]:
+def _small(choose: Callable[..., object], splits: int) -> Callable[..., object]:
     def chosen(*arguments: object) -> object:
         full = choose(*arguments)
-        blocks = {name: 16 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P") if hasattr(full, name)}
-        return replace(full, **blocks)
+        pinned = {name: 16 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P") if hasattr(full, name)}
+        return replace(full, **pinned | ({"SPLIT": splits} if isinstance(full, config.ForwardConfig) else {}))
 
     return chosen
 

@@ -52,7 +52,7 @@ def test_error_budget(case: Case, name: str, device: torch.device) -> None:
     check_budget(case, device, functools.partial(run_ours, name=name))
 
 
-@pytest.mark.parametrize("name", ["torch-small", "torch-ranges", "triton-small"])
+@pytest.mark.parametrize("name", ["torch-small", "torch-ranges", "triton-small", "triton-split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES, *OTHER_SHAPES], ids=str)
 def test_error_budget_over_many_blocks(shape: Case, dtype: torch.dtype, name: str, device: torch.device) -> None:
