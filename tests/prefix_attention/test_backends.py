@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend
 
 import peft_kernels as pk
 from peft_kernels._core.triton_tools import why_not_environment
-from peft_kernels.prefix_attention import torch_blocks
+from peft_kernels.prefix_attention import torch_blocks, triton_impl
+from peft_kernels.prefix_attention.problem import Inputs, describe
 from python_ref import compare
 from tests.prefix_attention.cases import (
     DTYPES,
@@ -25,6 +26,7 @@ from tests.prefix_attention.cases import (
     OTHER_SHAPES,
     SHAPES,
     VARIANTS,
+    WITH_SPLIT,
     Case,
     Result,
     check_budget,
@@ -119,7 +121,7 @@ def test_exact_in_every_shape_mask_stride_and_dtype(
         assert torch.equal(getattr(got, label).double(), getattr(exact, label)), f"{case} {label}"
 
 
-@pytest.mark.parametrize("name", ["torch-small", "triton-small"])
+@pytest.mark.parametrize("name", ["torch-small", "torch-ranges", "torch-fused", "triton-small"])
 @settings(max_examples=15, deadline=None)
 @given(
     b=st.integers(1, 2),
@@ -155,7 +157,7 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", WITH_SPLIT)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_give_the_same_bits(name: str, shared: bool, dtype: torch.dtype, device: torch.device) -> None:
@@ -168,7 +170,7 @@ def test_two_runs_give_the_same_bits(name: str, shared: bool, dtype: torch.dtype
         compare.assert_bitwise_equal(label, getattr(first, label), getattr(second, label))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", WITH_SPLIT)
 @pytest.mark.parametrize("causal", [False, True])
 def test_query_without_a_key_gives_zeros(name: str, causal: bool, device: torch.device) -> None:
     """Without a prefix, a padded row attends to nothing, and so do the first queries where there are more than keys."""
@@ -188,6 +190,36 @@ def test_query_without_a_key_gives_zeros(name: str, causal: bool, device: torch.
         gradient = getattr(got, label)
         assert gradient.isfinite().all()
         assert not gradient.masked_select(padded).any(), label
+
+
+@pytest.mark.parametrize("p", [0, 20])
+@pytest.mark.parametrize("empty", [(), (0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_ranges_of_split_keys_without_a_key(empty: tuple[int, ...], p: int, device: torch.device) -> None:
+    """48 keys are three ranges of 16, of which a padding mask takes all keys; the prefix belongs to the first."""
+    _skip_without("triton-split")
+    case = Case(b=2, h=4, h_kv=2, s=3, l=48, p=p)
+    tensors, dy = make(case, device), output_gradient(case, device)
+    mask = torch.ones(case.b, case.l, dtype=torch.bool, device=device)
+    mask[0] = torch.tensor([index // 16 not in empty for index in range(case.l)])
+    tensors = tensors._replace(mask=mask)
+    split, exact = run_ours(case, tensors, dy, "triton-split"), run_oracle(case, tensors, dy)
+    for label in Result._fields:
+        torch.testing.assert_close(getattr(split, label).double(), getattr(exact, label), rtol=1e-5, atol=1e-5)
+    assert p > 0 or len(empty) < 3 or not split.y[0].any()
+
+
+def test_split_keys_keep_the_same_statistics(device: torch.device) -> None:
+    """The largest score is the same number however keys are split; the backward pass reads both."""
+    _skip_without("triton-split")
+    case = Case(s=2, l=40, p=5, padding="random")
+    tensors = make(case, device)
+    problem = describe(*tensors[:5], case.causal, None, tensors.mask)
+    stats = {}
+    for name in ("triton-small", "triton-split"):
+        with variant(name):
+            _, stats[name] = triton_impl.forward(problem, Inputs(*tensors))
+    compare.assert_bitwise_equal("top", *(stat[0] for stat in stats.values()))
+    torch.testing.assert_close(*(stat[1] for stat in stats.values()), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

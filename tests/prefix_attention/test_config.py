@@ -67,6 +67,21 @@ def test_no_range_of_rows_is_much_too_small(problem: PrefixAttentionProblem, har
     assert chosen.SPLIT == 1 or chosen.SPLIT * tiles <= hardware.sm_count
 
 
+@given(problems(), st.sampled_from(HARDWARE))
+def test_keys_are_split_where_programs_are_few(problem: PrefixAttentionProblem, hardware: Hardware) -> None:
+    """Never into more programs than multiprocessors, nor into ranges of less than four blocks."""
+    chosen = config.forward_config(problem, hardware)
+    tiles = -(-problem.group * problem.s // chosen.BLOCK_M) * problem.b * problem.h_kv
+    assert chosen.SPLIT >= 1
+    if chosen.SPLIT > 1:
+        assert chosen.SPLIT * tiles <= hardware.sm_count
+        assert problem.l >= 4 * chosen.BLOCK_N * chosen.SPLIT
+    elif 2 * tiles <= hardware.sm_count:
+        assert problem.l < 8 * chosen.BLOCK_N
+    merge = config.merge_config(problem)
+    assert problem.d <= merge.BLOCK_D and merge.BLOCK_M & (merge.BLOCK_M - 1) == 0
+
+
 @given(st.integers(1, 128), st.integers(1, 16), st.integers(0, 1 << 20), st.integers(0, 1 << 22))
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_torch_blocks_hold_their_elements(device_type: str, heads: int, group: int, queries: int, keys: int) -> None:
@@ -126,6 +141,15 @@ def test_padding_is_beyond_any_score() -> None:
 def test_torch_s_ranges_have_small_masks(keys: int) -> None:
     rows = config.torch_mask_rows(keys)
     assert rows >= 1 and (rows == 1 or rows * keys <= 1 << 17)
+
+
+def test_decoding_fills_the_device() -> None:
+    """8 key heads of one batch row on 132 multiprocessors: 16 ranges of 256 keys; 16 batch rows need none."""
+    hopper = Hardware(arch=90, sm_count=132)
+    assert config.forward_config(_problem(s=1, l=4096), hopper).SPLIT == 16
+    assert config.forward_config(_problem(b=16, s=1, l=4096), hopper).SPLIT == 1
+    assert config.forward_config(_problem(s=1, l=500), hopper).SPLIT == 1
+    assert config.forward_config(_problem(s=2048, l=2048), hopper).SPLIT == 1
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
