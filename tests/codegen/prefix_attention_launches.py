@@ -37,6 +37,7 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield _case(FP16, FP32, 64, False, padded=True, s=1, l=4096)
     yield _case(BF16, BF16, 256, True, padded=True, s=8, l=4096)
     yield _case(FP32, FP32, 80, True, s=1, l=4096)
+    yield _case(BF16, BF16, 32, True)
 
 
 def _case(

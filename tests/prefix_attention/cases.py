@@ -33,7 +33,7 @@ class Case:
     Attributes:
         prefix_dtype: None is dtype.
         shared: one prefix for the batch.
-        padding: "none", "random" (the first batch row keeps nothing) or "left".
+        padding: "none", "random" (the first batch row keeps nothing), "left" or "right".
         layout: how q, k, v lie in memory: "heads" (B, H, S, D), "tokens" (B, S, H, D), "strided" (rows with gaps),
             "columns" (last dimension not contiguous).
     """
@@ -120,6 +120,8 @@ GRID = (
     Case(b=1, h=2, h_kv=1, d=256, s=20, l=20),
     Case(b=1, d=20, p=33),
     Case(b=1, p=130, s=9, l=7),
+    Case(b=1, h=2, h_kv=1, p=1024, s=5, l=6, dtype=torch.bfloat16),
+    Case(b=3, h=2, h_kv=1, s=20, l=20, dtype=torch.bfloat16, padding="right"),
     Case(b=1, l=0, p=9, s=20),
     Case(b=1, h=2, scale=-0.3),
     Case(b=5, h=1, h_kv=1, s=17, l=17, dtype=torch.bfloat16, prefix_dtype=torch.float32),
@@ -278,9 +280,10 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 def _mask(case: Case, device: torch.device, generator: torch.Generator) -> Tensor | None:
     if case.padding == "none":
         return None
-    if case.padding == "left":
-        first = torch.arange(case.b)[:, None] * case.l // (2 * max(1, case.b))
-        return (torch.arange(case.l)[None, :] >= first).to(device)
+    if case.padding in ("left", "right"):
+        padded = torch.arange(case.b)[:, None] * case.l // (2 * max(1, case.b))
+        index = torch.arange(case.l)[None, :]
+        return ((index >= padded) if case.padding == "left" else (index < case.l - padded)).to(device)
     mask = torch.rand(case.b, case.l, generator=generator) < 0.7
     mask[:1] = False
     return mask.to(device)

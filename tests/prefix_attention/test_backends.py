@@ -103,7 +103,7 @@ def test_peaked_softmax_is_as_accurate_as_torch_s_flash_kernel(dtype: torch.dtyp
     dtypes=st.sampled_from(DTYPES),
     causal=st.booleans(),
     shared=st.booleans(),
-    padding=st.sampled_from(["none", "left", "random"]),
+    padding=st.sampled_from(["none", "left", "right", "random"]),
     layout=st.sampled_from(["heads", "tokens", "strided", "columns"]),
     seed=st.integers(0, 100),
 )
@@ -133,7 +133,7 @@ def test_exact_in_every_shape_mask_stride_and_dtype(
     d=st.integers(1, 40),
     causal=st.booleans(),
     shared=st.booleans(),
-    padding=st.sampled_from(["none", "left", "random"]),
+    padding=st.sampled_from(["none", "left", "right", "random"]),
     seed=st.integers(0, 100),
 )
 def test_close_in_every_shape_and_mask(name, b, h_kv, group, s, l, p, d, causal, shared, padding, seed, device):  # noqa: E741

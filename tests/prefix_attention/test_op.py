@@ -81,6 +81,26 @@ def test_compile_without_graph_break(compiler: str, padding: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(got, leaves, dy), expected)
 
 
+def test_one_graph_serves_other_sizes() -> None:
+    """Batch, queries and keys are symbols of the compiled graph; what the forward pass keeps follows from them."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def call(*tensors: Tensor) -> Tensor:
+        return pk.prefix_attention(*tensors, causal=True)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    # All sizes of the first call differ, because equal ones become one symbol.
+    for b, s, length in ((5, 6, 7), (3, 8, 9), (4, 3, 12)):
+        leaves, _ = _leaves(Case(b=b, s=s, l=length, p=3, d=8))
+        eager, got = call(*leaves), compiled(*leaves)
+        compare.assert_bitwise_equal("y", got, eager)
+        expected = torch.autograd.grad(eager.sum(), leaves)
+        for gradient, other in zip(torch.autograd.grad(got.sum(), leaves), expected, strict=True):
+            compare.assert_bitwise_equal("gradient", gradient, other)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_compiled_fused_passes() -> None:
     """The registered operator runs below autograd, and its fused backward pass needs autograd all the same."""
     torch._dynamo.reset()
