@@ -192,6 +192,22 @@ def test_query_without_a_key_gives_zeros(name: str, causal: bool, device: torch.
         assert not gradient.masked_select(padded).any(), label
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_keys_may_hold_anything_finite(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Large enough for scores of 1e17, positive and negative, and for probabilities that overflow."""
+    _skip_without(name)
+    case = Case(h=2, h_kv=1, s=9, l=12, p=3, d=16, dtype=dtype, padding="right")
+    tensors, dy = make(case, device), output_gradient(case, device)
+    padded = ~tensors.mask[:, None, :, None]
+    results = [
+        run_ours(case, tensors._replace(k=torch.where(padded, filler, tensors.k)), dy, name)
+        for filler in (0.0, 1e17 * torch.randn(tensors.k.shape, device=device).to(dtype))
+    ]
+    for label in Result._fields:
+        compare.assert_bitwise_equal(label, *(getattr(result, label) for result in results))
+
+
 @pytest.mark.parametrize("p", [0, 20])
 @pytest.mark.parametrize("empty", [(), (0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 def test_ranges_of_split_keys_without_a_key(empty: tuple[int, ...], p: int, device: torch.device) -> None:
