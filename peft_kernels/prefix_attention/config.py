@@ -31,9 +31,9 @@ class ForwardConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """y and the statistics from their parts."""
+    """y and the statistics from their parts, of which BLOCK_S are loaded at once."""
 
-    BLOCK_M: int
+    BLOCK_S: int
     BLOCK_D: int
     num_warps: int
 
@@ -136,10 +136,10 @@ def _splits(problem: PrefixAttentionProblem, block_m: int, block_n: int, sm_coun
     return max(1, min(sm_count // tiles, problem.l // (4 * block_n))) if 2 * tiles <= sm_count else 1
 
 
-def merge_config(problem: PrefixAttentionProblem) -> MergeConfig:
-    """A tile of 512 elements, four a thread: a decoding query has few rows, and each should have threads."""
+def merge_config(problem: PrefixAttentionProblem, splits: int) -> MergeConfig:
+    """All parts of a row at once up to 8192 elements, 64 a thread: one wait for memory, not one for each part."""
     block_d = _block_d(problem.d)
-    return MergeConfig(BLOCK_M=max(1, 512 // block_d), BLOCK_D=block_d, num_warps=4)
+    return MergeConfig(BLOCK_S=min(next_power_of_2(splits), max(2, 8192 // block_d)), BLOCK_D=block_d, num_warps=4)
 
 
 def _forward_warps(problem: PrefixAttentionProblem, elements: int) -> int:
@@ -225,23 +225,20 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped
     heads and no mask aligned at the lower right: blocks.
     """
-    if not _fused_can_run(problem):
+    # Alignment at the lower right is ours only while the first query sees a key of the sequence; and what torch gives
+    # to a query without a key is not documented.
+    unlike = (problem.causal and problem.s > problem.l) or (problem.padded and problem.p == 0)
+    if problem.is_empty or unlike:
         return TorchConfig(forward="blocks", backward="blocks")
     if problem.device.type == "cpu":
         return TorchConfig(forward="ranges", backward="blocks")
     columns = problem.d + (PADDING_COLUMNS if problem.padded else 0)
     takes_flash = problem.device.type == "cuda" and problem.dtype.itemsize == 2 and columns <= 256
-    chosen: Literal["fused", "blocks"] = "fused" if takes_flash else "blocks"
-    return TorchConfig(forward=chosen, backward=chosen)
-
-
-def _fused_can_run(problem: PrefixAttentionProblem) -> bool:
-    if problem.is_empty or problem.scale < LEAST_SCALE:
-        # With a negative scale torch's fused CPU kernel gives nan (2.13); below the least one, padding would show.
-        return False
-    # Alignment at the lower right is ours only while the first query sees a key of the sequence; and what torch gives
-    # to a query without a key is not documented.
-    return not (problem.causal and problem.s > problem.l) and not (problem.padded and problem.p == 0)
+    # Below this scale padding would show; and kernels that multiply by it after the mask make a negative one nan, as
+    # torch's CPU kernel does with is_causal (2.13).
+    if takes_flash and problem.scale >= LEAST_SCALE:
+        return TorchConfig(forward="fused", backward="fused")
+    return TorchConfig(forward="blocks", backward="blocks")
 
 
 def torch_mask_rows(keys: int) -> int:

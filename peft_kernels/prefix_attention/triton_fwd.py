@@ -9,7 +9,7 @@ Tensors   q (B, H, S, D), k, v (B, H_kv, L, D), prefix (H_kv, P, D) or (B, H_kv,
 Tiles     a program owns BLOCK_M rows of one group of query heads (triton_rows.py) and walks all their keys: the prefix
           in blocks of BLOCK_P, then the sequence in blocks of BLOCK_N, of which causal ones end at the border.
           Where such programs are few, each gets one of SPLIT ranges of the sequence, the first with the prefix, and
-          `merge` adds the parts of BLOCK_M rows up in their order: two runs give the same bits
+          a program of `merge` for each row adds its parts up in a fixed order: two runs give the same bits
 Bound     4 B H S (P + L) D flops at the tensor cores' rate, half of the sequence's if causal; S = 1: one read of k, v
 Refused   D > 256; float64; 2^31 queries or keys in all heads (offsets are 64-bit, indices are not)
 """
@@ -135,21 +135,14 @@ def prefix_attention_kernel(
         tl.store(total_ptr + part + index, total, mask=mask_m)
         store_rows(y_ptr + part * D, index, acc, mask_m, D, BLOCK_D)
     else:
-        _store(y_ptr, top_ptr, total_ptr, (b * H_KV + h) * rows, index, mask_m, acc, total, top, D, BLOCK_D)
-
-
-@triton.jit
-def _store(
-    y_ptr, top_ptr, total_ptr, first_row, index, mask_m, acc, total, top, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """y and the statistics of finished rows."""
-    # So a query that may attend to nothing has probabilities 2^(z - inf) / 1 = 0 in the backward pass.
-    empty = total == 0.0
-    top, total = tl.where(empty, float("inf"), top), tl.where(empty, 1.0, total)
-    tl.store(top_ptr + first_row + index, top, mask=mask_m)
-    tl.store(total_ptr + first_row + index, total, mask=mask_m)
-    y = (acc / total[:, None]).to(y_ptr.dtype.element_ty)
-    store_rows(y_ptr + first_row * D, index, y, mask_m, D, BLOCK_D)
+        # So a query that may attend to nothing has probabilities 2^(z - inf) / 1 = 0 in the backward pass.
+        empty = total == 0.0
+        top, total = tl.where(empty, float("inf"), top), tl.where(empty, 1.0, total)
+        head_rows = (b * H_KV + h) * rows
+        tl.store(top_ptr + head_rows + index, top, mask=mask_m)
+        tl.store(total_ptr + head_rows + index, total, mask=mask_m)
+        y = (acc / total[:, None]).to(y_ptr.dtype.element_ty)
+        store_rows(y_ptr + head_rows * D, index, y, mask_m, D, BLOCK_D)
 
 
 @triton.jit
@@ -159,27 +152,37 @@ def prefix_merge_kernel(
     # sizes
     rows, splits,
     # constexprs
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    blocks_m = tl.cdiv(rows, BLOCK_M)
-    pid_m, group = tl.program_id(0) % blocks_m, (tl.program_id(0) // blocks_m).to(tl.int64)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < rows
-    parts = group * splits * rows
-
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(part_top_ptr + parts + split * rows + offs_m, mask=mask_m, other=float("-inf")))
+    pid = tl.program_id(0).to(tl.int64)
+    first = pid // rows * splits * rows + pid % rows
+    top = float("-inf")
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        tops = tl.load(part_top_ptr + first + offs_s * rows, mask=offs_s < splits, other=float("-inf"))
+        top = tl.maximum(top, tl.max(tops, axis=0))
     # Ranges whose keys are all masked have a top of -inf; where all have, it must not be subtracted from itself.
     anchor = tl.where(top == float("-inf"), 0.0, top)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for split in range(splits):
-        start = parts + split * rows
-        share = tl.exp2(tl.load(part_top_ptr + start + offs_m, mask=mask_m, other=float("-inf")) - anchor)
-        total += share * tl.load(part_total_ptr + start + offs_m, mask=mask_m, other=0.0)
-        acc += share[:, None] * load_rows(part_ptr + start * D, offs_m, D, rows, True, D, BLOCK_D)
-    _store(y_ptr, top_ptr, total_ptr, group * rows, offs_m, mask_m, acc, total, top, D, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    total = 0.0
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        mask_s = offs_s < splits
+        offset = first + offs_s * rows
+        share = tl.exp2(tl.load(part_top_ptr + offset, mask=mask_s, other=float("-inf")) - anchor)
+        total += tl.sum(share * tl.load(part_total_ptr + offset, mask=mask_s, other=0.0), axis=0)
+        parts = tl.load(
+            part_ptr + offset[:, None] * D + offs_d[None, :], mask=mask_s[:, None] & (offs_d < D)[None, :], other=0.0
+        )
+        acc += tl.sum(share[:, None] * parts, axis=0)
+
+    # As in the kernel above.
+    empty = total == 0.0
+    top, total = tl.where(empty, float("inf"), top), tl.where(empty, 1.0, total)
+    tl.store(top_ptr + pid, top)
+    tl.store(total_ptr + pid, total)
+    tl.store(y_ptr + pid * D + offs_d, (acc / total).to(y_ptr.dtype.element_ty), mask=offs_d < D)
 
 
 def attend(
@@ -197,7 +200,7 @@ def attend(
     part_stats = torch.empty(2, groups, splits, rows, dtype=torch.float32, device=q.device)
 
     _attend(problem, inputs, config, parts, part_stats)
-    prefix_merge_kernel[(triton.cdiv(rows, merge.BLOCK_M) * groups,)](
+    prefix_merge_kernel[(rows * groups,)](
         parts, *part_stats, y, *stats, rows, splits, D=problem.d, **asdict(merge)
     )  # fmt: skip
     return y, stats

@@ -44,7 +44,7 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Te
     from peft_kernels.prefix_attention import triton_fwd
 
     chosen = config.forward_config(problem, hardware(problem.device))
-    return triton_fwd.attend(problem, inputs, chosen, config.merge_config(problem))
+    return triton_fwd.attend(problem, inputs, chosen, config.merge_config(problem, chosen.SPLIT))
 
 
 def backward(

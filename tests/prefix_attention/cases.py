@@ -188,6 +188,9 @@ def variant(name: str) -> Iterator[str]:
         functions = ("forward_config", "grad_q_config", "grad_kv_config", "grad_prefix_config")
         splits = 3 if name == "triton-split" else 1
         patches += [(config, function, _small(getattr(config, function), splits)) for function in functions]
+        # Fewer parts at once than there are.
+        merge = config.MergeConfig(BLOCK_S=2, BLOCK_D=0, num_warps=4)
+        patches.append((config, "merge_config", lambda problem, _: replace(merge, BLOCK_D=config._block_d(problem.d))))
     elif pinned:
         patches += [
             (torch_impl, "torch_config", functools.partial(_pinned, pinned, config.torch_config)),
@@ -281,7 +284,7 @@ def _mask(case: Case, device: torch.device, generator: torch.Generator) -> Tenso
     if case.padding == "none":
         return None
     if case.padding in ("left", "right"):
-        padded = torch.arange(case.b)[:, None] * case.l // (2 * max(1, case.b))
+        padded = torch.arange(1, case.b + 1)[:, None] * case.l // (2 * max(1, case.b))
         index = torch.arange(case.l)[None, :]
         return ((index >= padded) if case.padding == "left" else (index < case.l - padded)).to(device)
     mask = torch.rand(case.b, case.l, generator=generator) < 0.7

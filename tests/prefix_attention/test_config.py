@@ -78,8 +78,9 @@ def test_keys_are_split_where_programs_are_few(problem: PrefixAttentionProblem, 
         assert problem.l >= 4 * chosen.BLOCK_N * chosen.SPLIT
     elif 2 * tiles <= hardware.sm_count:
         assert problem.l < 8 * chosen.BLOCK_N
-    merge = config.merge_config(problem)
-    assert problem.d <= merge.BLOCK_D and merge.BLOCK_M & (merge.BLOCK_M - 1) == 0
+    merge = config.merge_config(problem, chosen.SPLIT)
+    assert problem.d <= merge.BLOCK_D and merge.BLOCK_S & (merge.BLOCK_S - 1) == 0
+    assert merge.BLOCK_S * merge.BLOCK_D <= 8192 and merge.BLOCK_S < 2 * chosen.SPLIT
 
 
 @given(st.integers(1, 128), st.integers(1, 16), st.integers(0, 1 << 20), st.integers(0, 1 << 22))
@@ -116,8 +117,8 @@ def _problem(**changes: Any) -> PrefixAttentionProblem:
         ({"s": 513}, ("blocks", "blocks"), ("blocks", "blocks")),
         ({"s": 513, "causal": False}, ("ranges", "blocks"), ("fused", "fused")),
         ({"padded": True, "p": 0}, ("blocks", "blocks"), ("blocks", "blocks")),
-        ({"scale": 0.0}, ("blocks", "blocks"), ("blocks", "blocks")),
-        ({"scale": -1.0}, ("blocks", "blocks"), ("blocks", "blocks")),
+        ({"scale": 0.0}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"scale": -1.0}, ("ranges", "blocks"), ("blocks", "blocks")),
         ({"l": 0, "p": 0, "causal": False}, ("blocks", "blocks"), ("blocks", "blocks")),
     ],
     ids=str,
