@@ -259,7 +259,7 @@ def _gpu_problems() -> list[Problem]:
     grid += [_problem(model, s, 64, b) for model in models for s, b in ((512, 16), (2048, 4), (8192, 1))]
     grid += [_problem(model, 2048, p, 4) for model in models for p in (16, 64, 256)]
     grid += [_problem(first, 2048, 64, b) for b in (1, 4, 16)]
-    grid += [_problem(model, 1, 64, b, l=4096) for model in models for b in (1, 16)]
+    grid += [_problem(model, 1, 64, b, l=4096) for model in models for b in (1, 4, 16)]
     # Every combination that the sections above leave out, the largest last.
     grid += [_problem(model, s, p, b) for s in (512, 2048, 8192) for b in (1, 4, 16) for p in (16, 64, 256)
              for model in models]  # fmt: skip

@@ -1,12 +1,13 @@
-"""Block sizes of the prefix attention kernels: frozen values from pure functions of the problem and the hardware.
+"""What runs, and in which sizes: frozen values from pure functions of the problem and the hardware.
 
-No branch here has been measured on a GPU yet. Sizes are those whose ahead-of-time compile shows no spill and fits the
-shared memory of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix_attention.md has the arithmetic.
+No branch here has been measured on a GPU. Kernels have the sizes that compile without spills and fit the shared memory
+of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix_attention.md has the arithmetic.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -17,14 +18,24 @@ from peft_kernels.prefix_attention.problem import PrefixAttentionProblem
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """y and the softmax's statistics."""
+    """y and the softmax's statistics, or SPLIT parts of them."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_P: int
     BLOCK_D: int
+    SPLIT: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """y and the statistics from their parts, of which BLOCK_S are loaded at once."""
+
+    BLOCK_S: int
+    BLOCK_D: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,25 @@ class GradPrefixConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class TorchConfig:
+    """What each pass of the torch backend is made of.
+
+    "blocks": products and a softmax of its own (torch_blocks.py). "fused": one call of torch's fused attention;
+    "ranges": one for each range of queries (torch_fused.py).
+    """
+
+    forward: Literal["blocks", "ranges", "fused"]
+    backward: Literal["blocks", "fused"]
+
+
+# What padding adds to a row where there can be no mask: 16 bytes of half precision, so that rows stay aligned.
+PADDING_COLUMNS = 8
+
+# A padded key's score is -8 * 2^30 * scale on that path (torch_fused.py): with this scale -2^21.
+LEAST_SCALE = 2.0**-12
+
+
 def forward_config(problem: PrefixAttentionProblem, hardware: Hardware) -> ForwardConfig:
     """Blocks by head size; few rows (decoding) take a small block, whose other rows would be masked."""
     block_d = _block_d(problem.d)
@@ -91,9 +121,25 @@ def forward_config(problem: PrefixAttentionProblem, hardware: Hardware) -> Forwa
         BLOCK_N=block_n,
         BLOCK_P=_keys_at_most(problem.p, block_n),
         BLOCK_D=block_d,
+        SPLIT=_splits(problem, block_m, block_n, hardware.sm_count),
         num_warps=_forward_warps(problem, block_m * block_d),
         num_stages=2,
     )
+
+
+def _splits(problem: PrefixAttentionProblem, block_m: int, block_n: int, sm_count: int) -> int:
+    """Ranges of the sequence where half of the multiprocessors or more would have no program (assumed).
+
+    A range has at least four blocks of keys, so that its part, written and read once as float32, is little beside it.
+    """
+    tiles = _cdiv(problem.group * problem.s, block_m) * problem.b * problem.h_kv
+    return max(1, min(sm_count // tiles, problem.l // (4 * block_n))) if 2 * tiles <= sm_count else 1
+
+
+def merge_config(problem: PrefixAttentionProblem, splits: int) -> MergeConfig:
+    """All parts of a row at once up to 8192 elements, 64 a thread: one wait for memory, not one for each part."""
+    block_d = _block_d(problem.d)
+    return MergeConfig(BLOCK_S=min(next_power_of_2(splits), max(2, 8192 // block_d)), BLOCK_D=block_d, num_warps=4)
 
 
 def _forward_warps(problem: PrefixAttentionProblem, elements: int) -> int:
@@ -164,6 +210,43 @@ def grad_prefix_config(problem: PrefixAttentionProblem, hardware: Hardware) -> G
         num_warps=8,
         num_stages=2,
     )
+
+
+def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
+    """Choose between torch's fused attention and blocks, for each pass.
+
+    CPU. Forward: over eleven shapes (1 to 2048 queries, 8 to 32 heads, grouped or not, padded or not; one core of an
+    AMD EPYC with AVX-512 BF16, shared with other work) fused took 0.35 to 0.85 of the time of blocks in training steps
+    in float32 and bf16, and 0.5 to 1.3 of it in decoding. Backward: fused attention recomputes its forward pass, and
+    took 0.7 to 1.5 times as long as blocks in training steps; and where heads are grouped it rounds dk and dv of each
+    head to half precision before it adds them, 0.85 eps against 0.2.
+
+    CUDA, which no GPU has run yet: fused in half precision, where torch documents a flash kernel for up to 256
+    dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped
+    heads and no mask aligned at the lower right: blocks.
+    """
+    # Alignment at the lower right is ours only while the first query sees a key of the sequence; and what torch gives
+    # to a query without a key is not documented.
+    unlike = (problem.causal and problem.s > problem.l) or (problem.padded and problem.p == 0)
+    if problem.is_empty or unlike:
+        return TorchConfig(forward="blocks", backward="blocks")
+    if problem.device.type == "cpu":
+        return TorchConfig(forward="ranges", backward="blocks")
+    columns = problem.d + (PADDING_COLUMNS if problem.padded else 0)
+    takes_flash = problem.device.type == "cuda" and problem.dtype.itemsize == 2 and columns <= 256
+    # Below this scale padding would show; and kernels that multiply by it after the mask make a negative one nan, as
+    # torch's CPU kernel does with is_causal (2.13).
+    if takes_flash and problem.scale >= LEAST_SCALE:
+        return TorchConfig(forward="fused", backward="fused")
+    return TorchConfig(forward="blocks", backward="blocks")
+
+
+def torch_mask_rows(keys: int) -> int:
+    """Queries of a range: 2^17 elements of its mask.
+
+    2^16 to 2^18 differed by less than the noise in most of eleven shapes; with padding, 2^18 was the slowest.
+    """
+    return max(1, (1 << 17) // max(1, keys))
 
 
 def torch_block(heads: int, group: int, queries: int, keys: int, device_type: str) -> tuple[int, int]:

@@ -71,7 +71,8 @@ class PrefixEncoder(nn.Module):
         """Return (prefix_k, prefix_v) of each layer, views of one table, each (H_kv, P, D)."""
         rows = self._rows()
         table = rows.view(self.prefix_length, 2 * self.num_layers, self.num_kv_heads, self.head_dim)
-        pieces = table.permute(1, 2, 0, 3).unbind(0)
+        # A copy, not views of the parameter: FSDP frees that when forward returns.
+        pieces = table.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).unbind(0)
         return tuple(zip(pieces[::2], pieces[1::2], strict=True))
 
     @torch.no_grad()

@@ -61,7 +61,8 @@ def prefix_attention(
         key_padding_mask (B, L): bool, True where a key of the sequence may be attended to; None is everywhere. Masked
             keys and values must be finite.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
-            PEFT_KERNELS_BACKEND, then chooses.
+            PEFT_KERNELS_BACKEND, then chooses. A compiled call keeps what was in force when it was traced, and a
+            backward pass has its forward pass's.
 
     Returns:
         y (B, H, S, D) in q's dtype; under autocast in the dtype that F.scaled_dot_product_attention would give.
@@ -92,13 +93,23 @@ def prefix_attention(
     if torch.compiler.is_compiling():
         factor = default_scale(q.shape[-1]) if scale is None else scale
         y, _ = torch.ops.peft_kernels.prefix_attention(
-            q, k, v, prefix_k, prefix_v, causal, factor, key_padding_mask, backend
+            q, k, v, prefix_k, prefix_v, causal, factor, key_padding_mask, _backend_of_graph(backend)
         )
         return y
     problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
     if not is_recorded():
-        return _forward(problem, Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask), backend)[0]
+        inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
+        return _forward(problem, inputs, _implementation(problem, backend))[0]
     return _PrefixAttention.apply(problem, backend, q, k, v, prefix_k, prefix_v, key_padding_mask)
+
+
+def _backend_of_graph(backend: str | None) -> str:
+    """The backend in force while a graph is traced: what the forward pass keeps is for its own backward pass alone."""
+    return requested_backend(backend)
+
+
+# What torch.compiler.assume_constant_result does; but that imports torch's compiler, and Triton with it.
+_backend_of_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _implementation(problem: PrefixAttentionProblem, backend: str | None) -> Implementation:
@@ -122,23 +133,34 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-def _forward(problem: PrefixAttentionProblem, inputs: Inputs, backend: str | None) -> tuple[Tensor, Tensor]:
+def _statistics_shape(problem: PrefixAttentionProblem, implementation: Implementation) -> tuple[int, ...]:
+    """Of what a forward pass keeps beside y; the torch backend keeps neither."""
+    return (0,) if implementation.name == "torch" else (2, problem.b, problem.h, problem.s)
+
+
+def _kept(y: Tensor, stats: Tensor) -> tuple[Tensor | None, Tensor]:
+    """What of a forward pass's results its backward pass reads."""
+    return (y if stats.dim() > 1 else None), stats
+
+
+def _forward(problem: PrefixAttentionProblem, inputs: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
     with without_autocast(problem.device.type):
-        return _implementation(problem, backend).forward(problem, _as_backends_take(problem, inputs))
+        y, stats = implementation.forward(problem, _as_backends_take(problem, inputs))
+    return y, stats
 
 
 def _backward(
     problem: PrefixAttentionProblem,
     inputs: Inputs,
-    y: Tensor,
-    stats: Tensor,
+    kept: tuple[Tensor | None, Tensor],
     dy: Tensor,
     needs: Needs,
-    backend: str | None,
+    implementation: Implementation,
 ) -> Gradients:
     with without_autocast(problem.device.type):
-        implementation, taken = _implementation(problem, backend), _as_backends_take(problem, inputs)
-        return implementation.backward(problem, taken, y, stats, _contiguous_rows(dy), needs)
+        taken = _as_backends_take(problem, inputs)
+        gradients: Gradients = implementation.backward(problem, taken, *kept, _contiguous_rows(dy), needs)
+    return gradients
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -155,9 +177,11 @@ class _PrefixAttention(torch.autograd.Function):
         key_padding_mask: Tensor | None,
     ) -> Tensor:
         inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
-        y, stats = _forward(problem, inputs, backend)
-        ctx.problem, ctx.backend = problem, backend
-        ctx.save_for_backward(*inputs, y, stats)
+        implementation = _implementation(problem, backend)
+        y, stats = _forward(problem, inputs, implementation)
+        # Another backend may be in force when the backward pass runs; the statistics are this one's.
+        ctx.problem, ctx.implementation = problem, implementation
+        ctx.save_for_backward(*inputs, *_kept(y, stats))
         return y
 
     @staticmethod
@@ -165,7 +189,7 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, y, stats = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[2:7])
-        grads = _backward(ctx.problem, Inputs(*inputs), y, stats, dy, needs, ctx.backend)
+        grads = _backward(ctx.problem, Inputs(*inputs), (y, stats), dy, needs, ctx.implementation)
         return None, None, *grads, None
 
 
@@ -178,10 +202,11 @@ def _operator(
     causal: bool,
     scale: float,
     key_padding_mask: Tensor | None,
-    backend: str | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
-    return _forward(problem, Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask), backend)
+    inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
+    return _forward(problem, inputs, _implementation(problem, backend))
 
 
 def _operator_fake(
@@ -193,10 +218,11 @@ def _operator_fake(
     causal: bool,
     scale: float,
     key_padding_mask: Tensor | None,
-    backend: str | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
-    return q.new_empty(q.shape), q.new_empty((2, *q.shape[:3]), dtype=problem.wide_dtype)
+    shape = _statistics_shape(problem, _implementation(problem, backend))
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=problem.wide_dtype)
 
 
 def _operator_backward(
@@ -209,14 +235,14 @@ def _operator_backward(
     causal: bool,
     scale: float,
     key_padding_mask: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     stats: Tensor,
     needs: list[bool],
-    backend: str | None,
+    backend: str,
 ) -> Gradients:
     problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
     inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
-    return _backward(problem, inputs, y, stats, dy, Needs(*needs), backend)
+    return _backward(problem, inputs, (y, stats), dy, Needs(*needs), _implementation(problem, backend))
 
 
 def _operator_backward_fake(
@@ -229,10 +255,10 @@ def _operator_backward_fake(
     causal: bool,
     scale: float,
     key_padding_mask: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     stats: Tensor,
     needs: list[bool],
-    backend: str | None,
+    backend: str,
 ) -> Gradients:
     # Not empty_like, which would keep the strides of a transposed or expanded input.
     like = (q, k, v, prefix_k, prefix_v)
@@ -245,12 +271,12 @@ _COMMON = (
     "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, bool causal, float scale, Tensor? key_padding_mask"
 )
 _FORWARD = library.define(
-    f"prefix_attention({_COMMON}, str? backend) -> (Tensor, Tensor)",
+    f"prefix_attention({_COMMON}, str backend) -> (Tensor, Tensor)",
     _operator,
     _operator_fake,
 )
 library.define(
-    f"prefix_attention_backward(Tensor dy, {_COMMON}, Tensor y, Tensor stats, bool[] needs, str? backend)"
+    f"prefix_attention_backward(Tensor dy, {_COMMON}, Tensor? y, Tensor stats, bool[] needs, str backend)"
     " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     _operator_backward,
     _operator_backward_fake,
@@ -260,7 +286,7 @@ library.define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.causal, ctx.scale, key_padding_mask, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, key_padding_mask, *output)
+    ctx.save_for_backward(*tensors, key_padding_mask, *_kept(*output))
 
 
 def _registered_backward(ctx: Any, dy: Tensor | None, dstats: Tensor | None) -> tuple[Tensor | None, ...]:

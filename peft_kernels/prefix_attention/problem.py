@@ -107,7 +107,7 @@ class PrefixAttentionProblem:
 
     @property
     def wide_dtype(self) -> torch.dtype:
-        """Of each query's largest score and sum of weights, on every backend: never below float32."""
+        """Of scores, weights and sums, on every backend: never below float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 

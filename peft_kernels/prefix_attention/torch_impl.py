@@ -1,202 +1,36 @@
-"""Prefix attention with torch alone, exact and by blocks of queries: a backend in its own right, on any device.
+"""The torch backend, on any device: torch's fused attention where that is faster and as exact, blocks elsewhere.
 
-Forward   z = scale log2(e) q k'^T; top = max z; total = sum 2^(z - top); y = (2^(z - top) / total) v'
-Backward  p = 2^(z - top) / total; dp = dy v'^T; dz = p (dp - sum p dp)
-          dq = scale dz k'; dk' = scale dz^T q; dv' = p^T dy             with k' = [prefix_k; k], v' = [prefix_v; v]
-Tensors   as problem.Inputs; stats (2, B, H, S), top and total, float32, or float64 with q
-Saved     the arguments, y and stats; never a concatenation, never probabilities
-Temporary a block of z (config.torch_block), and keys and values of a few heads of one batch row, in stats' dtype
-Refused   nothing
+Which pass takes which is ``config.torch_config``'s choice. Neither keeps statistics: both backward passes work from the
+arguments alone.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.prefix_attention.config import torch_block
+from peft_kernels.prefix_attention import torch_blocks, torch_fused
+from peft_kernels.prefix_attention.config import torch_config
 from peft_kernels.prefix_attention.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
-
-# 2^x as e^(x ln 2): torch's exp2 takes nine times as long as exp on a CPU (2^18 float32 values, one core of a Xeon).
-_LN_2 = math.log(2)
-
-
-class _Block(NamedTuple):
-    """Queries ``rows`` of some heads of one batch row against the first ``visible`` keys of the sequence."""
-
-    rows: slice
-    visible: int
 
 
 def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return y (B, H, S, D) and stats (2, B, H, S)."""
-    q = inputs.q
-    y = _new(problem, q)
-    stats = torch.empty(2, *q.shape[:3], dtype=problem.wide_dtype, device=q.device)
-    for b, heads, queries in _head_blocks(problem):
-        keys, values = _joined(problem, inputs, b, heads)
-        for block in _query_blocks(problem, heads):
-            z = _scores(problem, inputs, b, queries, block, keys)
-            top = z.amax(-1, keepdim=True)
-            # A row of -inf alone has no largest value to subtract.
-            z.sub_(top.masked_fill(top == -torch.inf, 0.0)).mul_(_LN_2).exp_()
-            total = z.sum(-1, keepdim=True)
-            seen = problem.p + block.visible
-            # So the probabilities of a query that may attend to nothing are 2^(z - inf) / 1 = 0 in the backward pass.
-            top, total = top.masked_fill(total == 0, torch.inf), total.masked_fill(total == 0, 1.0)
-            y[b, queries, block.rows] = _ungrouped(torch.bmm(z, values[:, :seen]).div_(total), block)
-            stats[0, b, queries, block.rows] = _ungrouped(top, block)[..., 0]
-            stats[1, b, queries, block.rows] = _ungrouped(total, block)[..., 0]
-    return y, stats
+    """Return y (B, H, S, D) and statistics of no elements."""
+    run = {
+        "blocks": torch_blocks.forward,
+        "ranges": torch_fused.forward_in_ranges,
+        "fused": torch_fused.forward,
+    }[torch_config(problem).forward]
+    return run(problem, inputs), torch.empty(0, dtype=problem.wide_dtype, device=problem.device)
 
 
 def backward(
-    problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor, stats: Tensor, dy: Tensor, needs: Needs
+    problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor | None, stats: Tensor, dy: Tensor, needs: Needs
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
-    q, p = inputs.q, problem.p
-    dq, dk, dv = (
-        _new(problem, like) if need else None for like, need in zip((q, inputs.k, inputs.v), needs[:3], strict=True)
-    )
-    # Wide sums, over the batch too where the prefix is shared.
-    dprefix_k, dprefix_v = (
-        torch.zeros(like.shape, dtype=stats.dtype, device=like.device) if need else None
-        for like, need in zip((inputs.prefix_k, inputs.prefix_v), needs[3:], strict=True)
-    )
-    for b, heads, queries in _head_blocks(problem):
-        keys, values = _joined(problem, inputs, b, heads)
-        dkeys = torch.zeros_like(keys) if needs.k or needs.prefix_k else None
-        dvalues = torch.zeros_like(values) if needs.v or needs.prefix_v else None
-        for block in _query_blocks(problem, heads):
-            dq_rows = _grad_block(problem, inputs, b, queries, block, stats, dy, (keys, values, dkeys, dvalues))
-            if dq is not None:
-                dq[b, queries, block.rows] = _ungrouped(dq_rows, block)
-        for sums, into, prefix in ((dkeys, dk, dprefix_k), (dvalues, dv, dprefix_v)):
-            if into is not None and sums is not None:
-                into[b, heads] = sums[:, p:]
-            if prefix is not None and sums is not None:
-                (prefix if problem.shared else prefix[b])[heads] += sums[:, :p]
-    return Gradients(
-        q=dq,
-        k=dk,
-        v=dv,
-        prefix_k=None if dprefix_k is None else dprefix_k.to(problem.prefix_dtype),
-        prefix_v=None if dprefix_v is None else dprefix_v.to(problem.prefix_dtype),
-    )
-
-
-def _grad_block(
-    problem: PrefixAttentionProblem,
-    inputs: Inputs,
-    b: int,
-    queries: slice,
-    block: _Block,
-    stats: Tensor,
-    dy: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-) -> Tensor:
-    """Add a block's share to dk' and dv', and return its dq."""
-    keys, values, dkeys, dvalues = sums
-    seen = problem.p + block.visible
-    p = _scores(problem, inputs, b, queries, block, keys)
-    top, total = (_grouped(problem, stat[b, queries, block.rows, None]) for stat in stats)
-    p.sub_(top).mul_(_LN_2).exp_().div_(total)
-    dy_rows = _grouped(problem, dy[b, queries, block.rows].to(stats.dtype))
-    if dvalues is not None:
-        dvalues[:, :seen] += _sum_over_rows(problem, p, dy_rows)
-    dz = torch.bmm(dy_rows, values[:, :seen].transpose(1, 2))
-    # sum dy y is the same number, but y was rounded to its dtype.
-    delta = torch.linalg.vecdot(p, dz).unsqueeze(-1)
-    dz.sub_(delta).mul_(p).mul_(problem.scale)
-    if dkeys is not None:
-        q_rows = _grouped(problem, inputs.q[b, queries, block.rows].to(stats.dtype))
-        dkeys[:, :seen] += _sum_over_rows(problem, dz, q_rows)
-    return torch.bmm(dz, keys[:, :seen])
-
-
-def _sum_over_rows(problem: PrefixAttentionProblem, weights: Tensor, rows: Tensor) -> Tensor:
-    """weights^T rows, (key heads, keys, D), head by head of a group.
-
-    One product over all rows of a group has that many more terms in one float32 sum: dv of four heads was 1.2 times as
-    wrong as torch's math path in the norm and up to 2.6 times in the largest error; this is 1.0 and 1.2 times.
-    """
-    weights, rows = (x.unflatten(1, (problem.group, -1)) for x in (weights, rows))
-    return torch.matmul(weights.transpose(2, 3), rows).sum(1)
-
-
-def _scores(
-    problem: PrefixAttentionProblem, inputs: Inputs, b: int, queries: slice, block: _Block, keys: Tensor
-) -> Tensor:
-    """z of a block, (heads, group * rows, P + visible), -inf where nothing may be attended to; for powers of two."""
-    p, visible = problem.p, block.visible
-    q = _grouped(problem, inputs.q[b, queries, block.rows].to(keys.dtype))
-    z = torch.bmm(q, keys[:, : p + visible].transpose(1, 2)).mul_(problem.scale_log2)
-    if problem.causal and block.rows.start + problem.shift + 1 < visible:
-        i = torch.arange(block.rows.start, block.rows.stop, device=z.device)
-        j = torch.arange(visible, device=z.device)
-        hidden = (j > (i + problem.shift)[:, None]).repeat(problem.group, 1)
-        z[..., p:].masked_fill_(hidden, -torch.inf)
-    if inputs.key_padding_mask is not None:
-        z[..., p:].masked_fill_(~inputs.key_padding_mask[b, :visible], -torch.inf)
-    return z
-
-
-def _new(problem: PrefixAttentionProblem, like: Tensor) -> Tensor:
-    """A contiguous result; zeros where no block will write it."""
-    return (torch.zeros if problem.is_empty else torch.empty)(like.shape, dtype=like.dtype, device=like.device)
-
-
-def _head_blocks(problem: PrefixAttentionProblem) -> Iterator[tuple[int, slice, slice]]:
-    """Batch row, key heads, and the query heads that read these."""
-    if problem.is_empty:
-        return
-    heads, _ = _block_sizes(problem)
-    for b in range(problem.b):
-        for first in range(0, problem.h_kv, heads):
-            last = min(first + heads, problem.h_kv)
-            yield b, slice(first, last), slice(first * problem.group, last * problem.group)
-
-
-def _query_blocks(problem: PrefixAttentionProblem, heads: slice) -> Iterator[_Block]:
-    _, size = _block_sizes(problem)
-    for first in range(0, problem.s, size):
-        last = min(first + size, problem.s)
-        visible = max(0, min(problem.l, last + problem.shift)) if problem.causal else problem.l
-        if problem.p + visible == 0:
-            # amax has no value for a row without keys; one masked key stands for none.
-            visible = 1
-        yield _Block(slice(first, last), visible)
-
-
-def _block_sizes(problem: PrefixAttentionProblem) -> tuple[int, int]:
-    return torch_block(problem.h_kv, problem.group, problem.s, problem.p + problem.l, problem.device.type)
-
-
-def _joined(problem: PrefixAttentionProblem, inputs: Inputs, b: int, heads: slice) -> tuple[Tensor, Tensor]:
-    """[prefix_k; k] and [prefix_v; v] of some heads of one batch row, (heads, P + L, D), in the wide dtype."""
-    prefix_k, prefix_v = (
-        (prefix if problem.shared else prefix[b])[heads] for prefix in (inputs.prefix_k, inputs.prefix_v)
-    )
-    wide = problem.wide_dtype
-    return (
-        torch.cat((prefix_k.to(wide), inputs.k[b, heads].to(wide)), dim=1),
-        torch.cat((prefix_v.to(wide), inputs.v[b, heads].to(wide)), dim=1),
-    )
-
-
-def _grouped(problem: PrefixAttentionProblem, x: Tensor) -> Tensor:
-    """(query heads, rows, n) as (key heads, group * rows, n): one product serves a group."""
-    return x.reshape(x.shape[0] // problem.group, problem.group * x.shape[1], x.shape[2])
-
-
-def _ungrouped(x: Tensor, block: _Block) -> Tensor:
-    """(key heads, group * rows, n) as (query heads, rows, n)."""
-    return x.reshape(-1, block.rows.stop - block.rows.start, x.shape[2])
+    run = {"blocks": torch_blocks.backward, "fused": torch_fused.backward}[torch_config(problem).backward]
+    return run(problem, inputs, dy, needs)
 
 
 def _never(problem: PrefixAttentionProblem | None = None) -> None:

@@ -26,10 +26,11 @@ def why_not(problem: PrefixAttentionProblem) -> str | None:
         return "its kernels accumulate in float32, and q is float64"
     if problem.d > _LARGEST_HEAD:
         return f"a head must have at most {_LARGEST_HEAD} dimensions, got {problem.d}"
-    # Rows of a group are walked together, and programs are numbered by one index.
-    largest = max(problem.b * problem.h * problem.s, problem.b * problem.h_kv * problem.l, problem.p)
-    if largest >= triton_tools.INDEX_LIMIT:
-        return f"queries and keys of all heads and batch rows must number less than 2^31, got {largest}"
+    # Rows of a group are walked together, and programs are numbered by one index. Each number is compared on its own:
+    # in a compiled graph the largest of them would tie the graph to which one that is.
+    for number in (problem.b * problem.h * problem.s, problem.b * problem.h_kv * problem.l, problem.p):
+        if number >= triton_tools.INDEX_LIMIT:
+            return f"queries and keys of all heads and batch rows must number less than 2^31, got {number}"
     return None
 
 
@@ -43,7 +44,7 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Te
     from peft_kernels.prefix_attention import triton_fwd
 
     chosen = config.forward_config(problem, hardware(problem.device))
-    return triton_fwd.attend(problem, inputs, chosen)
+    return triton_fwd.attend(problem, inputs, chosen, config.merge_config(problem, chosen.SPLIT))
 
 
 def backward(

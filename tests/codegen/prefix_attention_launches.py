@@ -32,7 +32,12 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield _case(BF16, BF16, 96, False, padded=True)
     yield _case(BF16, BF16, 128, True, padded=True)
     yield _case(BF16, FP32, 128, True, p=16)
+    # Few queries: keys are split between programs, and their parts merged.
     yield _case(BF16, BF16, 128, True, s=1, l=4096)
+    yield _case(FP16, FP32, 64, False, padded=True, s=1, l=4096)
+    yield _case(BF16, BF16, 256, True, padded=True, s=8, l=4096)
+    yield _case(FP32, FP32, 80, True, s=1, l=4096)
+    yield _case(BF16, BF16, 32, True)
 
 
 def _case(
@@ -74,7 +79,7 @@ def _launch(
     )
     problem = describe(*inputs[:3], given, given, causal, None, inputs.key_padding_mask)
     y, stats = triton_impl.forward(problem, inputs)
-    if s > 1:
+    if s > 8:
         triton_impl.backward(problem, inputs, y, stats, make(1, H, s, d, dtype=dtype), Needs(*[True] * 5))
 
 
@@ -82,11 +87,14 @@ def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
     if kernel == "prefix_delta_kernel":
         return ()
+    if kernel == "prefix_merge_kernel":
+        # Sums of parts in order, and no product.
+        return ("LDG", "FFMA")
     dtype, _, _, _, s, _, _ = launch.split("/")
     if dtype == "fp32":
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)
-    if s == "S1" or arch < 90:
+    if s in ("S1", "S8") or arch < 90:
         # A block of fewer than 64 rows does not fill Hopper's instruction.
         return ("HMMA",) if arch < 100 else ("HMMA|UTCHMMA",)
     return ("HGMMA|HMMA",) if arch < 100 else ("HMMA|UTCHMMA",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,12 +14,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import peft_kernels as pk
-from peft_kernels.prefix_attention import config, torch_impl
+from peft_kernels.prefix_attention import config, torch_blocks, torch_fused, torch_impl
+from peft_kernels.prefix_attention.problem import PrefixAttentionProblem
 from python_ref import compare
 from python_ref import prefix_attention as oracle
 
-# Backend; "small" pins blocks of 16, so that small problems have several blocks of everything.
-VARIANTS = ("torch", "torch-small", "triton", "triton-small")
+# Backend, and what is pinned: "small" blocks of 16 (torch: of 7 queries), "ranges" of 5 queries, so that small problems
+# have several of everything; "fused" both passes through torch's fused attention in one call, as on a GPU; "split"
+# small blocks, and three ranges of keys, of which short sequences leave some without a key.
+VARIANTS = ("torch", "torch-small", "torch-ranges", "torch-fused", "triton", "triton-small")
+WITH_SPLIT = (*VARIANTS, "triton-split")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Case:
     Attributes:
         prefix_dtype: None is dtype.
         shared: one prefix for the batch.
-        padding: "none", "random" (the first batch row keeps nothing) or "left".
+        padding: "none", "random" (the first batch row keeps nothing), "left" or "right".
         layout: how q, k, v lie in memory: "heads" (B, H, S, D), "tokens" (B, S, H, D), "strided" (rows with gaps),
             "columns" (last dimension not contiguous).
     """
@@ -97,6 +102,14 @@ OTHER_SHAPES = (
     Case(h=2, s=33, l=20, p=0, padding="random"),
 )
 
+# Of those above, what torch's fused attention can run.
+FUSED_SHAPES = (
+    SHAPES[0],
+    *OTHER_SHAPES[:3],
+    Case(h=2, h_kv=1, s=20, l=31, p=20, padding="random"),
+    Case(h=2, h_kv=2, s=20, l=20, p=0),
+)
+
 GRID = (
     *(replace(shape, dtype=dtype, prefix_dtype=prefix) for shape in SHAPES for dtype, prefix in DTYPES),
     *(replace(shape, dtype=dtype) for shape in OTHER_SHAPES for dtype in (torch.float32, torch.bfloat16)),
@@ -107,6 +120,8 @@ GRID = (
     Case(b=1, h=2, h_kv=1, d=256, s=20, l=20),
     Case(b=1, d=20, p=33),
     Case(b=1, p=130, s=9, l=7),
+    Case(b=1, h=2, h_kv=1, p=1024, s=5, l=6, dtype=torch.bfloat16),
+    Case(b=3, h=2, h_kv=1, s=20, l=20, dtype=torch.bfloat16, padding="right"),
     Case(b=1, l=0, p=9, s=20),
     Case(b=1, h=2, scale=-0.3),
     Case(b=5, h=1, h_kv=1, s=17, l=17, dtype=torch.bfloat16, prefix_dtype=torch.float32),
@@ -166,21 +181,40 @@ def output_gradient(case: Case, device: torch.device, seed: int = 0) -> Tensor:
 
 @contextlib.contextmanager
 def variant(name: str) -> Iterator[str]:
-    """Yield the backend's name, with its blocks pinned to 16 for "small"."""
-    backend, _, size = name.partition("-")
+    """Yield the backend's name, with what the variant pins."""
+    backend, _, pinned = name.partition("-")
+    patches: list[tuple[object, str, object]] = []
+    if name in ("triton-small", "triton-split"):
+        functions = ("forward_config", "grad_q_config", "grad_kv_config", "grad_prefix_config")
+        splits = 3 if name == "triton-split" else 1
+        patches += [(config, function, _small(getattr(config, function), splits)) for function in functions]
+        # Fewer parts at once than there are.
+        merge = config.MergeConfig(BLOCK_S=2, BLOCK_D=0, num_warps=4)
+        patches.append((config, "merge_config", lambda problem, _: replace(merge, BLOCK_D=config._block_d(problem.d))))
+    elif pinned:
+        patches += [
+            (torch_impl, "torch_config", functools.partial(_pinned, pinned, config.torch_config)),
+            (torch_blocks, "torch_block", lambda heads, *_: (max(1, heads - 1), 7)),
+            (torch_fused, "torch_mask_rows", lambda keys: 5),
+        ]
     with contextlib.ExitStack() as stack:
-        if size:
-            for function in ("forward_config", "grad_q_config", "grad_kv_config", "grad_prefix_config"):
-                stack.enter_context(mock.patch.object(config, function, _small(getattr(config, function))))
-            stack.enter_context(mock.patch.object(torch_impl, "torch_block", lambda heads, *_: (max(1, heads - 1), 7)))
+        for module, function, replacement in patches:
+            stack.enter_context(mock.patch.object(module, function, replacement))
         yield backend
 
 
-def _small(choose: Callable[..., object]) -> Callable[..., object]:
+def _pinned(pinned: str, choose: Callable[..., config.TorchConfig], problem: PrefixAttentionProblem) -> object:
+    chosen = choose(problem)
+    if pinned == "small" or chosen.forward == "blocks":
+        return config.TorchConfig(forward="blocks", backward="blocks")
+    return config.TorchConfig("fused", "fused") if pinned == "fused" else config.TorchConfig("ranges", "blocks")
+
+
+def _small(choose: Callable[..., object], splits: int) -> Callable[..., object]:
     def chosen(*arguments: object) -> object:
         full = choose(*arguments)
-        blocks = {name: 16 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P") if hasattr(full, name)}
-        return replace(full, **blocks)
+        pinned = {name: 16 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P") if hasattr(full, name)}
+        return replace(full, **pinned | ({"SPLIT": splits} if isinstance(full, config.ForwardConfig) else {}))
 
     return chosen
 
@@ -209,8 +243,15 @@ def run_oracle(case: Case, tensors: Tensors, dy: Tensor) -> Result:
     return Result(oracle.forward(*wide, **options), *oracle.backward(dy.double(), *wide, **options))
 
 
-def check_budget(case: Case, device: torch.device, run: Callable[[Case, Tensors, Tensor], Result]) -> None:
+def check_budget(
+    case: Case,
+    device: torch.device,
+    run: Callable[[Case, Tensors, Tensor], Result],
+    yardstick: Callable[[Case, Tensors, Tensor], Result] | None = None,
+) -> None:
     """Hold a way to run a case against the error budget, and see that it leaves its inputs alone.
+
+    The yardstick is torch's math path unless another is given.
 
     The budget compares norms of rounding errors, which scatter by 1 / sqrt(n) for n independent values. A row's scores
     are one such value for its D results: where there are few rows, further draws join them.
@@ -223,7 +264,7 @@ def check_budget(case: Case, device: torch.device, run: Callable[[Case, Tensors,
         ours = run(case, tensors, dy)
         for old, new in zip(before, arguments, strict=True):
             compare.assert_bitwise_equal("an input after the call", new, old)
-        draws.append((ours, run_eager(case, tensors, dy), run_oracle(case, tensors, dy)))
+        draws.append((ours, (yardstick or run_eager)(case, tensors, dy), run_oracle(case, tensors, dy)))
     for label in Result._fields:
         ours, eager, exact = (torch.stack([getattr(draw[index], label) for draw in draws]) for index in range(3))
         compare.assert_close(f"{case} {label}", ours, eager, exact)
@@ -242,9 +283,10 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 def _mask(case: Case, device: torch.device, generator: torch.Generator) -> Tensor | None:
     if case.padding == "none":
         return None
-    if case.padding == "left":
-        first = torch.arange(case.b)[:, None] * case.l // (2 * max(1, case.b))
-        return (torch.arange(case.l)[None, :] >= first).to(device)
+    if case.padding in ("left", "right"):
+        padded = torch.arange(1, case.b + 1)[:, None] * case.l // (2 * max(1, case.b))
+        index = torch.arange(case.l)[None, :]
+        return ((index >= padded) if case.padding == "left" else (index < case.l - padded)).to(device)
     mask = torch.rand(case.b, case.l, generator=generator) < 0.7
     mask[:1] = False
     return mask.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_kernels._core.device import Hardware
-from peft_kernels.prefix_attention import config
+from peft_kernels.prefix_attention import config, torch_fused
 from peft_kernels.prefix_attention.problem import PrefixAttentionProblem
 
 HARDWARE = [
@@ -66,6 +67,22 @@ def test_no_range_of_rows_is_much_too_small(problem: PrefixAttentionProblem, har
     assert chosen.SPLIT == 1 or chosen.SPLIT * tiles <= hardware.sm_count
 
 
+@given(problems(), st.sampled_from(HARDWARE))
+def test_keys_are_split_where_programs_are_few(problem: PrefixAttentionProblem, hardware: Hardware) -> None:
+    """Never into more programs than multiprocessors, nor into ranges of less than four blocks."""
+    chosen = config.forward_config(problem, hardware)
+    tiles = -(-problem.group * problem.s // chosen.BLOCK_M) * problem.b * problem.h_kv
+    assert chosen.SPLIT >= 1
+    if chosen.SPLIT > 1:
+        assert chosen.SPLIT * tiles <= hardware.sm_count
+        assert problem.l >= 4 * chosen.BLOCK_N * chosen.SPLIT
+    elif 2 * tiles <= hardware.sm_count:
+        assert problem.l < 8 * chosen.BLOCK_N
+    merge = config.merge_config(problem, chosen.SPLIT)
+    assert problem.d <= merge.BLOCK_D and merge.BLOCK_S & (merge.BLOCK_S - 1) == 0
+    assert merge.BLOCK_S * merge.BLOCK_D <= 8192 and merge.BLOCK_S < 2 * chosen.SPLIT
+
+
 @given(st.integers(1, 128), st.integers(1, 16), st.integers(0, 1 << 20), st.integers(0, 1 << 22))
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_torch_blocks_hold_their_elements(device_type: str, heads: int, group: int, queries: int, keys: int) -> None:
@@ -77,10 +94,66 @@ def test_torch_blocks_hold_their_elements(device_type: str, heads: int, group: i
     assert block_heads * rows * group * max(1, keys) <= max(limit, group * max(1, keys))
 
 
+def _problem(**changes: Any) -> PrefixAttentionProblem:
+    problem = PrefixAttentionProblem(
+        b=1, h=32, h_kv=8, s=512, l=512, p=64, d=128, dtype=torch.bfloat16, prefix_dtype=torch.bfloat16,
+        device=torch.device("cpu"), causal=True, scale=0.1, shared=True, padded=False,
+    )  # fmt: skip
+    return replace(problem, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_cpu", "on_cuda"),
+    [
+        ({}, ("ranges", "blocks"), ("fused", "fused")),
+        ({"dtype": torch.float16}, ("ranges", "blocks"), ("fused", "fused")),
+        ({"dtype": torch.float32}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"dtype": torch.float64}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"padded": True}, ("ranges", "blocks"), ("fused", "fused")),
+        ({"s": 1, "l": 4096}, ("ranges", "blocks"), ("fused", "fused")),
+        ({"d": 256}, ("ranges", "blocks"), ("fused", "fused")),
+        ({"d": 257}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"d": 249, "padded": True}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"s": 513}, ("blocks", "blocks"), ("blocks", "blocks")),
+        ({"s": 513, "causal": False}, ("ranges", "blocks"), ("fused", "fused")),
+        ({"padded": True, "p": 0}, ("blocks", "blocks"), ("blocks", "blocks")),
+        ({"scale": 0.0}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"scale": -1.0}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"l": 0, "p": 0, "causal": False}, ("blocks", "blocks"), ("blocks", "blocks")),
+    ],
+    ids=str,
+)
+def test_torch_takes_its_fused_attention_where_it_can(
+    changes: dict[str, Any], on_cpu: tuple[str, str], on_cuda: tuple[str, str]
+) -> None:
+    for device, expected in (("cpu", on_cpu), ("cuda", on_cuda)):
+        chosen = config.torch_config(_problem(**changes, device=torch.device(device)))
+        assert (chosen.forward, chosen.backward) == expected, device
+
+
+def test_padding_is_beyond_any_score() -> None:
+    """With the least scale, a padded key's score in the fused path is far below -104, where float32's exp is zero."""
+    assert -(torch_fused._PADDING_FACTOR**2) * config.PADDING_COLUMNS * config.LEAST_SCALE < -1e6
+    assert torch.finfo(torch.float16).max > torch_fused._PADDING_FACTOR
+    assert config.PADDING_COLUMNS * torch.float16.itemsize % 16 == 0
+
+
+@given(st.integers(1, 1 << 22))
+def test_torch_s_ranges_have_small_masks(keys: int) -> None:
+    rows = config.torch_mask_rows(keys)
+    assert rows >= 1 and (rows == 1 or rows * keys <= 1 << 17)
+
+
+def test_decoding_fills_the_device() -> None:
+    """8 key heads of one batch row on 132 multiprocessors: 16 ranges of 256 keys; 16 batch rows need none."""
+    hopper = Hardware(arch=90, sm_count=132)
+    assert config.forward_config(_problem(s=1, l=4096), hopper).SPLIT == 16
+    assert config.forward_config(_problem(b=16, s=1, l=4096), hopper).SPLIT == 1
+    assert config.forward_config(_problem(s=1, l=500), hopper).SPLIT == 1
+    assert config.forward_config(_problem(s=2048, l=2048), hopper).SPLIT == 1
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_decoding_takes_a_small_block(arch: int) -> None:
-    problem = PrefixAttentionProblem(
-        b=1, h=32, h_kv=8, s=1, l=4096, p=64, d=128, dtype=torch.bfloat16, prefix_dtype=torch.bfloat16,
-        device=torch.device("cpu"), causal=True, scale=1.0, shared=True, padded=False,
-    )  # fmt: skip
+    problem = _problem(s=1, l=4096)
     assert config.forward_config(problem, Hardware(arch=arch, sm_count=100)).BLOCK_M == 16

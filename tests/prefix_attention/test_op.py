@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -13,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
+from benchmarks.memory import peak_bytes
 from peft_kernels.prefix_attention import op, triton_impl
 from peft_kernels.prefix_attention.problem import describe
 from python_ref import compare
-from tests.prefix_attention.cases import Case, make, output_gradient
+from tests.prefix_attention.cases import Case, make, output_gradient, variant
 
 CPU = torch.device("cpu")
 
@@ -79,6 +81,69 @@ def test_compile_without_graph_break(compiler: str, padding: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(got, leaves, dy), expected)
 
 
+def test_one_graph_serves_other_sizes() -> None:
+    """Batch, queries and keys are symbols of the compiled graph; what the forward pass keeps follows from them."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def call(*tensors: Tensor) -> Tensor:
+        return pk.prefix_attention(*tensors, causal=True)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    # All sizes of the first call differ, because equal ones become one symbol.
+    for b, s, length in ((5, 6, 7), (3, 8, 9), (4, 3, 12)):
+        leaves, _ = _leaves(Case(b=b, s=s, l=length, p=3, d=8))
+        eager, got = call(*leaves), compiled(*leaves)
+        compare.assert_bitwise_equal("y", got, eager)
+        expected = torch.autograd.grad(eager.sum(), leaves)
+        for gradient, other in zip(torch.autograd.grad(got.sum(), leaves), expected, strict=True):
+            compare.assert_bitwise_equal("gradient", gradient, other)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_fused_passes() -> None:
+    """The registered operator runs below autograd, and its fused backward pass needs autograd all the same."""
+    torch._dynamo.reset()
+    leaves, mask = _leaves(Case(s=6, l=7, p=3, d=8, padding="random"))
+
+    def call(*tensors: Tensor) -> Tensor:
+        return pk.prefix_attention(*tensors, causal=True, key_padding_mask=mask)
+
+    with variant("torch-fused"):
+        eager = call(*leaves)
+        expected = torch.autograd.grad(eager.square().sum(), leaves)
+        got = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
+        compare.assert_bitwise_equal("y", got, eager)
+        for gradient, other in zip(torch.autograd.grad(got.square().sum(), leaves), expected, strict=True):
+            compare.assert_bitwise_equal("gradient", gradient, other)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_backward_pass_is_the_forward_pass_s_backend_s(backend: str, compiled: bool) -> None:
+    """A context that ends before the backward pass does not change it: what is saved is one backend's."""
+    if reason := triton_impl.IMPLEMENTATION.why_not_environment():
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    leaves, _ = _leaves(Case(s=6, l=7, p=3, d=16))
+    other = {"torch": "triton", "triton": "torch"}[backend]
+    refusal = mock.Mock(side_effect=AssertionError(other))
+    refusing = tuple(
+        replace(one, forward=refusal, backward=refusal) if one.name == other else one for one in op.IMPLEMENTATIONS
+    )
+
+    def call(*tensors: Tensor) -> Tensor:
+        return pk.prefix_attention(*tensors, causal=True)
+
+    expected = torch.autograd.grad(call(*leaves).sum(), leaves)
+    with mock.patch.object(op, "IMPLEMENTATIONS", refusing):
+        with pk.use_backend(backend):
+            y = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(*leaves)
+        with pk.use_backend(other):
+            got = torch.autograd.grad(y.sum(), leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(use_reentrant: bool) -> None:
     """PEFT's prefix, a cache that layers append to, cannot be checkpointed; an argument can."""
@@ -126,7 +191,7 @@ class _Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("prefix_dtype", [None, torch.float32])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_saved_bytes(backend: str, prefix_dtype: torch.dtype | None) -> None:
-    """Besides the arguments a call keeps y and two numbers a query: no joined or cast keys, nothing per batch row."""
+    """Besides the arguments Triton keeps y and two numbers a query, torch nothing: no joined or cast keys."""
     if backend == "triton" and (reason := triton_impl.IMPLEMENTATION.why_not_environment()):
         pytest.skip(reason)
     case = Case(b=3, h=4, h_kv=2, s=16, l=16, p=8, d=16, dtype=torch.bfloat16, prefix_dtype=prefix_dtype)
@@ -145,7 +210,7 @@ def test_saved_bytes(backend: str, prefix_dtype: torch.dtype | None) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = pk.prefix_attention(*leaves, causal=True, backend=backend)
     rows = case.b * case.h * case.s
-    assert sum(saved.values()) == y.untyped_storage().nbytes() + 2 * 4 * rows
+    assert sum(saved.values()) == (0 if backend == "torch" else y.untyped_storage().nbytes() + 2 * 4 * rows)
 
 
 def test_nothing_is_as_large_as_the_scores() -> None:
@@ -157,6 +222,27 @@ def test_nothing_is_as_large_as_the_scores() -> None:
     with _Allocations() as backward:
         torch.autograd.grad(y, leaves, torch.ones_like(y))
     assert max(forward.largest, backward.largest) <= 1 << 18 < case.s * (case.p + case.l)
+
+
+@pytest.mark.cpu_only
+def test_peak_memory_is_results_and_blocks() -> None:
+    """Beyond results and joined keys, what is alive at once is a few blocks of scores, not all 17 MiB of them."""
+    case = Case(b=2, h=2, h_kv=1, s=1024, l=1024, p=64, d=16)
+    leaves, _ = _leaves(case)
+    ones = torch.ones_like(leaves[0])
+    q, keys = leaves[0].nbytes, case.b * case.h_kv * (case.p + case.l) * case.d * 4
+
+    def forward() -> Tensor:
+        return pk.prefix_attention(*leaves, causal=True, backend="torch")
+
+    held: list[Tensor] = []
+    block = 4 << 18
+    forward()
+    # y; keys and values, joined; the mask of a range as bool and as float32, which is half a block.
+    assert peak_bytes(forward, CPU) <= q + 2 * keys + block
+    backward = peak_bytes(lambda: torch.autograd.grad(held, leaves, ones), CPU, before=lambda: held.append(forward()))
+    # y, dq, dk, dv and the prefix's; of one batch row keys, values and their gradients; p, dz and what makes them.
+    assert backward <= 2 * q + 4 * keys + 2 * keys + 4 * block < 4 * case.b * case.h * case.s * (case.p + case.l)
 
 
 def test_inference_saves_nothing() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
+from benchmarks.memory import peak_bytes
 from peft_kernels.prompt_tuning import op, triton_impl
 from peft_kernels.prompt_tuning.op import prompt_tuning
 from peft_kernels.prompt_tuning.problem import describe
@@ -119,3 +120,21 @@ def test_cpu_runs_on_torch_without_a_warning() -> None:
     with warnings.catch_warnings(), mock.patch.object(op, "_operator", side_effect=AssertionError("dispatched")):
         warnings.simplefilter("error")
         prompt_tuning(*make(Case(), CPU)[:2])
+
+
+@pytest.mark.cpu_only
+def test_peak_memory_is_the_results() -> None:
+    """No joined prompts, no repeated tokens: y alone; in the backward pass the prompts' gradient alone."""
+    case = Case(n=3, b=4, p=20, l=500, d=64)
+    prompts, tokens, dy = make(case, CPU)
+    prompts.requires_grad_()
+
+    def forward() -> Tensor:
+        return prompt_tuning(prompts, tokens, backend="torch")
+
+    held: list[Tensor] = []
+    forward()
+    slack = 4096  # views and scalars
+    assert peak_bytes(forward, CPU) <= dy.nbytes + slack
+    backward = peak_bytes(lambda: torch.autograd.grad(held, [prompts], dy), CPU, before=lambda: held.append(forward()))
+    assert backward <= dy.nbytes + prompts.nbytes + slack
