@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from examples.methods import Method
+from examples.methods import Method, Serving
 from peft_kernels import FusedLoRALinear
 
 RANK = 8
@@ -83,6 +83,5 @@ METHOD = Method(
     unfused_by="PEFT",
     fused=put_fused,
     copy_start=copy_start,
-    merge=merge,
-    unmerge=unmerge,
+    serving=Serving("merged", merge, exact=False, undo=unmerge),
 )
