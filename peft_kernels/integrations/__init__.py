@@ -5,7 +5,12 @@ report.py         what apply found, and what fell back since
 peft.py           the names for users of PEFT
 peft_layers.py    PEFT's LoRA layers: class swap, eligibility, the fused forward
 peft_files.py     PEFT's adapter files for models built from FusedLoRALinear
-transformers.py   a callback for transformers' Trainer and what derives from it
+transformers.py   the names for users of transformers: prefixes on its models, a callback for its Trainer
+
+Prefixes on transformers' models:
+prefix_state.py      the prefixes of a call, and a cache that counts them without holding them
+prefix_interface.py  the attention function and its mask function
+prefix_model.py      which models can carry prefixes, and the hooks that bring them
 """
 
 from __future__ import annotations

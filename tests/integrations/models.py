@@ -20,7 +20,17 @@ _DECODER = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-_BERT = {**_DECODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "pad_token_id": 0,
+}
 _GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": HIDDEN,

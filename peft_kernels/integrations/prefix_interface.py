@@ -1,0 +1,197 @@
+"""``prefix_attention`` as an attention implementation of transformers: an attention function and its mask function.
+
+Importing this file registers both, under one name: an attention function without its mask function gets no mask at all,
+and padding would be attended to. Only ``add_prefix``, ``apply`` and unpickling a model that has prefixes import it.
+
+Masks, as the mask function makes them and the attention function reads them (n counts keys, with the prefix's or
+without):
+
+    None           no padding; causal where the module is, aligned at the lower right
+    (B, n) bool    causal, and keys that are padding
+    (B, 1, 1, n)   keys that are padding alone; also what a bidirectional model's padding and a decoded token's mask are
+    (B, H, S, n)   anything else, bool or added to the scores: joined with the prefix and left to transformers' "sdpa"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.utils.import_utils import is_tracing
+
+from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.integrations.prefix_state import ARGUMENT, LayerPrefixes, slot_of
+from peft_kernels.prefix_attention import prefix_attention
+
+NAME = "peft_kernels"
+
+# What transformers' "sdpa" reads beside q, k, v and the mask, and prefix_attention has no place for.
+_LEFT_TO_SDPA = ("position_bias", "softcap", "cache")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend to the module's prefix, if the call has one for it, and to the keys.
+
+    Args:
+        module: the attention module; its slot says which prefix is its own.
+        query (B, H, S, D), key and value (B, H_kv, L, D).
+        attention_mask: see the head of this file.
+        dropout: of the probabilities; above zero "sdpa" does the work.
+        scaling: None is D ** -0.5.
+        is_causal: None asks the module.
+
+    Returns:
+        (B, S, H, D), and None for the probabilities, which nobody computes.
+
+    Raises:
+        UnsupportedError: the module needs a prefix and got none, or the model has attention sinks.
+        ValueError: the mask is for another number of keys.
+    """
+    prefix = _prefix(module, kwargs.pop(ARGUMENT, None), query.dtype)
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedError("prefix_attention: attention sinks (s_aux) are not supported; remove the prefix")
+    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
+    length, keys = (0 if prefix is None else prefix[0].shape[1]), key.shape[2]
+    if attention_mask is not None and attention_mask.shape[-1] not in (keys, length + keys):
+        raise ValueError(
+            f"prefix_attention: attention_mask must cover {keys} keys, or {length + keys} with the prefix, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    plain = dropout == 0.0 and all(kwargs.get(name) is None for name in _LEFT_TO_SDPA)
+    if prefix is not None and plain and _is_padding(attention_mask):
+        causal = causal and (attention_mask is None or attention_mask.dim() == 2)
+        padding = None if attention_mask is None else _padding(attention_mask, query.shape[0], keys)
+        y = prefix_attention(query, key, value, *prefix, causal=causal, scale=scaling, key_padding_mask=padding)
+        return y.transpose(1, 2).contiguous(), None
+    if prefix is not None:
+        key, value = (_joined(one, to) for one, to in zip(prefix, (key, value), strict=True))
+    elif attention_mask is None and query.shape[2] == keys:
+        # The whole sequence at once, for which "sdpa" has kernels that need no mask.
+        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, causal, **kwargs)
+    dense = _dense(attention_mask, causal, query, length, keys)
+    return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, False, **kwargs)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Make the mask that ``attention`` reads; arguments are those of transformers' ``sdpa_mask``.
+
+    A mask stays compact only where it is exactly causal or bidirectional, up to padding. transformers says so: it
+    allows a skip for plain patterns alone, with the size of a local one beside it.
+    """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padding = None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
+    ends = type(q_offset) is int and q_offset + q_length == kv_offset + kv_length and kv_offset == 0
+    local = local_size is not None and not (
+        # A window that reaches back to the first key hides nothing. Chunks begin anew, wherever they are.
+        local_size == getattr(config, "sliding_window", None) and ends and kv_length <= local_size
+    )
+    known = mask_function is causal_mask_function or local_size is not None
+    if allow_is_causal_skip and known and ends and not local:
+        return None if _is_all(padding) else padding
+    if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function and local_size is None:
+        return None if padding is None or _is_all(padding) else padding[:, None, None]
+    dense: Tensor = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **kwargs,
+    )
+    return dense
+
+
+def _is_all(padding: Tensor | None) -> bool:
+    """Whether nothing is padding; while tracing nobody may look."""
+    return padding is None or (not is_tracing(padding) and bool(padding.all()))
+
+
+def _prefix(module: nn.Module, prefixes: LayerPrefixes | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    slot = slot_of(module)
+    if slot is None:
+        return None
+    if prefixes is not None:
+        return prefixes.take(slot.layer, dtype)
+    if slot.required:
+        raise UnsupportedError(
+            f"prefix_attention: layer {slot.layer} has a prefix that did not reach it: call the model itself, not its "
+            "forward, which skips its hooks"
+        )
+    return None
+
+
+def _is_padding(attention_mask: Tensor | None) -> bool:
+    """Whether a mask tells nothing but which keys are padding, beside the causal one."""
+    if attention_mask is None or attention_mask.dim() == 2:
+        return True
+    return attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1)
+
+
+def _padding(attention_mask: Tensor, batch: int, keys: int) -> Tensor:
+    """(B, L); a prefix's columns come first, and are all attended to."""
+    columns = attention_mask[..., attention_mask.shape[-1] - keys :]
+    return (columns if columns.dim() == 2 else columns[:, 0, 0]).expand(batch, keys)
+
+
+def _dense(attention_mask: Tensor | None, causal: bool, query: Tensor, length: int, keys: int) -> Tensor | None:
+    """(B, H, S, P + L) for joined keys."""
+    if attention_mask is None and not causal:
+        return None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        dense = attention_mask
+    else:
+        rows = query.shape[2]
+        dense = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device)
+        dense = dense.tril(keys - rows) if causal else dense
+        if attention_mask is not None:
+            dense = dense & _padding(attention_mask, query.shape[0], keys)[:, None, None]
+    if dense.shape[-1] == keys and length:
+        # Every query sees the whole prefix: True, or nothing added to the scores.
+        ahead = torch.ones if dense.dtype == torch.bool else torch.zeros
+        dense = torch.cat((ahead(*dense.shape[:-1], length, dtype=dense.dtype, device=dense.device), dense), dim=-1)
+    return dense
+
+
+def _joined(prefix: Tensor, sequence: Tensor) -> Tensor:
+    return torch.cat((prefix.to(sequence.dtype).expand(sequence.shape[0], -1, -1, -1), sequence), dim=2)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

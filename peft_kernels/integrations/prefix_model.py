@@ -1,0 +1,249 @@
+"""Prefixes on a transformers model: which models can carry them, and the hooks that bring them to each call.
+
+The model is left as it is but for its attention implementation, a mark on each attention module, and hooks on the
+backbone, the part that takes past_key_values; heads are not touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
+
+from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.integrations import prefix_interface
+from peft_kernels.integrations.prefix_state import (
+    ARGUMENT,
+    LayerPrefixes,
+    PrefixCache,
+    PrefixSlot,
+    mark,
+    slot_of,
+    unmark,
+)
+from peft_kernels.prefix_attention import PrefixEncoder
+
+ENCODER = "prefix_encoder"
+
+
+def why_not(model: Any) -> str | None:
+    """Reason why a model cannot carry prefixes, None if it can."""
+    if not isinstance(model, PreTrainedModel):
+        return "it is no transformers model"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "its attention caps the scores (attn_logit_softcapping)"
+    if not (model._supports_sdpa and model._can_set_attn_implementation()):
+        return "its attention does not go through transformers' AttentionInterface, or not as SDPA does"
+    modules = attention_modules(model)
+    if [module.layer_idx for module in modules] != list(range(text.num_hidden_layers)):
+        return "not every layer has one self-attention module with the layer's index"
+    base = backbone(model)
+    if "past_key_values" not in inspect.signature(base.forward).parameters:
+        return "its backbone takes no past_key_values"
+    for name, module in base.named_modules():
+        inside = any(part is attention for part in module.modules() for attention in modules)
+        if inside and not isinstance(module, nn.ModuleList) and not _takes_any_argument(module):
+            return f"its {name or 'backbone'} hands no keyword arguments on to the attention"
+    return None
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """The self-attention modules by layer."""
+    found: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and hasattr(module, "is_causal")
+        and not getattr(module, "is_cross_attention", False)
+        and "CrossAttention" not in type(module).__name__
+    ]
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def backbone(model: Any) -> Any:
+    """The part of a model that heads are put on; the model itself where it has none."""
+    return model.base_model
+
+
+def attach(model: Any, required: bool) -> None:
+    """Set the attention implementation and mark the attention modules."""
+    for module in attention_modules(model):
+        mark(module, PrefixSlot(module.layer_idx, required, module.config._attn_implementation))
+    for module in attention_modules(model):
+        # As set_attn_implementation does it, for the attention's own configuration alone.
+        module.config._attn_implementation_internal = prefix_interface.NAME
+
+
+def detach(model: Any) -> None:
+    """Undo ``attach``."""
+    for module in attention_modules(model):
+        slot = slot_of(module)
+        if slot is not None:
+            module.config._attn_implementation_internal = slot.implementation
+            unmark(module)
+
+
+def add(model: Any, encoder: PrefixEncoder) -> None:
+    """See ``transformers.add_prefix``."""
+    if not isinstance(encoder, PrefixEncoder):
+        raise ValueError(f"add_prefix: encoder must be a PrefixEncoder, got {type(encoder).__name__}")
+    reason = why_not(model)
+    if reason is not None:
+        raise UnsupportedError(f"add_prefix: {type(model).__name__} cannot have prefixes: {reason}")
+    base, modules = backbone(model), attention_modules(model)
+    if any(slot_of(module) is not None for module in modules):
+        raise ValueError(f"add_prefix: {type(model).__name__} has prefixes already; remove them first")
+    expected, got = sizes(model), (encoder.num_layers, encoder.num_kv_heads, encoder.head_dim)
+    if got != expected:
+        raise ValueError(f"add_prefix: encoder must have (num_layers, num_kv_heads, head_dim) = {expected}, got {got}")
+    attach(model, required=True)
+    setattr(base, ENCODER, encoder)
+    base.register_forward_pre_hook(_before, with_kwargs=True)
+    base.register_forward_hook(_after, with_kwargs=True)
+
+
+def remove(model: Any) -> PrefixEncoder:
+    """See ``transformers.remove_prefix``."""
+    base = backbone(model) if isinstance(model, PreTrainedModel) else model
+    encoder = getattr(base, ENCODER, None)
+    if not isinstance(encoder, PrefixEncoder):
+        raise ValueError(f"remove_prefix: {type(model).__name__} has no prefixes")
+    detach(model)
+    delattr(base, ENCODER)
+    remove_hooks(base, _before, _after)
+    return encoder
+
+
+def sizes(model: Any) -> tuple[int, int, int]:
+    """(num_layers, num_kv_heads, head_dim) of a model."""
+    text, attention = model.config.get_text_config(), attention_modules(model)[0]
+    heads = text.num_attention_heads
+    head_dim = getattr(attention, "head_dim", None) or text.hidden_size // heads
+    # Not the configuration's num_key_value_heads, which models without grouped queries carry along and ignore.
+    return text.num_hidden_layers, heads // getattr(attention, "num_key_value_groups", 1), head_dim
+
+
+def remove_hooks(module: nn.Module, *hooks: Any) -> None:
+    """Remove hooks by the function: a handle would neither copy nor pickle with the module."""
+    with_kwargs = {
+        id(module._forward_pre_hooks): module._forward_pre_hooks_with_kwargs,
+        id(module._forward_hooks): module._forward_hooks_with_kwargs,
+    }
+    for registered in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in registered.items() if hook in hooks]:
+            del registered[key]
+            with_kwargs[id(registered)].pop(key, None)
+
+
+def check_call(module: Any, kwargs: dict[str, Any]) -> None:
+    """Raise if the attention is not ours, or if the call wants its probabilities, which are not computed."""
+    implementation = module.config._attn_implementation
+    if implementation != prefix_interface.NAME:
+        raise UnsupportedError(
+            f"prefix_attention: the attention implementation must stay {prefix_interface.NAME!r} while the model has "
+            f"prefixes, got {implementation!r}"
+        )
+    wanted = kwargs.get("output_attentions")
+    if module.config.output_attentions if wanted is None else wanted:
+        raise UnsupportedError(
+            "prefix_attention: output_attentions is not supported: probabilities are not computed; "
+            "call without it, or take the prefix off the model (remove_prefix, revert)"
+        )
+
+
+def check_all_taken(prefixes: LayerPrefixes) -> None:
+    """Raise if some layer did not attend to its prefix: its result would be the base model's."""
+    if len(prefixes.taken) != prefixes.layers:
+        raise UnsupportedError(
+            f"prefix_attention: only the layers {sorted(prefixes.taken)} of {prefixes.layers} attended to their "
+            "prefixes; a layer must hand its keyword arguments on to its attention"
+        )
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call by name."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _takes_any_argument(module: nn.Module) -> bool:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Bring the prefixes, a cache that counts them, and mask and positions that leave room for them."""
+    kwargs = named_arguments(base, args, kwargs)
+    check_call(base, kwargs)
+    encoder: PrefixEncoder = getattr(base, ENCODER)
+    prefixes = LayerPrefixes(encoder, encoder.prefix_length)
+    inner, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+    if isinstance(inner, (PrefixCache, EncoderDecoderCache)):
+        raise UnsupportedError(f"add_prefix: past_key_values must be a plain cache, got {type(inner).__name__}")
+    if positions is not None:
+        if inner is None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = _packed_mask(base, positions)
+        kwargs["position_ids"] = positions + prefixes.length
+    elif kwargs.get("cu_seq_lens_q") is not None:
+        raise UnsupportedError("add_prefix: packed sequences need position_ids that begin anew with each")
+    kwargs["attention_mask"] = _widened(kwargs.get("attention_mask"), prefixes.length)
+    if inner is None and _stores(base, kwargs):
+        inner = DynamicCache(config=base.config)
+    kwargs["past_key_values"] = PrefixCache(prefixes, inner)
+    kwargs[ARGUMENT] = prefixes
+    return (), kwargs
+
+
+def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Check that each layer took its prefix, and hand out the cache that holds the keys."""
+    check_all_taken(kwargs[ARGUMENT])
+    cache: PrefixCache = kwargs["past_key_values"]
+    if isinstance(output, tuple):
+        return tuple(cache.inner if part is cache else part for part in output)
+    if getattr(output, "past_key_values", None) is cache:
+        output.past_key_values = cache.inner
+    return output
+
+
+def _stores(base: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call without a cache makes one: as transformers decides, but not in training unless asked to."""
+    wanted = kwargs.get("use_cache")
+    if wanted is None:
+        wanted = getattr(base.config, "use_cache", False) and not (base.training and torch.is_grad_enabled())
+    return bool(wanted) and attention_modules(base)[0].is_causal
+
+
+def _packed_mask(base: Any, positions: Tensor) -> Tensor | None:
+    """The mask (B, 1, S, S) of sequences packed into a row, None if positions tell of none."""
+    first = attention_modules(base)[0]
+    if not first.is_causal or positions.dim() != 2:
+        return None
+    packed = find_packed_sequence_indices(positions)
+    if packed is None:
+        return None
+    if getattr(base.config, "sliding_window", None) or getattr(base.config, "attention_chunk_size", None):
+        raise UnsupportedError("add_prefix: packed sequences in a model with a sliding window or chunks; pass a mask")
+    same = packed[:, None, :, None] == packed[:, None, None, :]
+    return same.tril()
+
+
+def _widened(attention_mask: Any, length: int) -> Any:
+    """A mask with the prefix's columns, where it has one column a key; one with rows of its own is widened later."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise UnsupportedError(f"add_prefix: attention_mask must be a tensor (B, L) or (B, 1, S, L), got {got}")
+    if attention_mask.dim() == 4:
+        return attention_mask
+    ahead = attention_mask.new_ones(attention_mask.shape[0], length)
+    return torch.cat((ahead, attention_mask), dim=1)
