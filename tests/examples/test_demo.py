@@ -11,7 +11,7 @@ import torch
 from examples import checks, finetune, methods, report, switching, task, train
 from examples.methods import lora, prompt_ensemble, prompt_tuning
 from examples.model import Texts, mean_token, model_folder
-from peft_kernels import FusedLoRALinear, ParallelAdapter, PromptEmbedding, SerialAdapter
+from peft_kernels import FusedLoRALinear, ParallelAdapter, PrefixEncoder, PromptEmbedding, SerialAdapter
 
 pytest.importorskip("peft")
 pytest.importorskip("tqdm")
@@ -178,6 +178,8 @@ def _put_off(model: torch.nn.Module, factor: float) -> int:
             module.scale *= factor
         elif isinstance(module, PromptEmbedding):
             module.weight *= factor
+        elif isinstance(module, PrefixEncoder):
+            module.mlp[-1].weight *= factor
         else:
             continue
         found += 1
