@@ -61,18 +61,43 @@ class Variant:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 1 if a variant failed or gave a wrong result."""
     options = _parser().parse_args(arguments)
+    if options.resume and options.out is None:
+        raise SystemExit("--resume goes by the records in --out DIR")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     session = harness.start_session(device, options.quick, options.commit, options.without)
     print(f"{session.header['device']['name']}, torch {session.header['versions']['torch']}", flush=True)
     failed = False
-    for step in steps(options, device):
+    jobs = steps(options, device)
+    left = _left(jobs, session, options) if options.resume else jobs
+    done = 0
+    for step in harness.within_budget(left, options.budget_s):
+        done += 1
         lines = measure(step, session, options.backend)
         failed |= any(line["status"] == "failed" for line in lines)
         print(f"\n{tables.label(dataclasses.asdict(step))}\n{table(lines)}", flush=True)
         if options.out is not None:
-            # A folder down from those of the families, which README's tables are made from.
-            record.append(options.out / session.device_slug / NAME / f"{step.model}.jsonl", lines)
+            record.append(_file(options.out, session, step.model), lines)
+    if done < len(left):
+        print(f"\nbudget spent: {len(left) - done} of {len(jobs)} steps left; --resume goes on with them")
     return int(failed)
+
+
+def _file(folder: Path, session: harness.Session, model: str) -> Path:
+    """A folder down from the records of the families, which README's tables are made from."""
+    return folder / session.device_slug / NAME / f"{model}.jsonl"
+
+
+def _left(jobs: Sequence[Step], session: harness.Session, options: argparse.Namespace) -> list[Step]:
+    """Leave out what was measured with this backend."""
+    files = {_file(options.out, session, step.model) for step in jobs}
+    lines = [line for file in sorted(files) if file.exists() for line in record.load(file)]
+    ours = _provider("patched", options.backend)
+    return harness.remaining(jobs, [line for line in lines if line["provider"] == ours], session)
+
+
+def _provider(name: str, backend: str) -> str:
+    """Name a variant in a record: ours by a forced backend too."""
+    return f"{name} ({backend})" if name.startswith("patched") and backend != "auto" else name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without", action="append", default=[], choices=VARIANTS[1:], help="repeatable")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, two layers")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"append records to DIR/<device>/{NAME}/<model>.jsonl")
+    parser.add_argument("--resume", action="store_true", help="leave out what DIR has for this commit and versions")
+    parser.add_argument("--budget-s", type=float, metavar="N", help="start no step that would end after N seconds")
     parser.add_argument("--commit", help="what to record as the commit where the tree is no git checkout")
     return parser
 
@@ -155,14 +182,13 @@ def measure(step: Step, session: harness.Session, backend: str = "auto") -> list
     least_us = roofline_us(work, getattr(torch, step.dtype), session.ceilings)
     lines = []
     for name, verdict in verdicts.items():
-        ours = name.startswith("patched")
         line = {
             **session.header,
             "family": NAME,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "problem": dataclasses.asdict(step),
-            "provider": f"{name} ({backend})" if ours and backend != "auto" else name,
-            "role": "ours" if ours else "baseline",
+            "provider": _provider(name, backend),
+            "role": "ours" if name.startswith("patched") else "baseline",
             "mode": "both",
             "status": verdict.status,
             "reason": verdict.reason,

@@ -63,33 +63,34 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Row], colors: Mapping[str, object]
         if name not in colors:
             axes.axhline(row.accuracy, color=_GREY, linestyle=":", linewidth=1.2)
             axes.text(0.995, row.accuracy, row.method, color=_GREY, va="bottom", ha="right", transform=_across(axes))
-    best = {_method(row): row for row in rows if row.milliseconds is not None}
+    # The last of a method's trained rows is the fused one, where there is one.
+    best = {_method(row): row for row in rows if row.milliseconds is not None and row.parameters is not None}
+    labels = []
     for name, row in best.items():
-        if row.parameters is None or name not in colors:
-            continue
-        axes.plot(row.parameters, row.accuracy, "o", color=colors[name], markersize=10)
-        axes.annotate(
-            f"{name} {row.accuracy:.1%}",
-            (row.parameters, row.accuracy),
-            xytext=(9, 5),
-            textcoords="offset points",
-            ha="left",
-        )
+        color = colors.get(name, _DARK)
+        axes.plot(row.parameters, row.accuracy, "o", color=color, markersize=10)
+        labels.append((row.accuracy, row.parameters, f"{name} {row.accuracy:.1%}"))
         if row.member_accuracy is not None:
-            axes.plot(row.parameters, row.member_accuracy, "o", color=colors[name], fillstyle="none", markersize=8)
-            axes.annotate(
-                f"its members {row.member_accuracy:.1%}",
-                (row.parameters, row.member_accuracy),
-                xytext=(9, -12),
-                textcoords="offset points",
-                fontsize="small",
-            )
+            axes.plot(row.parameters, row.member_accuracy, "o", color=color, fillstyle="none", markersize=8)
+            labels.append((row.member_accuracy, row.parameters, f"its members {row.member_accuracy:.1%}"))
+    axes.margins(x=0.1, y=0.12)
     if best:
         axes.set_xscale("log")
-    axes.margins(x=0.2, y=0.12)
+        # Room for the label of the point on the right.
+        axes.set_xlim(right=30 * max(row.parameters for row in best.values()))
+    _write_apart(axes, labels)
     axes.set_xlabel("trained parameters, the classifier's included")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.25)
+
+
+def _write_apart(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
+    """Write to the right of each point, from the lowest up, and none closer to the one below than a line's height."""
+    low, high = axes.get_ylim()
+    height, last = 0.045 * (high - low), -math.inf
+    for y, x, text in sorted(labels):
+        last = max(y, last + height)
+        axes.annotate(text, (x, last), xytext=(12, 0), textcoords="offset points", va="center")
 
 
 def _across(axes: Axes) -> object:

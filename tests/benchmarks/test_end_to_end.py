@@ -121,6 +121,12 @@ def test_records_stand_where_the_readmes_tables_do_not_look(
     assert report.load_results(tmp_path) == {}
     assert "tokens/s" in capsys.readouterr().out
 
+    # Asked again, it has nothing left to do, but for another backend.
+    assert end_to_end.main([*arguments, "--resume"]) == 0
+    assert "tokens/s" not in capsys.readouterr().out
+    options = end_to_end._parser().parse_args([*arguments, "--backend", "torch"])
+    assert end_to_end._left([small("adapter")], session, options) == [small("adapter")]
+
 
 def test_backend_is_forced_on_ours_alone(session: harness.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
