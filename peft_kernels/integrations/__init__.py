@@ -4,13 +4,17 @@ apply.py          which library a model is of; apply, revert
 report.py         what apply found, and what fell back since
 peft.py           the names for users of PEFT
 peft_layers.py    PEFT's LoRA layers: class swap, eligibility, the fused forward
+peft_prompts.py   PEFT's prefix and prompt tuning models: class swap, eligibility, what replaces the repeated prompt
+peft_prefixes.py  the same models' prefixes, and the hooks that carry them
 peft_files.py     PEFT's adapter files for models built from FusedLoRALinear
-transformers.py   the names for users of transformers: prefixes on its models, a callback for its Trainer
+transformers.py   the names for users of transformers: prefixes and prompts on its models, a callback for its Trainer
+hooks.py          what hooks on other libraries' modules need
 
-Prefixes on transformers' models:
+Prefixes and prompts on transformers' models:
 prefix_state.py      the prefixes of a call, and a cache that counts them without holding them
 prefix_interface.py  the attention function and its mask function
 prefix_model.py      which models can carry prefixes, and the hooks that bring them
+prompt_model.py      the hooks that put a prompt in front of the embeddings
 """
 
 from __future__ import annotations

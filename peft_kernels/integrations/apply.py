@@ -12,21 +12,26 @@ from torch import nn
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.report import Report, forget
 
-# Library -> the module here that knows its layers: why_not(module) -> reason, "" where it is no layer of the library
-# at all, None where it can be fused; is_fused, fuse, restore.
-_LIBRARIES = {"peft": "peft_layers"}
+# Library -> the files here that know its modules, layers or whole models: why_not(module) -> reason, "" where it is
+# none of theirs, None where it can be fused; is_fused, fuse, restore.
+_LIBRARIES = {
+    "peft": ("peft_layers", "peft_prompts"),
+}
+
+# What a report calls the model itself.
+_WHOLE = "the model"
 
 
 def apply(model: nn.Module, *, strict: bool = False) -> Report:
-    """Put a PEFT model's LoRA layers on ``lora_linear``, in place.
+    """Put a PEFT model on these kernels, in place: its LoRA layers, or the prefixes or prompts of the whole model.
 
-    The layers keep their parameters, names, hooks and PEFT's whole interface: saving, merging, switching and adding
-    adapters work as before, and every call that ``lora_linear`` has no equivalent for runs PEFT's own forward. Layers
+    Layers and models keep their parameters, names, hooks and PEFT's whole interface: saving, merging, switching and
+    adding adapters work as before, and every call that the kernels have no equivalent for runs PEFT's own code. Layers
     that come later (``add_adapter`` with new targets) are plain: apply again. Applying twice changes nothing.
 
     Args:
-        model: any module that contains PEFT's layers.
-        strict: raise, and change nothing, if any layer of a known kind cannot be fused or there is none.
+        model: any module that contains PEFT's layers, or is PEFT's model for prefix or prompt tuning.
+        strict: raise, and change nothing, if any module of a known kind cannot be fused or there is none.
 
     Returns:
         A report: counts, every fallback with its reason; prints well.
@@ -43,9 +48,9 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
         for name, module in model.named_modules():
             reason = library.why_not(module)
             if reason is None:
-                fused[name] = (library, module)
+                fused[name or _WHOLE] = (library, module)
             elif reason:
-                fallbacks[name] = reason
+                fallbacks[name or _WHOLE] = reason
     report = Report(tuple(fused), fallbacks, tuple(module for _, module in fused.values()))
     if strict and (fallbacks or not fused):
         raise UnsupportedError(f"apply: strict, and not everything can be fused\n{report}")
@@ -57,7 +62,7 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
 
 
 def revert(model: nn.Module) -> None:
-    """Undo ``apply``: every layer is again of its library's own class, and nothing else differs.
+    """Undo ``apply``: every module is again of its library's own class, and nothing else differs.
 
     Raises:
         ValueError: ``model`` is no module.
@@ -72,6 +77,6 @@ def revert(model: nn.Module) -> None:
 
 
 def _imported_libraries() -> list[ModuleType]:
-    # A model holds a library's layers only if that library was imported.
-    names = [file for library, file in _LIBRARIES.items() if library in sys.modules]
+    # A model holds a library's modules only if that library was imported.
+    names = [file for library, files in _LIBRARIES.items() if library in sys.modules for file in files]
     return [importlib.import_module(f"peft_kernels.integrations.{name}") for name in names]

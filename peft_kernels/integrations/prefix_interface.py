@@ -6,10 +6,13 @@ and padding would be attended to. Only ``add_prefix``, ``apply`` and unpickling 
 Masks, as the mask function makes them and the attention function reads them (n counts keys, with the prefix's or
 without):
 
-    None           no padding; causal where the module is, aligned at the lower right
-    (B, n) bool    causal, and keys that are padding
-    (B, 1, 1, n)   keys that are padding alone; also what a bidirectional model's padding and a decoded token's mask are
-    (B, H, S, n)   anything else, bool or added to the scores: joined with the prefix and left to transformers' "sdpa"
+    None             no padding; causal where the module is, aligned at the lower right
+    (B, n) bool      causal, and False at padding
+    (B, 1, n) bool   False at padding, and nothing else hidden
+    (B, H, S, n)     anything else, bool or added to the scores: behind a concatenation, by transformers' "sdpa"
+
+In the first three every query sees the whole prefix. So it does where the last has columns for the keys alone; as one
+row for all (B, 1, 1, L) it is padding again.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ def attention(
         UnsupportedError: the module needs a prefix and got none, or the model has attention sinks.
         ValueError: the mask is for another number of keys.
     """
-    prefix = _prefix(module, kwargs.pop(ARGUMENT, None), query.dtype)
+    prefix = _prefix(module, kwargs.pop(ARGUMENT, None), key)
     if kwargs.get("s_aux") is not None:
         raise UnsupportedError("prefix_attention: attention sinks (s_aux) are not supported; remove the prefix")
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
@@ -78,8 +81,8 @@ def attention(
             f"got {tuple(attention_mask.shape)}"
         )
     plain = dropout == 0.0 and all(kwargs.get(name) is None for name in _LEFT_TO_SDPA)
-    if prefix is not None and plain and _is_padding(attention_mask):
-        causal = causal and (attention_mask is None or attention_mask.dim() == 2)
+    causal = causal and (attention_mask is None or attention_mask.dim() == 2)
+    if prefix is not None and plain and _is_padding(attention_mask, keys):
         padding = None if attention_mask is None else _padding(attention_mask, query.shape[0], keys)
         y = prefix_attention(query, key, value, *prefix, causal=causal, scale=scaling, key_padding_mask=padding)
         return y.transpose(1, 2).contiguous(), None
@@ -122,8 +125,8 @@ def mask(
     if allow_is_causal_skip and known and ends and not local:
         return None if _is_all(padding) else padding
     if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function and local_size is None:
-        return None if padding is None or _is_all(padding) else padding[:, None, None]
-    dense: Tensor = sdpa_mask(
+        return None if padding is None or _is_all(padding) else padding[:, None]
+    return sdpa_mask(
         batch_size,
         q_length,
         kv_length,
@@ -135,7 +138,6 @@ def mask(
         allow_is_bidirectional_skip=False,
         **kwargs,
     )
-    return dense
 
 
 def _is_all(padding: Tensor | None) -> bool:
@@ -143,12 +145,12 @@ def _is_all(padding: Tensor | None) -> bool:
     return padding is None or (not is_tracing(padding) and bool(padding.all()))
 
 
-def _prefix(module: nn.Module, prefixes: LayerPrefixes | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def _prefix(module: nn.Module, prefixes: LayerPrefixes | None, key: Tensor) -> tuple[Tensor, Tensor] | None:
     slot = slot_of(module)
     if slot is None:
         return None
     if prefixes is not None:
-        return prefixes.take(slot.layer, dtype)
+        return prefixes.take(slot.layer, key)
     if slot.required:
         raise UnsupportedError(
             f"prefix_attention: layer {slot.layer} has a prefix that did not reach it: call the model itself, not its "
@@ -157,29 +159,31 @@ def _prefix(module: nn.Module, prefixes: LayerPrefixes | None, dtype: torch.dtyp
     return None
 
 
-def _is_padding(attention_mask: Tensor | None) -> bool:
+def _is_padding(attention_mask: Tensor | None, keys: int) -> bool:
     """Whether a mask tells nothing but which keys are padding, beside the causal one."""
-    if attention_mask is None or attention_mask.dim() == 2:
+    if attention_mask is None or attention_mask.dim() < 4:
         return True
-    return attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1)
+    return attention_mask.dtype == torch.bool and attention_mask.shape[1:] == (1, 1, keys)
 
 
 def _padding(attention_mask: Tensor, batch: int, keys: int) -> Tensor:
     """(B, L); a prefix's columns come first, and are all attended to."""
     columns = attention_mask[..., attention_mask.shape[-1] - keys :]
-    return (columns if columns.dim() == 2 else columns[:, 0, 0]).expand(batch, keys)
+    return columns.reshape(columns.shape[0], keys).expand(batch, keys)
 
 
 def _dense(attention_mask: Tensor | None, causal: bool, query: Tensor, length: int, keys: int) -> Tensor | None:
     """(B, H, S, P + L) for joined keys."""
-    if attention_mask is None and not causal:
-        return None
+    dense: Tensor
     if attention_mask is not None and attention_mask.dim() == 4:
         dense = attention_mask
+    elif attention_mask is None and not causal:
+        return None
     else:
         rows = query.shape[2]
         dense = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device)
-        dense = dense.tril(keys - rows) if causal else dense
+        if causal:
+            dense = dense.tril(keys - rows)
         if attention_mask is not None:
             dense = dense & _padding(attention_mask, query.shape[0], keys)[:, None, None]
     if dense.shape[-1] == keys and length:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations import prefix_interface
+from peft_kernels.integrations.hooks import named_arguments, remove_hooks, takes_any_argument
 from peft_kernels.integrations.prefix_state import (
     ARGUMENT,
     LayerPrefixes,
@@ -41,6 +42,8 @@ def why_not(model: Any) -> str | None:
         return "its attention caps the scores (attn_logit_softcapping)"
     if not (model._supports_sdpa and model._can_set_attn_implementation()):
         return "its attention does not go through transformers' AttentionInterface, or not as SDPA does"
+    if any(_is_cross_attention(module) for module in model.modules()):
+        return "it has cross-attention"
     modules = attention_modules(model)
     if [module.layer_idx for module in modules] != list(range(text.num_hidden_layers)):
         return "not every layer has one self-attention module with the layer's index"
@@ -49,7 +52,7 @@ def why_not(model: Any) -> str | None:
         return "its backbone takes no past_key_values"
     for name, module in base.named_modules():
         inside = any(part is attention for part in module.modules() for attention in modules)
-        if inside and not isinstance(module, nn.ModuleList) and not _takes_any_argument(module):
+        if inside and not isinstance(module, nn.ModuleList) and not takes_any_argument(module):
             return f"its {name or 'backbone'} hands no keyword arguments on to the attention"
     return None
 
@@ -59,10 +62,7 @@ def attention_modules(model: nn.Module) -> list[Any]:
     found: list[Any] = [
         module
         for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-        and hasattr(module, "is_causal")
-        and not getattr(module, "is_cross_attention", False)
-        and "CrossAttention" not in type(module).__name__
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     ]
     return sorted(found, key=lambda module: module.layer_idx)
 
@@ -130,18 +130,6 @@ def sizes(model: Any) -> tuple[int, int, int]:
     return text.num_hidden_layers, heads // getattr(attention, "num_key_value_groups", 1), head_dim
 
 
-def remove_hooks(module: nn.Module, *hooks: Any) -> None:
-    """Remove hooks by the function: a handle would neither copy nor pickle with the module."""
-    with_kwargs = {
-        id(module._forward_pre_hooks): module._forward_pre_hooks_with_kwargs,
-        id(module._forward_hooks): module._forward_hooks_with_kwargs,
-    }
-    for registered in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in registered.items() if hook in hooks]:
-            del registered[key]
-            with_kwargs[id(registered)].pop(key, None)
-
-
 def check_call(module: Any, kwargs: dict[str, Any]) -> None:
     """Raise if the attention is not ours, or if the call wants its probabilities, which are not computed."""
     implementation = module.config._attn_implementation
@@ -167,17 +155,25 @@ def check_all_taken(prefixes: LayerPrefixes) -> None:
         )
 
 
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward call by name."""
-    if not args:
-        return dict(kwargs)
-    names = list(inspect.signature(module.forward).parameters)
-    return dict(zip(names, args, strict=False)) | kwargs
+def stores(base: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call without a cache makes one: as transformers decides, but not in training unless asked to."""
+    wanted = kwargs.get("use_cache")
+    if wanted is None:
+        wanted = getattr(base.config, "use_cache", False) and not (base.training and torch.is_grad_enabled())
+    return bool(wanted) and attention_modules(base)[0].is_causal
 
 
-def _takes_any_argument(module: nn.Module) -> bool:
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+def with_cache(output: Any, cache: PrefixCache, instead: Cache | None) -> Any:
+    """A model's output with another cache in place of one."""
+    if isinstance(output, tuple):
+        return tuple(instead if part is cache else part for part in output)
+    if getattr(output, "past_key_values", None) is cache:
+        output.past_key_values = instead
+    return output
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_cross_attention", False)) or "CrossAttention" in type(module).__name__
 
 
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -196,7 +192,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     elif kwargs.get("cu_seq_lens_q") is not None:
         raise UnsupportedError("add_prefix: packed sequences need position_ids that begin anew with each")
     kwargs["attention_mask"] = _widened(kwargs.get("attention_mask"), prefixes.length)
-    if inner is None and _stores(base, kwargs):
+    if inner is None and stores(base, kwargs):
         inner = DynamicCache(config=base.config)
     kwargs["past_key_values"] = PrefixCache(prefixes, inner)
     kwargs[ARGUMENT] = prefixes
@@ -207,19 +203,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     """Check that each layer took its prefix, and hand out the cache that holds the keys."""
     check_all_taken(kwargs[ARGUMENT])
     cache: PrefixCache = kwargs["past_key_values"]
-    if isinstance(output, tuple):
-        return tuple(cache.inner if part is cache else part for part in output)
-    if getattr(output, "past_key_values", None) is cache:
-        output.past_key_values = cache.inner
-    return output
-
-
-def _stores(base: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call without a cache makes one: as transformers decides, but not in training unless asked to."""
-    wanted = kwargs.get("use_cache")
-    if wanted is None:
-        wanted = getattr(base.config, "use_cache", False) and not (base.training and torch.is_grad_enabled())
-    return bool(wanted) and attention_modules(base)[0].is_causal
+    return with_cache(output, cache, cache.inner)
 
 
 def _packed_mask(base: Any, positions: Tensor) -> Tensor | None:

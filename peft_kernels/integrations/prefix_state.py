@@ -77,15 +77,15 @@ class LayerPrefixes:
         """How many layers have a prefix."""
         return len(self._pairs)
 
-    def take(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return a layer's prefix for keys of a dtype; one in float32 stays so beside half precision."""
+    def take(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's prefix in its keys' dtype and on their device; float32 stays beside half precision."""
         self.taken.add(layer)
         if self._with_gradients and not torch.is_grad_enabled():
             self._apart = True
         prefix_k, prefix_v = (self._compute() if self._apart else self._pairs)[layer]
-        if prefix_k.dtype == dtype or (prefix_k.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
-            return prefix_k, prefix_v
-        return prefix_k.to(dtype), prefix_v.to(dtype)
+        masters = prefix_k.dtype == torch.float32 and key.dtype in (torch.bfloat16, torch.float16)
+        dtype = torch.float32 if masters else key.dtype
+        return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
 
 
 class PrefixCache(Cache):

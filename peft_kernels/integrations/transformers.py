@@ -1,4 +1,4 @@
-"""For users of transformers: prefixes on its models, and a callback for its Trainer and what derives from it.
+"""For users of transformers: prefixes and prompts on its models, and a callback for its Trainer and those like it.
 
 Importing this file registers nothing with transformers; the functions do when they are called.
 """
@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from peft_kernels.integrations.apply import apply
 from peft_kernels.integrations.report import Report
 from peft_kernels.prefix_attention import PrefixEncoder
+from peft_kernels.prompt_tuning import PromptEmbedding, PromptEnsemble
 
 _logger = logging.getLogger(__name__)
 
@@ -66,6 +67,38 @@ def remove_prefix(model: nn.Module) -> PrefixEncoder:
     from peft_kernels.integrations import prefix_model
 
     return prefix_model.remove(model)
+
+
+def add_prompt(model: nn.Module, prompt: PromptEmbedding | PromptEnsemble) -> None:
+    """Put a prompt in front of every input of a transformers model, in place (Lester et al. 2021, arXiv:2104.08691).
+
+    Token embeddings become (N B, P + L, D), N the prompts of an ensemble; masks, token types, positions and labels of
+    each token are widened with them, labels with -100. Outputs have P + L positions, the prompt's first. A cache holds
+    the prompt after the first call, and ``generate`` works, but not with a static cache or an ensemble. The prompt
+    becomes a part of the model; what else is trained is the caller's to say.
+
+    Args:
+        model: a decoder or an encoder.
+        prompt: of the model's embedding dimension.
+
+    Raises:
+        ValueError: the prompt does not fit, or the model has one already.
+        UnsupportedError: the model cannot have a prompt, with the reason.
+    """
+    from peft_kernels.integrations import prompt_model
+
+    prompt_model.add(model, prompt)
+
+
+def remove_prompt(model: nn.Module) -> nn.Module:
+    """Undo ``add_prompt``, and return the prompt.
+
+    Raises:
+        ValueError: the model has no prompt.
+    """
+    from peft_kernels.integrations import prompt_model
+
+    return prompt_model.remove(model)
 
 
 class ApplyCallback(TrainerCallback):

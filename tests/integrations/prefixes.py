@@ -1,4 +1,4 @@
-"""Tiny models with prefixes and what they are compared with: the same prefix in a cache of past keys, as PEFT puts it."""
+"""Tiny models with prefixes, and what they are compared with: the same prefix in a cache of past keys, PEFT's way."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""What hooks on other libraries' modules need: arguments by name, and removal without a handle."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call by name."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def takes_any_argument(module: nn.Module) -> bool:
+    """Whether a module's forward takes keyword arguments that it does not name."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def remove_hooks(module: nn.Module, *hooks: Any) -> None:
+    """Remove hooks by the function: a handle would neither copy nor pickle with the module."""
+    for registered, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in registered.items() if hook in hooks]:
+            del registered[key]
+            with_kwargs.pop(key, None)

@@ -1,0 +1,168 @@
+"""PEFT's prefix and prompt tuning models on these kernels: the model's class is swapped, its state is not touched.
+
+PEFT's own forward and generation run, for every task; only what they get from ``get_prompt`` is another thing. For
+prefix tuning it is a cache that counts the prefix without holding it (peft_prefixes.py); for prompt tuning a stand-in
+for the repeated prompt, which ``torch.cat`` with the embeddings writes in one pass.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import peft
+import torch
+from peft import PeftType
+from torch import Tensor, nn
+
+from peft_kernels.integrations.report import count_fallback
+from peft_kernels.prompt_tuning import prompt_tuning
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ENCODERS = {PeftType.PREFIX_TUNING: peft.PrefixEncoder, PeftType.PROMPT_TUNING: peft.PromptEmbedding}
+
+
+class _Fused(peft.PeftModel):
+    """What the swapped classes have in common."""
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """As PEFT's; what cannot be fused is PEFT's own."""
+        reason = _why_not_call(self)
+        if reason is not None:
+            count_fallback(self, reason)
+            return super().get_prompt(batch_size, task_ids, max_cache_len)
+        if self.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+            return _prefixes().cache_of(self)
+        if torch.compiler.is_compiling():
+            # A compiler joins PEFT's repetition and concatenation by itself, and cannot trace a stand-in for a tensor.
+            return super().get_prompt(batch_size, task_ids, max_cache_len)
+        encoder: Any = self.prompt_encoder[self.active_adapter]
+        return RepeatedPrompt(encoder.embedding.weight)
+
+
+class FusedForSequenceClassification(_Fused, peft.PeftModelForSequenceClassification):
+    """PEFT's class with prefixes and prompts on these kernels; so are those below."""
+
+
+class FusedForCausalLM(_Fused, peft.PeftModelForCausalLM):
+    """As above."""
+
+
+class FusedForSeq2SeqLM(_Fused, peft.PeftModelForSeq2SeqLM):
+    """As above."""
+
+
+class FusedForTokenClassification(_Fused, peft.PeftModelForTokenClassification):
+    """As above."""
+
+
+class FusedForQuestionAnswering(_Fused, peft.PeftModelForQuestionAnswering):
+    """As above."""
+
+
+class FusedForFeatureExtraction(_Fused, peft.PeftModelForFeatureExtraction):
+    """As above."""
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    peft.PeftModelForSequenceClassification: FusedForSequenceClassification,
+    peft.PeftModelForCausalLM: FusedForCausalLM,
+    peft.PeftModelForSeq2SeqLM: FusedForSeq2SeqLM,
+    peft.PeftModelForTokenClassification: FusedForTokenClassification,
+    peft.PeftModelForQuestionAnswering: FusedForQuestionAnswering,
+    peft.PeftModelForFeatureExtraction: FusedForFeatureExtraction,
+}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+
+
+class RepeatedPrompt:
+    """A prompt in every row of a batch, until it is joined with the rows.
+
+    It has what PEFT does with ``get_prompt``'s answer, and nothing else: a cast to the embeddings' dtype, a range of
+    tokens, and ``torch.cat((prompt, embeddings), dim=1)``.
+
+    Args:
+        weight: (P, D).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def to(self, dtype: torch.dtype) -> RepeatedPrompt:
+        """Cast; float32 beside half precision stays, and is cast as it is written."""
+        masters = self.weight.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+        return self if masters else RepeatedPrompt(self.weight.to(dtype))
+
+    def __getitem__(self, index: tuple[slice, slice]) -> RepeatedPrompt:
+        every_row, tokens = index
+        if every_row != slice(None):
+            raise ValueError(f"prompt_tuning: a prompt can be cut by its tokens alone, got {index}")
+        return RepeatedPrompt(self.weight[tokens])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.cat:
+            return NotImplemented
+        (prompt, embeddings), dim = args[0], (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+        if dim != 1 or not isinstance(prompt, cls):
+            raise ValueError("prompt_tuning: a prompt can only be joined with token embeddings that follow it")
+        return prompt_tuning(prompt.weight[None], embeddings)
+
+
+def why_not(module: Any) -> str | None:
+    """Reason why a module is not fused, "" if it is no prompt-learning model of PEFT's, None if it is or can be."""
+    if not isinstance(module, peft.PeftModel) or not module._is_prompt_learning:
+        return ""
+    model: Any = module
+    if model.peft_type not in _ENCODERS:
+        return f"it is PEFT's {model.peft_type.value}, neither PREFIX_TUNING nor PROMPT_TUNING"
+    if type(model) not in (*_FUSED, *_PLAIN):
+        return f"it is PEFT's {type(model).__name__}, not one of a task"
+    reason: str | None = _prefixes().why_not(model) if model.peft_type == PeftType.PREFIX_TUNING else None
+    return reason
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a model was swapped."""
+    return type(module) in _PLAIN
+
+
+def fuse(module: Any) -> None:
+    """Swap the class; for prefix tuning, set the attention implementation too."""
+    if is_fused(module):
+        return
+    module.__class__ = _FUSED[type(module)]
+    if module.peft_type == PeftType.PREFIX_TUNING:
+        _prefixes().attach(module)
+
+
+def restore(module: Any) -> None:
+    """Undo ``fuse``."""
+    module.__class__ = _PLAIN[type(module)]
+    if module.peft_type == PeftType.PREFIX_TUNING:
+        _prefixes().detach(module)
+
+
+def _prefixes() -> ModuleType:
+    # Imported for prefixes alone: it registers an attention function, and needs a transformers that has a place for it.
+    from peft_kernels.integrations import peft_prefixes
+
+    return peft_prefixes
+
+
+def _why_not_call(model: Any) -> str | None:
+    """Reason that lies in the active adapter, or in what became of the base model."""
+    config = model.active_peft_config
+    encoder = model.prompt_encoder[model.active_adapter]
+    expected: Any = _ENCODERS[config.peft_type]
+    if type(encoder) is not expected:
+        return f"its encoder is a {type(encoder).__name__}, not PEFT's {expected.__name__}"
+    for part in encoder.modules():
+        if any(getattr(part, hooks) for hooks in _HOOKS) or "forward" in part.__dict__:
+            return "there are hooks on its encoder"
+    if type(encoder.embedding) is not nn.Embedding or type(encoder.embedding.weight) not in (nn.Parameter, Tensor):
+        return "its embedding is not a plain nn.Embedding"
+    reason: str | None = None if config.peft_type == PeftType.PROMPT_TUNING else _prefixes().why_not_call(model)
+    return reason

@@ -1,0 +1,137 @@
+"""A prompt on a transformers model: hooks that put it in front of the embeddings, with mask, positions and labels.
+
+One hook on the model inserts; one on the backbone refuses calls that went past it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
+
+from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.integrations.hooks import named_arguments, remove_hooks, takes_any_argument
+from peft_kernels.prompt_tuning import PromptEmbedding, PromptEnsemble
+
+PROMPT = "prompt"
+_MARK = "has_prompt"
+_IGNORED = -100
+
+
+def add(model: Any, prompt: nn.Module) -> None:
+    """See ``transformers.add_prompt``."""
+    if not isinstance(prompt, (PromptEmbedding, PromptEnsemble)):
+        raise ValueError(f"add_prompt: prompt must be a PromptEmbedding or PromptEnsemble, got {type(prompt).__name__}")
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        kind = "an encoder-decoder" if isinstance(model, PreTrainedModel) else "no transformers"
+        raise UnsupportedError(f"add_prompt: {type(model).__name__} cannot have a prompt: it is {kind} model")
+    if not (takes_any_argument(model) and takes_any_argument(model.base_model)):
+        raise UnsupportedError(f"add_prompt: {type(model).__name__} hands no keyword arguments on to its backbone")
+    if hasattr(model, PROMPT):
+        raise ValueError(f"add_prompt: {type(model).__name__} has a prompt already; remove it first")
+    expected, got = model.get_input_embeddings().embedding_dim, first_of(prompt).embedding_dim
+    if got != expected:
+        raise ValueError(f"add_prompt: prompt must have embedding_dim = {expected}, got {got}")
+    setattr(model, PROMPT, prompt)
+    model.register_forward_pre_hook(_insert, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(_check, with_kwargs=True)
+
+
+def remove(model: Any) -> nn.Module:
+    """See ``transformers.remove_prompt``."""
+    prompt: nn.Module | None = getattr(model, PROMPT, None)
+    if not isinstance(prompt, (PromptEmbedding, PromptEnsemble)):
+        raise ValueError(f"remove_prompt: {type(model).__name__} has no prompt")
+    delattr(model, PROMPT)
+    remove_hooks(model, _insert)
+    remove_hooks(model.base_model, _check)
+    return prompt
+
+
+def first_of(prompt: nn.Module) -> PromptEmbedding:
+    """The first prompt of an ensemble, whose sizes are those of all, or the prompt itself."""
+    return cast("PromptEmbedding", prompt.prompts[0] if isinstance(prompt, PromptEnsemble) else prompt)
+
+
+def _insert(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Join the prompt and the embeddings, or, behind a cache that holds the prompt, make room for it."""
+    kwargs = named_arguments(model, args, kwargs)
+    prompt = getattr(model, PROMPT)
+    copies = len(prompt.prompts) if isinstance(prompt, PromptEnsemble) else 1
+    length, cache = first_of(prompt).num_tokens, kwargs.get("past_key_values")
+    if cache is not None and (copies > 1 or getattr(cache, "is_compileable", False)):
+        what = "an ensemble answers a call at once" if copies > 1 else "a static cache has no room for the prompt"
+        raise UnsupportedError(f"add_prompt: no past_key_values here: {what}")
+    behind = cache is not None and cache.get_seq_length() > 0
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        _check_positions(model, positions, kwargs)
+        kwargs["position_ids"] = positions + length if behind else _positions(positions, length, copies)
+    kwargs["attention_mask"] = _widened("attention_mask", kwargs.get("attention_mask"), length, copies, 1)
+    if not behind:
+        kwargs["token_type_ids"] = _widened("token_type_ids", kwargs.get("token_type_ids"), length, copies, 0)
+        kwargs["labels"] = _labels(kwargs, length, copies)
+        kwargs["inputs_embeds"] = prompt(_embeddings(model, kwargs))
+        kwargs["input_ids"] = None
+    kwargs = {name: value for name, value in kwargs.items() if value is not None or name == "input_ids"}
+    _check_last_token(model, kwargs)
+    return (), {**kwargs, _MARK: True}
+
+
+def _check(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not kwargs.pop(_MARK, False):
+        raise UnsupportedError(
+            "add_prompt: the prompt was not inserted: call the model itself, not its forward, which skips its hooks"
+        )
+    return args, kwargs
+
+
+def _embeddings(model: Any, kwargs: dict[str, Any]) -> Tensor:
+    given: Tensor | None = kwargs.get("inputs_embeds")
+    return model.get_input_embeddings()(kwargs["input_ids"]) if given is None else given
+
+
+def _labels(kwargs: dict[str, Any], length: int, copies: int) -> Tensor | None:
+    """Labels for each token get ignored ones for the prompt; labels for each row stay."""
+    labels: Tensor | None = kwargs.get("labels")
+    if labels is None:
+        return None
+    shape = next(kwargs[name].shape[:2] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
+    if labels.shape == shape and not labels.is_floating_point():
+        return _widened("labels", labels, length, copies, _IGNORED)
+    return labels.repeat(copies, *[1] * (labels.dim() - 1))
+
+
+def _widened(name: str, tensor: Any, length: int, copies: int, fill: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor) or tensor.dim() != 2:
+        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UnsupportedError(f"add_prompt: {name} must be a tensor (B, L), got {got}")
+    ahead = tensor.new_full((tensor.shape[0], length), fill)
+    return torch.cat((ahead, tensor), dim=1).repeat(copies, 1)
+
+
+def _positions(positions: Tensor, length: int, copies: int) -> Tensor:
+    """The prompt's own come first, and the given ones after them."""
+    ahead = torch.arange(length, device=positions.device).expand(positions.shape[0], length)
+    joined = torch.cat((ahead.to(positions.dtype), positions + length), dim=1)
+    return joined.repeat(copies, 1) if joined.shape[0] > 1 else joined
+
+
+def _check_positions(model: Any, positions: Tensor, kwargs: dict[str, Any]) -> None:
+    if positions.dim() != 2 or any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
+        raise UnsupportedError("add_prompt: this model's position_ids do not count from 0 in one row; leave them out")
+    alone = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+    if alone and find_packed_sequence_indices(positions) is not None:
+        raise UnsupportedError("add_prompt: position_ids tell of packed sequences, and only the first has the prompt")
+
+
+def _check_last_token(model: Any, kwargs: dict[str, Any]) -> None:
+    """A classifying decoder without input_ids reads the last position, which must not be padding."""
+    mask = kwargs.get("attention_mask")
+    if hasattr(model, "score") and mask is not None and not torch.compiler.is_compiling() and not mask[:, -1].all():
+        raise UnsupportedError("add_prompt: a classifying decoder must be padded on the left")
