@@ -44,7 +44,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-adapterhub codegen lint format demo bench report gpu clean
+.PHONY: help venv build test test-adapterhub codegen lint format demo bench report gpu gpu-tests gpu-bench gpu-sanitize clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -114,10 +114,38 @@ $(GPU_STAMP): setup.py pyproject.toml $(CSRC)
 	$(call build_extension,$(GPU_PYTHON))
 endif
 
+# Of a slice: what a machine that is lent for ten minutes has time for.
+BUDGET_S ?= 540
+GPU_RECORDS ?= benchmarks/results
+# Under compute-sanitizer each launch takes a hundred times as long.
+SANITIZED := tests/soak/test_soak.py -k a_few_launches
+gpu_pytest = $(GPU_PYTHON) -m pytest tests -m "not cpu_only" -p tests.slices --slices $(GPU_RECORDS) $(PYTEST_ARGS)
+gpu_end_to_end = $(GPU_PYTHON) -m benchmarks.end_to_end --out $(GPU_RECORDS) --resume
+
 ## gpu      on a machine with a GPU: build, test and benchmark with PYTHON (else python3) as it is, without a network
 gpu: $(GPU_STAMP)
-	$(GPU_PYTHON) -m pytest tests -m "not cpu_only" $(PYTEST_ARGS)
-	$(GPU_PYTHON) -m benchmarks --out benchmarks/results
+	@status=75; while [ $$status -eq 75 ]; do $(gpu_pytest); status=$$?; done; exit $$status
+	$(MAKE) gpu-sanitize
+	$(GPU_PYTHON) -m benchmarks --out $(GPU_RECORDS) --resume
+	$(gpu_end_to_end)
+	$(gpu_end_to_end) --backend triton
+
+## gpu-tests, gpu-bench  the same in slices of BUDGET_S seconds; run again, each goes on where it stopped
+gpu-tests: $(GPU_STAMP)
+	$(gpu_pytest) --budget-s $(BUDGET_S)
+
+gpu-bench: $(GPU_STAMP)
+	$(GPU_PYTHON) -m benchmarks --out $(GPU_RECORDS) --resume --budget-s $(BUDGET_S)
+	$(gpu_end_to_end) --budget-s $(BUDGET_S)
+
+## gpu-sanitize  a few launches of every kernel under compute-sanitizer, where that is installed
+gpu-sanitize: $(GPU_STAMP)
+	@if command -v compute-sanitizer > /dev/null; then \
+	  for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      $(GPU_PYTHON) -m pytest $(SANITIZED) || exit 1; \
+	  done; \
+	else echo "compute-sanitizer is not installed here: nothing was checked with it"; fi
 
 ## clean    remove what was built; the venvs stay
 clean:

@@ -29,21 +29,21 @@ class Baseline:
     train_loss: float
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of texts whose highest logit is their label's."""
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+def accuracy(answers: Tensor, labels: Tensor) -> float:
+    """Return the share of texts whose answer is their label."""
+    return (answers == labels).double().mean().item()
 
 
 def majority(train: Texts, test: Texts) -> Baseline:
     """Guess the class that is commoner in training, with the probability that it has there."""
     shares = torch.bincount(train.labels, minlength=len(CLASSES)).double() / len(train)
-    logits = shares.log()
+    logits, commoner = shares.log(), shares.argmax()
     return Baseline(
         name="majority guess",
         parameters=0,
         loss=F.cross_entropy(logits.expand(len(test), -1), test.labels).item(),
-        accuracy=accuracy(logits.expand(len(test), -1), test.labels),
-        settings={"class": CLASSES[int(shares.argmax())]},
+        accuracy=accuracy(commoner, test.labels),
+        settings={"class": int(commoner)},
         train_loss=F.cross_entropy(logits.expand(len(train), -1), train.labels).item(),
     )
 
@@ -54,14 +54,14 @@ def linear_probe(encoder: nn.Module, train: Texts, validation: Texts, test: Text
     mean, deviation = raw["train"].mean(dim=0), raw["train"].std(dim=0)
     features = {name: (values - mean) / deviation for name, values in raw.items()}
     probes = {decay: _fit(features["train"], train.labels, decay) for decay in DECAYS}
-    best = max(DECAYS, key=lambda decay: accuracy(probes[decay](features["val"]), validation.labels))
+    best = max(DECAYS, key=lambda decay: accuracy(probes[decay](features["val"]).argmax(dim=1), validation.labels))
     with torch.no_grad():
         logits, train_logits = probes[best](features["test"]), probes[best](features["train"])
     return Baseline(
         name="linear probe, encoder frozen",
         parameters=sum(parameter.numel() for parameter in probes[best].parameters()),
         loss=F.cross_entropy(logits, test.labels).item(),
-        accuracy=accuracy(logits, test.labels),
+        accuracy=accuracy(logits.argmax(dim=1), test.labels),
         settings={"weight decay": best},
         train_loss=F.cross_entropy(train_logits, train.labels).item(),
     )
@@ -70,7 +70,10 @@ def linear_probe(encoder: nn.Module, train: Texts, validation: Texts, test: Text
 @torch.no_grad()
 def _features(encoder: nn.Module, texts: Texts) -> Tensor:
     encoder.eval()
-    parts = [mean_token(encoder, *texts.take(rows)[:2]) for rows in torch.arange(len(texts)).split(_BATCH)]
+    parts = []
+    for rows in torch.arange(len(texts)).split(_BATCH):
+        ids, mask, _ = texts.take(rows)
+        parts.append(mean_token(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask))
     return torch.cat(parts)
 
 

@@ -1,10 +1,16 @@
-"""The model: all-MiniLM-L6-v2, read from an installed package, and a linear classifier on its mean token."""
+"""The model: all-MiniLM-L6-v2, read from an installed package, and a linear classifier on its mean token.
+
+A method hands back what is called instead of the encoder. It may put positions in front of the tokens: they are left
+out of the mean. It may run several members, each with a prompt of its own, and then has ``members``, how many;
+``vote``, from their logits (members * B, classes), member by member, to (B,) classes; and, unless one call answers for
+all of them, ``passes``, the modules to call one after another.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -57,14 +63,14 @@ def _transformers() -> ModuleType:
 
 
 class Texts:
-    """Tokenized texts and labels of one split, padded together."""
+    """Tokenized texts of one split, padded together, and the field of each Example that is to be learned."""
 
-    def __init__(self, examples: Sequence[Example], device: torch.device) -> None:
+    def __init__(self, examples: Sequence[Example], device: torch.device, label: str = "label") -> None:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(model_folder(), local_files_only=True)
         tokens = tokenizer([example.text for example in examples], padding=True, return_tensors="pt")
         self.ids = tokens["input_ids"].to(device)
         self.mask = tokens["attention_mask"].to(device)
-        self.labels = torch.tensor([example.label for example in examples], device=device)
+        self.labels = torch.tensor([getattr(example, label) for example in examples], device=device)
         # On the host, where batches are put together.
         self.lengths = tokens["attention_mask"].sum(dim=1)
 
@@ -78,23 +84,41 @@ class Texts:
         return self.ids[rows, :longest], self.mask[rows, :longest], self.labels[rows]
 
 
-def mean_token(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Average the last hidden states of the tokens that are no padding, as this model was pre-trained to be used."""
-    hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+def mean_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Average the hidden states of the tokens that are no padding, as this model was pre-trained to be used.
+
+    Args:
+        hidden: (members * B, P + L, width), with P positions that are no tokens, perhaps 0, in front.
+        mask: (B, L), 1 for a token and 0 for padding.
+    """
+    weights = mask.repeat(len(hidden) // len(mask), 1).unsqueeze(-1).to(hidden.dtype)
+    return (hidden[:, -mask.shape[1] :] * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear layer over the classes, which is always trained."""
+    """An encoder, and for each of its members (mostly one) a linear layer over the classes, which is always trained."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(HIDDEN, len(CLASSES), device=next(encoder.parameters()).device)
+        self.members: int = getattr(encoder, "members", 1)
+        device = next(encoder.parameters()).device
+        self.heads = nn.ModuleList(nn.Linear(HIDDEN, len(CLASSES), device=device) for _ in range(self.members))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.head(mean_token(self.encoder, ids, mask))
+        """Return logits (members * B, classes), member by member."""
+        return torch.cat(list(self.passes(ids, mask)))
+
+    def passes(self, ids: Tensor, mask: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of one pass through the encoder after another, all but always a single one."""
+        heads = iter(self.heads)
+        for encoder in getattr(self.encoder, "passes", (self.encoder,)):
+            hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            yield torch.cat([next(heads)(mean) for mean in mean_token(hidden, mask).split(len(ids))])
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """Return the classes (B,) that logits (members * B, classes) speak for."""
+        return logits.argmax(dim=1) if self.members == 1 else self.encoder.vote(logits)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name what is trained: the head, and what the method left trainable in the encoder."""
@@ -116,11 +140,11 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def predict(model: Classifier, texts: Texts) -> Tensor:
-    """Return the logits (texts, classes) of a split, computed in batches of texts of like length."""
+    """Return the logits (members * texts, classes) of a split, computed in batches of texts of like length."""
     model.eval()
     order = torch.argsort(texts.lengths, stable=True)
-    logits = torch.empty(len(texts), len(CLASSES), device=texts.labels.device)
+    logits = torch.empty(model.members, len(texts), len(CLASSES), device=texts.labels.device)
     for rows in order.split(_EVALUATION_BATCH):
         ids, mask, _ = texts.take(rows)
-        logits[rows.to(logits.device)] = model(ids, mask)
-    return logits
+        logits[:, rows.to(logits.device)] = model(ids, mask).unflatten(0, (model.members, len(rows)))
+    return logits.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a table (printed, and in Markdown), all numbers in JSON, and a picture of the curves."""
+"""What the demo leaves behind: tables (printed, and in Markdown), all numbers in JSON, and a picture."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
 
-from examples.checks import Check, loss_tolerance
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from examples.checks import Check
+from examples.switching import SwitchRow
 
 TABLE_FILE = "table.md"
 NUMBERS_FILE = "results.json"
-PICTURE_FILE = "losses.png"
+PICTURE_FILE = "demo.png"
 
 _HEADINGS = (
     "method",
@@ -25,42 +21,59 @@ _HEADINGS = (
     "held-out loss",
     "held-out accuracy",
     "ms a step",
+    "ms a forward",
     "peak memory",
-    "fused / unfused",
+    "fused / unfused: step, forward, memory",
 )
+_SWITCH_HEADINGS = ("to have the other task's model", "ms")
 _NONE = "-"
-_SMOOTHED = 20
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; None is what a method does not have."""
+    """One line of the table; None is what a method does not have.
+
+    Attributes:
+        method: its name, and who made its layers, or what is served in its place.
+        member_accuracy: of an ensemble, whose ``accuracy`` is that of its vote, the mean over the members.
+        milliseconds: of a step: forward, backward, optimizer.
+        forward_milliseconds: of a forward pass alone, without a graph.
+        peak_bytes: of a forward and a backward pass.
+        time_ratio, forward_ratio, memory_ratio: as parts of those of the unfused model.
+    """
 
     method: str
-    parameters: int
-    train_loss: float
+    parameters: int | None
+    train_loss: float | None
     test_loss: float
     accuracy: float
+    member_accuracy: float | None = None
     milliseconds: float | None = None
+    forward_milliseconds: float | None = None
     peak_bytes: int | None = None
     time_ratio: float | None = None
+    forward_ratio: float | None = None
     memory_ratio: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """Format the row for the table."""
-        ratios = _NONE
-        if self.time_ratio is not None and self.memory_ratio is not None:
-            ratios = f"time {self.time_ratio:.2f}, memory {self.memory_ratio:.2f}"
+        ratios = (self.time_ratio, self.forward_ratio, self.memory_ratio)
+        members = "" if self.member_accuracy is None else f" (members {self.member_accuracy:.2%})"
         return (
             self.method,
-            f"{self.parameters:,}",
-            f"{self.train_loss:.4f}",
-            f"{self.test_loss:.4f}",
-            f"{self.accuracy:.2%}",
-            _NONE if self.milliseconds is None else f"{self.milliseconds:.1f}",
+            _NONE if self.parameters is None else f"{self.parameters:,}",
+            _number(self.train_loss, 4),
+            _number(self.test_loss, 4),
+            f"{self.accuracy:.2%}{members}",
+            _number(self.milliseconds, 1),
+            _number(self.forward_milliseconds, 1),
             _NONE if self.peak_bytes is None else f"{self.peak_bytes / 2**20:.1f} MiB",
-            ratios,
+            _NONE if ratios == (None, None, None) else ", ".join(_number(ratio, 2) for ratio in ratios),
         )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return _NONE if value is None else f"{value:.{digits}f}"
 
 
 @dataclass
@@ -69,11 +82,15 @@ class Report:
 
     Attributes:
         facts: environment, data and settings, for whoever reads the files later.
+        rows: of the first task; second_rows of the second.
+        switch_rows: times of changing between them.
         curves: losses by method, then by "fused" and "unfused".
     """
 
     facts: dict[str, object]
     rows: list[Row] = field(default_factory=list)
+    second_rows: list[Row] = field(default_factory=list)
+    switch_rows: list[SwitchRow] = field(default_factory=list)
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
 
@@ -83,10 +100,20 @@ class Report:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Lay rows out as a Markdown table whose columns stand under each other in a terminal too."""
-    lines = [_HEADINGS, *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
+def tables(report: Report) -> list[str]:
+    """Lay the report's rows out as Markdown tables."""
+    return [
+        table(_HEADINGS, [row.cells() for row in report.rows]),
+        # Only what the second task has: it was trained once, fused, and not timed.
+        table(("second task", *_HEADINGS[1:5]), [row.cells()[:5] for row in report.second_rows]),
+        table(_SWITCH_HEADINGS, [(row.way, _number(row.milliseconds, 3)) for row in report.switch_rows]),
+    ]
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay cells out as a Markdown table whose columns stand under each other in a terminal too."""
+    lines = [headings, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
 
     def lay(cells: Sequence[str]) -> str:
         first, *others = zip(cells, widths, strict=True)
@@ -98,13 +125,15 @@ def table(rows: Sequence[Row]) -> str:
 
 def write(report: Report, folder: Path) -> list[Path]:
     """Write the three files into an existing folder."""
+    from examples.picture import draw
+
     paths = [folder / name for name in (TABLE_FILE, NUMBERS_FILE, PICTURE_FILE)]
     facts = "\n".join(f"- {name}: {plain(value)}" for name, value in report.facts.items())
     checks = "\n".join(f"- {check}" for check in report.checks)
-    paths[0].write_text(f"{table(report.rows)}\n\n{facts}\n\n{checks}\n", encoding="utf-8")
+    paths[0].write_text("\n\n".join([*tables(report), facts, checks]) + "\n", encoding="utf-8")
     numbers = {**asdict(report), "passed": report.passed}
     paths[1].write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    draw(report.curves, paths[2])
+    draw(report, paths[2])
     return paths
 
 
@@ -113,72 +142,3 @@ def plain(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {plain(inner)}" for name, inner in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def draw(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Draw each method's losses, and below them the difference between fused and unfused with its bound."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        2,
-        len(curves),
-        figsize=(9.0 * len(curves), 6.0),
-        height_ratios=(2.2, 1.0),
-        sharex="col",
-        squeeze=False,
-        layout="constrained",
-    )
-    for (name, losses), above, below in zip(curves.items(), axes[0], axes[1], strict=True):
-        _draw_losses(above, name, losses)
-        _draw_difference(below, losses)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _draw_losses(axes: Axes, name: str, losses: Mapping[str, Sequence[float]]) -> None:
-    for values in losses.values():
-        axes.plot(values, color="#8d99ae", linewidth=0.6, alpha=0.4)
-    # One lies on the other: the lower line is broad and light, the upper one thin, dark and broken.
-    axes.plot(running_mean(losses["unfused"]), color="#f4a259", linewidth=5.0, alpha=0.8, label="unfused")
-    if "fused" in losses:
-        dashes = (0, (4, 3))
-        axes.plot(running_mean(losses["fused"]), color="#1d3557", linewidth=1.4, linestyle=dashes, label="fused")
-    axes.set_title(f"{name}: training loss, mean of {_SMOOTHED} batches (thin grey: each batch)")
-    axes.set_ylabel("cross-entropy")
-    axes.set_ylim(bottom=0.0)
-    axes.grid(alpha=0.25)
-    axes.legend()
-
-
-def running_mean(values: Sequence[float]) -> list[float]:
-    """Average each value with those before it, as many as the picture smooths over."""
-    windows = (values[max(0, end - _SMOOTHED) : end] for end in range(1, len(values) + 1))
-    return [fmean(window) for window in windows]
-
-
-def _draw_difference(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
-    axes.set_xlabel("step")
-    if "fused" not in losses:
-        axes.set_visible(False)
-        return
-    pairs = list(enumerate(zip(losses["fused"], losses["unfused"], strict=True)))
-    # A logarithm has no place for zero: equal losses are counted in the legend instead.
-    unequal = [(step, abs(f - u)) for step, (f, u) in pairs if f != u]
-    axes.plot(
-        [step for step, _ in unequal],
-        [difference for _, difference in unequal],
-        linestyle="none",
-        marker=".",
-        markersize=4,
-        color="#1d3557",
-        label=f"|fused - unfused|; equal to the bit at {len(pairs) - len(unequal)} of {len(pairs)} steps",
-    )
-    bounds = [loss_tolerance(step) * max(1.0, abs(u)) for step, (_, u) in pairs]
-    axes.plot(bounds, color="#c1121f", linewidth=1.2, label="bound: above it the demo fails")
-    axes.set_yscale("log")
-    axes.set_ylabel("difference")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)

@@ -1,8 +1,9 @@
-"""The data: is a word, phrase or emoticon positive or negative?
+"""The data: is a word, phrase or emoticon positive or negative? And is that sentiment strong?
 
 Texts and ratings are vaderSentiment's lexicon (Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for
 Sentiment Analysis of Social Media Text"): about 7,500 entries, each rated by ten people from -4 to 4. The label is the
-sign of the mean rating. Every entry with a sign is used, those on which the raters were not of one mind too.
+sign of the mean rating. Every entry with a sign is used, those on which the raters were not of one mind too. The second
+task asks of the same entries whether the mean is far from zero, whatever its sign.
 
 Most entries have relatives (love, loved, lovely, lovingly), and who has learned one knows the others. So all words that
 begin with the same three letters stay in one split: what is held out is new, not a new ending.
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CLASSES = ("negative", "positive")
+# Of the mean rating without its sign, the median over the entries: what is above it is strong.
+STRONG_ABOVE = 1.6
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
 _BEGINNING = 3
@@ -26,10 +29,11 @@ _FACES = str.maketrans("([{</", ")]}>\\", "-^'o")
 
 @dataclass(frozen=True)
 class Example:
-    """A text, in lower case as the model sees it, and the index of its class."""
+    """A text, in lower case as the model sees it, the index of its class, and whether its sentiment is strong."""
 
     text: str
     label: int
+    strong: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ def read_lexicon(path: Path) -> list[Example]:
         text, _, _, numbers = line.split("\t")
         # The tokenizer knows no capitals: :D and :d are one text to the model, with the ratings of both.
         ratings[text.lower()] += [int(number) for number in numbers.strip("[]").split(",")]
-    return [Example(text, int(sum(given) > 0)) for text, given in ratings.items() if sum(given) != 0]
+    means = {text: sum(given) / len(given) for text, given in ratings.items()}
+    return [Example(text, int(mean > 0), int(abs(mean) > STRONG_ABOVE)) for text, mean in means.items() if mean != 0]
 
 
 def family(text: str) -> str:

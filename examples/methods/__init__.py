@@ -14,6 +14,23 @@ Change = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What a trained encoder is turned into when it is only used.
+
+    Attributes:
+        name: how the table calls it.
+        change: turns the encoder into it, in place.
+        exact: whether the answers keep their bits; else they may move by a rounding.
+        undo: turns it back, to the bits that it had; None where what was trained is given up.
+    """
+
+    name: str
+    change: Change
+    exact: bool
+    undo: Change | None = None
+
+
+@dataclass(frozen=True)
 class Method:
     """What the demo has to know about a method.
 
@@ -26,7 +43,7 @@ class Method:
         unfused_by: who made that layer.
         fused: the same with this package, from torch's generator; None where the package has nothing to fuse.
         copy_start: gives the second (unfused) encoder the trainable values of the first (fused) one.
-        merge, unmerge: fold what was trained into the weights, and back; None where that cannot be done.
+        serving: what the fused encoder becomes after training; None where it stays as it is.
     """
 
     name: str
@@ -36,8 +53,7 @@ class Method:
     unfused_by: str
     fused: PutOn | None = None
     copy_start: Callable[[nn.Module, nn.Module], None] | None = None
-    merge: Change | None = None
-    unmerge: Change | None = None
+    serving: Serving | None = None
 
 
 def discover() -> list[Method]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import checks, finetune, methods, report, task, train
-from examples.model import Texts, model_folder
-from peft_kernels import FusedLoRALinear, ParallelAdapter, SerialAdapter
+from examples import checks, finetune, methods, report, switching, task, train
+from examples.methods import lora, prompt_ensemble, prompt_tuning
+from examples.model import Texts, mean_token, model_folder
+from peft_kernels import FusedLoRALinear, ParallelAdapter, PrefixEncoder, PromptEmbedding, SerialAdapter
 
 pytest.importorskip("peft")
 pytest.importorskip("tqdm")
@@ -75,7 +76,27 @@ def test_ratings_of_texts_that_differ_in_capitals_are_pooled(tmp_path: Path) -> 
     lexicon.write_text(
         ":D\t1.5\t0.5\t[1, 2]\n:d\t-2.0\t1.0\t[-3, -1]\nmeh\t0.0\t1.0\t[-1, 1]\ngood\t2.0\t0.0\t[2, 2]\n"
     )
-    assert task.read_lexicon(lexicon) == [task.Example(":d", 0), task.Example("good", 1)]
+    assert task.read_lexicon(lexicon) == [task.Example(":d", 0, strong=0), task.Example("good", 1, strong=1)]
+
+
+@pytest.mark.cpu_only
+def test_strength_is_another_task(data: task.Task) -> None:
+    whole = [example for name in task.SHARES for example in getattr(data, name)]
+    assert sum(example.strong for example in whole) / len(whole) == pytest.approx(0.5, abs=0.06)
+    alike = sum(example.strong == example.label for example in whole) / len(whole)
+    assert alike == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.cpu_only
+def test_batches_are_of_like_length_and_repeat_no_text(data: task.Task) -> None:
+    lengths = torch.randint(3, 12, (300,), generator=torch.Generator().manual_seed(0))
+    drawn = list(train.batches(lengths, 9, seed=0))
+    assert [len(rows) for rows in drawn] == [train.BATCH_SIZE] * 9
+    assert len(torch.cat(drawn).unique()) == 9 * train.BATCH_SIZE
+    assert all(torch.equal(a, b) for a, b in zip(drawn, train.batches(lengths, 9, seed=0), strict=True))
+    padding = sum(int((lengths[rows].max() - lengths[rows]).sum()) for rows in drawn)
+    shuffled = torch.randperm(300, generator=torch.Generator().manual_seed(1)).split(train.BATCH_SIZE)[:9]
+    assert padding < 0.5 * sum(int((lengths[rows].max() - lengths[rows]).sum()) for rows in shuffled)
 
 
 @pytest.mark.cpu_only
@@ -133,31 +154,105 @@ def test_every_method_is_found() -> None:
 
 @pytest.mark.parametrize("method", [method for method in methods.discover() if method.fused], ids=lambda m: m.name)
 def test_both_models_start_alike_and_a_wrong_scale_is_seen(
-    data: task.Task, device: torch.device, method: methods.Method
+    data: task.Task, device: torch.device, method: methods.Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fused layer that is off by a thousandth in its scale must not slip through the demo's bound."""
-    texts = Texts(data.train[:64], device)
+    """A fused layer that is off by a thousandth must not slip through the demo's bound."""
+    monkeypatch.setattr(train, "BATCH_SIZE", 8)
+    texts = Texts(data.train[:16], device)
     for error, agree in ((0.0, True), (1e-3, False)):
         pair = train.build_pair(method, 0, device)
-        for module in pair["fused"].modules():
-            if isinstance(module, FusedLoRALinear):
-                module.scaling = {name: scale * (1 + error) for name, scale in module.scaling.items()}
-            elif isinstance(module, (SerialAdapter, ParallelAdapter)):
-                module.scale *= 1 + error
-        runs = {label: train.start(label, model, method.learning_rate, 4) for label, model in pair.items()}
-        train.train(list(runs.values()), texts, 4, 0, "test")
-        assert runs["fused"].losses[0] == pytest.approx(runs["unfused"].losses[0], rel=1e-5)
+        assert _put_off(pair["fused"], 1 + error) > 0
+        runs = {label: train.start(label, model, method.learning_rate, 3) for label, model in pair.items()}
+        train.train(list(runs.values()), texts, 3, 0, "test")
         assert checks.losses_agree(method.name, runs["fused"].losses, runs["unfused"].losses).passed is agree
+
+
+@torch.no_grad()
+def _put_off(model: torch.nn.Module, factor: float) -> int:
+    """Multiply what the package's modules add to the encoder; return how many there are."""
+    found = 0
+    for module in model.modules():
+        if isinstance(module, FusedLoRALinear):
+            module.scaling = {name: scale * factor for name, scale in module.scaling.items()}
+        elif isinstance(module, (SerialAdapter, ParallelAdapter)):
+            module.scale *= factor
+        elif isinstance(module, PromptEmbedding):
+            module.weight *= factor
+        elif isinstance(module, PrefixEncoder):
+            module.mlp[-1].weight *= factor
+        else:
+            continue
+        found += 1
+    return found
+
+
+def test_members_of_an_ensemble_learn_as_if_alone(data: task.Task, device: torch.device) -> None:
+    batch = Texts(data.train[:8], device).take(torch.arange(8))
+    for label, together in train.build_pair(prompt_ensemble.METHOD, 0, device).items():
+        loss = train.forward_backward(together, batch)
+        alone = []
+        for member in range(prompt_ensemble.MEMBERS):
+            model = train.build(prompt_tuning.put_fused, 1, device)
+            prompts = together.encoder.prompts.prompts if label == "fused" else together.encoder.passes
+            prompt = prompts[member] if label == "fused" else prompts[member].prompts
+            with torch.no_grad():
+                model.encoder.prompts.weight.copy_(prompt.weight)
+                model.heads[0].load_state_dict(together.heads[member].state_dict())
+            alone.append(train.forward_backward(model, batch))
+            torch.testing.assert_close(prompt.weight.grad, model.encoder.prompts.weight.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(together.heads[member].weight.grad, model.heads[0].weight.grad)
+        torch.testing.assert_close(loss, torch.stack(alone).mean())
+
+
+def test_members_vote(data: task.Task, device: torch.device) -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [9.0, 0.0], [0.0, 1.0]])
+    for model in train.build_pair(prompt_ensemble.METHOD, 0, device).values():
+        assert model.answers(logits.to(device)).tolist() == [0, 1]
+
+
+def test_prompt_is_left_out_of_the_mean_and_padding_too() -> None:
+    hidden = torch.arange(2 * 2 * 4.0).view(4, 4, 1)
+    mask = torch.tensor([[1, 1], [1, 0]])
+    assert mean_token(hidden, mask).flatten().tolist() == [2.5, 6.0, 10.5, 14.0]
+
+
+def test_model_of_two_tasks_answers_as_two_models(data: task.Task, device: torch.device, tmp_path: Path) -> None:
+    """And the check sees a switch that leaves an adapter where it was."""
+    texts = Texts(data.test[:16], device)
+    files = {}
+    for seed, name in enumerate(("sentiment", "strength")):
+        model = train.build(lora.put_fused, seed, device)
+        with torch.no_grad():
+            for value in model.trained().values():
+                value.normal_(std=0.05)
+        files[name] = tmp_path / f"{name}.pt"
+        torch.save(dict(model.trained()), files[name])
+    rows, found = switching.play(files, texts, seed=2)
+    assert len(rows) == 3
+    assert all(row.milliseconds > 0 for row in rows)
+    assert len(found) == 2
+    assert all(check.passed for check in found)
+
+    set_adapter = FusedLoRALinear.set_adapter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            FusedLoRALinear, "set_adapter", lambda self, name: len(self.scaling) > 2 or set_adapter(self, name)
+        )
+        _, found = switching.play(files, texts, seed=2)
+    assert not all(check.passed for check in found)
 
 
 @pytest.fixture(scope="module")
 def short_run(data: task.Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, dict]:
     """Run the whole program on a few texts; so few that it need not learn anything."""
     folder = tmp_path_factory.mktemp("demo")
-    few = task.Task(data.train[:200], data.validation[:50], data.test[:60])
+    few = task.Task(data.train[:64], data.validation[:20], data.test[:24])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "load_task", lambda: few)
-        status = finetune.main(["--steps", "6", "--out", str(folder), "--threads", "1"])
+        patch.setattr(train, "BATCH_SIZE", 8)
+        patch.setattr(train, "FORWARD_REPETITIONS", 2)
+        patch.setattr(switching, "REPETITIONS", 2)
+        status = finetune.main(["--steps", "3", "--out", str(folder), "--threads", "1"])
     return status, folder, json.loads((folder / report.NUMBERS_FILE).read_text())
 
 
@@ -172,13 +267,16 @@ def test_table_holds_the_numbers_of_the_json_file(short_run: tuple[int, Path, di
     _, folder, numbers = short_run
     lines = (folder / report.TABLE_FILE).read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
-    assert len(rows) == len(numbers["rows"]) == 2 + sum(1 + (method.fused is not None) for method in methods.discover())
-    for cells, row in zip(rows, numbers["rows"], strict=True):
+    expected = 2 + sum(1 + (m.fused is not None) + (m.serving is not None) for m in methods.discover())
+    assert len(numbers["rows"]) == expected
+    # After them the second task's, and the ways to switch.
+    assert len(rows) == expected + 1 + len(numbers["second_rows"]) + 1 + len(numbers["switch_rows"])
+    for cells, row in zip(rows[:expected], numbers["rows"], strict=True):
         assert cells == list(report.Row(**row).cells())
         assert cells[0] == row["method"]
-        assert int(cells[1].replace(",", "")) == row["parameters"]
+        assert cells[1] == ("-" if row["parameters"] is None else f"{row['parameters']:,}")
         assert float(cells[3]) == pytest.approx(row["test_loss"], abs=1e-4)
-        assert float(cells[4].rstrip("%")) == pytest.approx(100 * row["accuracy"], abs=0.01)
+        assert float(cells[4].partition("%")[0]) == pytest.approx(100 * row["accuracy"], abs=0.01)
     fused = next(row for row in numbers["rows"] if row["method"] == "LoRA, fused")
     unfused = next(row for row in numbers["rows"] if row["method"] == "LoRA, PEFT")
     assert fused["memory_ratio"] == pytest.approx(fused["peak_bytes"] / unfused["peak_bytes"])
@@ -190,9 +288,11 @@ def test_table_holds_the_numbers_of_the_json_file(short_run: tuple[int, Path, di
 def test_short_run_status_is_that_of_its_checks(short_run: tuple[int, Path, dict]) -> None:
     status, _, numbers = short_run
     passed = [check["passed"] for check in numbers["checks"]]
-    # Of each method: two rivals beaten, a file read back; fused ones agree with unfused; merged and unmerged answers.
-    assert len(passed) == sum(
-        3 + (method.fused is not None) + 2 * (method.merge is not None) for method in methods.discover()
+    # Of each method: the guess beaten, a file read back; fused ones agree with unfused; what is served answers alike,
+    # and what is undone. Of the second task: the guess, two switches.
+    assert len(passed) == 3 + sum(
+        2 + (m.fused is not None) + (m.serving is not None) + (m.serving is not None and m.serving.undo is not None)
+        for m in methods.discover()
     )
     assert status == (0 if all(passed) else 1)
     assert numbers["passed"] is all(passed)
@@ -212,6 +312,7 @@ def test_a_failed_check_ends_the_program_with_an_error(
     monkeypatch.setattr(task, "load_task", lambda: task.Task(data.train[:40], data.validation[:8], data.test[:8]))
     monkeypatch.setattr(finetune, "play", parted)
     monkeypatch.setattr(finetune, "beat_these", lambda *_: [])
+    monkeypatch.setattr(finetune, "switch", lambda *_: None)
     assert finetune.main(["--out", str(tmp_path)]) == 1
     assert "FAIL x: fused and unfused losses agree" in capsys.readouterr().err
     assert json.loads((tmp_path / report.NUMBERS_FILE).read_text())["passed"] is False

@@ -1,0 +1,110 @@
+"""The plugin that runs tests in slices: real runs of pytest on a few tests of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+pytestmark = pytest.mark.cpu_only
+
+OUT = Path("out", "cpu", "tests")
+
+# Takes the place of torch and of git, whose answers are not what is tested, and which take seconds.
+PLUGIN = """
+from tests import slices
+from tests.slices import *
+slices.where = lambda: ({"commit": "c0ffee", "dirty": False, "versions": {}, "device": "cpu"}, "cpu")
+"""
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "stub.py").write_text(PLUGIN)
+    paths = os.pathsep.join([str(folder), str(ROOT)])
+    command = [sys.executable, "-m", "pytest", "-p", "stub", "-p", "no:cacheprovider", "--slices", "out", *options]
+    return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+
+
+def outcomes(folder: Path) -> dict[str, str]:
+    lines = [json.loads(line) for line in (folder / OUT / "tests.jsonl").read_text().splitlines()]
+    return {line["test"].partition("::")[2]: line["outcome"] for line in lines}
+
+
+def test_every_outcome_is_recorded_once_and_summed_up(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'one is not two'\n"
+        "@pytest.mark.skip(reason='no such device')\n"
+        "def test_not_here(): pass\n"
+    )
+    first = run(tmp_path)
+    assert first.returncode == 1, first.stdout
+    assert outcomes(tmp_path) == {"test_good": "passed", "test_bad": "failed", "test_not_here": "skipped"}
+    summary = (tmp_path / OUT / "summary.md").read_text()
+    assert "1 failed, 1 passed, 1 skipped, 0 not run" in summary
+    assert "test_it.py::test_bad: AssertionError: one is not two" in summary
+    assert "* 1: no such device" in summary
+
+    again = run(tmp_path)
+    assert "3 deselected" in again.stdout
+    # What failed before has still failed.
+    assert again.returncode == 1
+    assert (tmp_path / OUT / "summary.md").read_text() == summary
+
+
+def test_budget_ends_a_run_and_the_next_goes_on(tmp_path: Path) -> None:
+    names = [f"test_{number}" for number in range(4)]
+    (tmp_path / "test_it.py").write_text("import time\n" + "".join(f"def {n}(): time.sleep(0.2)\n" for n in names))
+    first = run(tmp_path, "--budget-s", "0.3")
+    assert first.returncode == 75, first.stdout
+    assert "budget spent" in first.stdout
+    done = outcomes(tmp_path)
+    assert 1 <= len(done) < 4
+    second = run(tmp_path)
+    assert second.returncode == 0, second.stdout
+    assert f"{len(done)} deselected" in second.stdout
+    assert outcomes(tmp_path) == dict.fromkeys(names, "passed")
+    assert json.loads((tmp_path / OUT / "summary.json").read_text())["counts"] == {"passed": 4}
+
+
+def test_a_test_that_kills_its_process_is_a_failure_and_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import os\ndef test_first(): pass\ndef test_kills(): os._exit(7)\ndef test_last(): pass\n"
+    )
+    assert run(tmp_path).returncode == 7
+    assert run(tmp_path).returncode == 1
+    assert outcomes(tmp_path) == {"test_first": "passed", "test_kills": "crashed", "test_last": "passed"}
+    assert "test_kills: started, and took its process down" in (tmp_path / OUT / "summary.md").read_text()
+
+
+def test_a_lost_context_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "def test_faults(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_after(): pass\n"
+    )
+    first = run(tmp_path)
+    assert first.returncode == 75, first.stdout
+    assert outcomes(tmp_path) == {"test_faults": "failed"}
+    assert run(tmp_path).returncode == 1
+    assert outcomes(tmp_path) == {"test_faults": "failed", "test_after": "passed"}
+
+
+def test_what_cannot_be_collected_is_no_reason_to_run_again(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import nothing_of_this_name\n")
+    assert run(tmp_path).returncode == pytest.ExitCode.INTERRUPTED
+
+
+def test_another_commit_starts_anew(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    (tmp_path / OUT).mkdir(parents=True)
+    line = {"commit": "older", "dirty": False, "versions": {}, "device": "cpu", "test": "test_it.py::test_it"}
+    (tmp_path / OUT / "tests.jsonl").write_text(json.dumps({**line, "outcome": "failed", "reason": "x"}) + "\n")
+    assert run(tmp_path).returncode == 0
+    assert "1 passed, 0 not run" in (tmp_path / OUT / "summary.md").read_text()
