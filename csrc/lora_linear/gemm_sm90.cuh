@@ -162,6 +162,8 @@ PEFT_KERNELS_DEVICE void multiply_stage(typename GemmShared<Config>::Stage& stag
   constexpr uint32_t kAlongW = Config::kTransposed ? 16 * kLine : 32;
   constexpr uint32_t kAlongDown = Config::kTransposed ? 16 * Config::kRankLineBytes : 32;
   constexpr uint32_t kDownWidth = Config::kTransposed ? Config::kRankLineBytes : kLine;
+  constexpr uint32_t kWBlock = Config::kTransposed ? Config::kBlockK * kLine : 16;
+  constexpr uint32_t kDownBlock = Config::kTransposed ? Config::kBlockK * kDownWidth : 16;
   const uint32_t sX = sm90::shared_address(stage.x) + consumer * Config::kConsumerRows * kLine;
   const uint32_t sW = sm90::shared_address(stage.w);
   const uint32_t sDown = sm90::shared_address(stage.down);
@@ -170,10 +172,10 @@ PEFT_KERNELS_DEVICE void multiply_stage(typename GemmShared<Config>::Stage& stag
     const bool add = accumulate || i > 0;
     const uint64_t x = sm90::operand_descriptor(sX + 32 * i, kLine);
     sm90::wgmma<Config::kType, Config::kBlockN, Config::kTransposed>(
-        rY, x, sm90::operand_descriptor(sW + kAlongW * i, kLine, Config::kBlockK * kLine), add);
+        rY, x, sm90::operand_descriptor(sW + kAlongW * i, kLine, kWBlock), add);
     if constexpr (kMakesS) {
       sm90::wgmma<Config::kType, Config::kRank, Config::kTransposed>(
-          rS, x, sm90::operand_descriptor(sDown + kAlongDown * i, kDownWidth, Config::kBlockK * kDownWidth), add);
+          rS, x, sm90::operand_descriptor(sDown + kAlongDown * i, kDownWidth, kDownBlock), add);
     }
   }
 }

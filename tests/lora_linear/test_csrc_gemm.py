@@ -219,8 +219,8 @@ FAULTS = {
     "the scale is left out": ("+ factor * rP[i + j] +", "+ (factor != 0.0f) * rP[i + j] +", PLAIN),
     "the bias of a pair is swapped": ("j % 2 == 0 ? bias.x : bias.y", "j % 2 == 0 ? bias.y : bias.x", PLAIN),
     "W's blocks of columns are taken to be closer together": (
-        "sm90::operand_descriptor(sW + kAlongW * i, kLine, Config::kBlockK * kLine)",
-        "sm90::operand_descriptor(sW + kAlongW * i, kLine, 1024)",
+        "kWBlock = Config::kTransposed ? Config::kBlockK * kLine : 16",
+        "kWBlock = 1024",
         BACKWARD_CONFIG,
     ),
     "steps along k are as far in transposed operands": (
