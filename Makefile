@@ -19,6 +19,7 @@ endif
 
 NVCC := $(if $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc))
 CSRC := $(shell find csrc -type f)
+EMULATOR := $(shell find tests/simt -name '*.h' -o -name '*.cuh')
 # Where a compiler is, a failure to compile must be seen; elsewhere the package works without the extension.
 ifneq ($(NVCC),)
 ifneq ($(PEFT_KERNELS_NO_CUDA),1)
@@ -37,7 +38,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test codegen lint format demo bench gpu clean
+.PHONY: help venv build test codegen lint format demo bench report gpu clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -70,14 +71,14 @@ codegen: build
 lint: $(VENV_STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(CLANG_FORMAT) --dry-run --Werror $(CSRC)
+	$(CLANG_FORMAT) --dry-run --Werror $(CSRC) $(EMULATOR)
 	$(PYTHON) -m mypy peft_kernels python_ref
 
 ## format   apply the style
 format: $(VENV_STAMP)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(CLANG_FORMAT) -i $(CSRC)
+	$(CLANG_FORMAT) -i $(CSRC) $(EMULATOR)
 
 ## demo     finetune a small model on real data
 demo: build
@@ -86,6 +87,10 @@ demo: build
 ## bench    time every provider side by side
 bench: build
 	$(PYTHON) -m benchmarks
+
+## report   write the README's tables, docs/benchmarks.md and docs/images from the recorded results
+report: $(VENV_STAMP)
+	$(PYTHON) -m benchmarks.report --images
 
 ifneq ($(GPU_STAMP),$(STAMP))
 $(GPU_STAMP): setup.py pyproject.toml $(CSRC)

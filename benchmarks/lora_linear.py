@@ -300,6 +300,7 @@ def _gpu_problems() -> list[Problem]:
     grid += [_problem(layer, m) for m in shapes.TOKENS for layer in first]
     grid += [_problem(layer, 8192, r=r, p=p) for r in shapes.RANKS for layer in first for p in shapes.DROPOUTS]
     grid += [_problem(layer, m, p=0.1) for m in shapes.TOKENS_TRAINING for layer in first]
+    grid += [_with_master_adapters(_problem(layer, m)) for m in shapes.TOKENS_DECODE for layer in first]
     grid += [_problem(layer, m) for m in shapes.TOKENS for layer in layers]
     return list(dict.fromkeys(grid))
 

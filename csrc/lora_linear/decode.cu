@@ -34,8 +34,9 @@ void check_positive(const char* name, int64_t value) {
   }
 }
 
-void check_rows(const char* name, const void* base, int64_t stride, int64_t element_bytes) {
-  if (reinterpret_cast<uintptr_t>(base) % 16 != 0 || stride * element_bytes % 16 != 0) {
+void check_rows(const char* name, const void* base, int rows, int64_t stride, int64_t element_bytes) {
+  const bool strides = rows > 1 && stride * element_bytes % 16 != 0;
+  if (reinterpret_cast<uintptr_t>(base) % 16 != 0 || strides) {
     throw std::invalid_argument("lora_linear: decode reads 16 bytes at a time, rows of " + std::string(name) +
                                 " do not start at multiples of 16 bytes");
   }
@@ -59,9 +60,9 @@ void check_params(const DecodeParams& params, Dtype adapter_dtype, int grid) {
   if (shape.k % decode::kVector != 0) {
     throw std::invalid_argument("lora_linear: decode's k must be a multiple of 8, got " + std::to_string(shape.k));
   }
-  check_rows("x", params.x, params.x_stride, 2);
-  check_rows("weight", params.weight, params.weight_stride, 2);
-  check_rows("lora_a", params.lora_a, params.a_stride, adapter_dtype == Dtype::kFloat32 ? 4 : 2);
+  check_rows("x", params.x, shape.m, params.x_stride, 2);
+  check_rows("weight", params.weight, shape.n, params.weight_stride, 2);
+  check_rows("lora_a", params.lora_a, shape.r, params.a_stride, adapter_dtype == Dtype::kFloat32 ? 4 : 2);
 }
 
 }  // namespace

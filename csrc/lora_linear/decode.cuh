@@ -235,20 +235,25 @@ __device__ __forceinline__ void add_partials(float (&sums)[kOutputs],
   const int64_t size = partial_floats(params.shape);
   const Unit first = {unit.is_down, unit.tile, 0, unit.splits};
   const float* gPartial = params.partials + partial_of(params.shape, first) * size;
+  float total[kOutputs] = {};
+#pragma unroll 4
+  for (int split = 0; split < unit.split; ++split) {
+#pragma unroll
+    for (int j = 0; j < kOutputs; ++j) {
+      const int token = thread.token(j);
+      if (token < params.shape.m) {
+        total[j] += gPartial[split * size + token * kTileRows + thread.column(j)];
+      }
+    }
+  }
 #pragma unroll
   for (int j = 0; j < kOutputs; ++j) {
-    const int token = thread.token(j);
-    if (token < params.shape.m) {
-      float total = 0.0f;
-      for (int split = 0; split < unit.split; ++split) {
-        total += gPartial[split * size + token * kTileRows + thread.column(j)];
-      }
-      sums[j] += total;
-    }
+    sums[j] += total[j];
   }
 }
 
-// Pass when `count` units, `first`, first + step, ..., have published; what they published is then there for the CTA.
+// Wait until the units first, first + step, ..., `count` of them, have published. The CTA's next barrier hands what
+// they have published to all of its threads.
 __device__ __forceinline__ void wait_for(const DecodeParams& params, int first, int step, int count) {
   for (int i = threadIdx.x; i < count; i += kThreads) {
     wait_until_published(params.flags + first + i * step, params.nonce);

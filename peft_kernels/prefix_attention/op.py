@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels._core import library
-from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation, choose, requested_backend
+from peft_kernels._core.graph import is_recorded
 from peft_kernels.prefix_attention import torch_impl, triton_impl
 from peft_kernels.prefix_attention.problem import (
     FAMILY,
@@ -95,6 +96,8 @@ def prefix_attention(
         )
         return y
     problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
+    if not is_recorded():
+        return _forward(problem, Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask), backend)[0]
     return _PrefixAttention.apply(problem, backend, q, k, v, prefix_k, prefix_v, key_padding_mask)
 
 
@@ -120,7 +123,7 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _forward(problem: PrefixAttentionProblem, inputs: Inputs, backend: str | None) -> tuple[Tensor, Tensor]:
-    with torch.autocast(problem.device.type, enabled=False):
+    with without_autocast(problem.device.type):
         return _implementation(problem, backend).forward(problem, _as_backends_take(problem, inputs))
 
 
@@ -133,7 +136,7 @@ def _backward(
     needs: Needs,
     backend: str | None,
 ) -> Gradients:
-    with torch.autocast(problem.device.type, enabled=False):
+    with without_autocast(problem.device.type):
         implementation, taken = _implementation(problem, backend), _as_backends_take(problem, inputs)
         return implementation.backward(problem, taken, y, stats, _contiguous_rows(dy), needs)
 

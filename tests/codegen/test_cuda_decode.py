@@ -60,3 +60,10 @@ def test_flags_are_acquired_and_released(kernels: list[cubin.Kernel]) -> None:
         assert kernel.count("LDG.E.64.STRONG.GPU") > 0, kernel.name
         assert kernel.count("STG.E.64.STRONG.GPU") > 0, kernel.name
         assert kernel.count("MEMBAR") > 0, kernel.name
+
+
+def test_what_other_blocks_write_is_read_coherently(kernels: list[cubin.Kernel]) -> None:
+    """S and partial sums are words; a load marked constant could return older ones."""
+    for kernel in kernels:
+        assert kernel.count("LDG.E.CONSTANT") == 0, kernel.name
+        assert kernel.opcodes["LDG.E"] > 0, kernel.name

@@ -136,9 +136,11 @@ def test_decode_without_a_device_says_so(built: ModuleType) -> None:
     reason = built.why_no_device()
     if reason is None:
         pytest.skip("there is a CUDA device")
-    for dtypes in ({}, {"adapter_dtype": "float32"}, {"dtype": "float16", "adapter_dtype": "float16"}):
+    single = {"m": 1, "r": 1, "x_stride": 1, "a_stride": 3}  # of one row the stride is nobody's
+    half = {"dtype": "float16", "adapter_dtype": "float16"}
+    for change in ({}, {"adapter_dtype": "float32"}, half, half | {"adapter_dtype": "float32"}, single):
         with pytest.raises(RuntimeError, match="launch of lora_linear's decode_forward failed: cudaError") as error:
-            built.lora_linear.decode_forward(**DECODE | dtypes)
+            built.lora_linear.decode_forward(**DECODE | change)
         assert reason in str(error.value)
 
 

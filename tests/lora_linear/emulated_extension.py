@@ -61,7 +61,7 @@ class EmulatedExtension:
         }
         taken = ("m", "n", "k", "r", "splits", "down_splits", "grid", "x_stride", "weight_stride", "a_stride")
         arguments = {name: call[name] for name in (*taken, "bias_stride", "scale_value")}
-        arguments |= {"b_stride_n": b_strides[0], "b_stride_r": b_strides[1]}
+        arguments |= {"b_stride_n": b_strides[0], "b_stride_r": b_strides[1], "repeat_nonce": 0, "zero_flags": 0}
         y, s = simt_decode.run_on(dtype, adapter, inputs, arguments, schedules=1, first_seed=len(self.calls))
         for name, value in (("y", y), ("s", s)):
             ctypes.memmove(call[name], value.data_ptr(), value.numel() * value.element_size())

@@ -46,7 +46,10 @@ void test(const simt::Arguments& arguments) {
         params.b_stride_n = arguments.integer("b_stride_n");
         params.b_stride_r = arguments.integer("b_stride_r");
         params.bias_stride = arguments.integer("bias_stride");
-        params.nonce = 0x9E3779B97F4A7C15u + seed;
+        params.nonce = 0x9E3779B97F4A7C15u + (arguments.integer("repeat_nonce") ? 0 : seed);
+        if (arguments.integer("zero_flags")) {
+          std::fill_n(params.flags, decode::flag_count(shape), 0);
+        }
         params.scale_value = static_cast<float>(arguments.number("scale_value"));
         params.shape = shape;
         // What the last launch has left in the partial sums must not be taken for this one's.
@@ -87,9 +90,15 @@ def run(
     schedules: int = 1,
     first_seed: int = 0,
     scale_tensor: bool = False,
+    repeat_nonce: bool = False,
+    zero_flags: bool = False,
     source: str = PROGRAM,
 ) -> tuple[Tensor, Tensor]:
-    """y (m, n) and S (m, r), the same bits under all schedules."""
+    """y (m, n) and S (m, r), the same bits under all schedules.
+
+    Args:
+        repeat_nonce, zero_flags: what a graph's replays do, and what is done about it.
+    """
     arguments = {
         "m": case.m,
         "n": case.n,
@@ -105,6 +114,8 @@ def run(
         "b_stride_r": 1,
         "bias_stride": 1,
         "scale_value": float("nan") if scale_tensor else case.scale,
+        "repeat_nonce": int(repeat_nonce),
+        "zero_flags": int(zero_flags),
     }
     inputs = {**tensors._asdict(), "scale": torch.tensor([case.scale]) if scale_tensor else None}
     return run_on(case.dtype, case.adapter_dtype or case.dtype, inputs, arguments, schedules, first_seed, source)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
 from peft_kernels.lora_linear import cuda_impl, problem
@@ -103,6 +104,14 @@ def test_off_boundary_rows_are_refused(emulated: EmulatedExtension) -> None:
     shifted = torch.cat((lora_a.flatten()[:1], lora_a.flatten()))[1:].view(4, 64)
     with pytest.raises(pk.UnsupportedError, match="off 16-byte boundaries"):
         pk.lora_linear(x, weight, shifted, lora_b, backend="cuda")
+
+
+def test_tensors_without_addresses_are_described() -> None:
+    """As when a graph is traced; where they could be read 16 bytes at a time, nobody launches on them."""
+    with FakeTensorMode():
+        fake = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2, 8), (16, 8), (1, 8), (16, 1))]
+        described = problem.describe(*fake, 1.0, None, 0.0, None)
+    assert described.device.type == "cuda" and not described.rows_aligned
 
 
 def test_cpu_tensors_are_refused() -> None:

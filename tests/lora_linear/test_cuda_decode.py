@@ -16,6 +16,7 @@ from peft_kernels.lora_linear import config, cuda_decode
 from python_ref import compare
 from tests.lora_linear import simt_decode
 from tests.lora_linear.cases import Case, make, make_exact, output_gradient, run_eager, run_oracle
+from tests.simt import build
 
 CPU = torch.device("cpu")
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -101,6 +102,32 @@ def test_every_schedule_and_grid_give_the_same_bits(grid: int) -> None:
     got = simt_decode.run(case, tensors, splits=4, down_splits=3, grid=grid, schedules=40, first_seed=100)
     for name, one, other in zip(("y", "S"), first, got, strict=True):
         compare.assert_bitwise_equal(name, one, other)
+
+
+@pytest.mark.cpu_only
+def test_replays_need_their_flags_zeroed() -> None:
+    """A launch with the nonce of the one before takes its flags for its own, unless they are zeroed in between."""
+    case = Case(m=3, n=70, k=520, r=20, dtype=torch.bfloat16)
+    tensors = make(case, CPU)
+    repeats = {"splits": 3, "down_splits": 2, "grid": 8, "schedules": 20, "repeat_nonce": True}
+    expected = simt_decode.run(case, tensors, splits=3, down_splits=2)
+    got = simt_decode.run(case, tensors, zero_flags=True, **repeats)
+    for name, one, other in zip(("y", "S"), expected, got, strict=True):
+        compare.assert_bitwise_equal(name, one, other)
+    with pytest.raises(build.SimtError, match=r"bits of . differ between schedules"):
+        simt_decode.run(case, tensors, **repeats)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapters_lose_no_bit(dtype: torch.dtype) -> None:
+    """A token that is 1 in one place takes A's column there: in three pieces, to the last bit."""
+    case = Case(m=16, n=8, k=64, r=70, dtype=dtype, adapter_dtype=torch.float32, bias=False)
+    tensors = make(case, CPU)
+    columns = torch.randperm(case.k, generator=torch.Generator().manual_seed(0))[: case.m]
+    x = torch.zeros_like(tensors.x).scatter_(1, columns[:, None], 1.0)
+    _, s = simt_decode.run(case, tensors._replace(x=x))
+    compare.assert_bitwise_equal("S", s, tensors.lora_a[:, columns].t())
 
 
 @pytest.mark.cpu_only

@@ -284,6 +284,14 @@ def test_reductions(program: Path, x: Tensor, kernel: str) -> None:
     assert y[CTAS:].isnan().all()  # poison
 
 
+def test_other_stacks(x: Tensor) -> None:
+    """What machines other than x86-64 use."""
+    program = build.build(PROGRAM, "SIMT_UCONTEXT")
+    assert torch.equal(_run(program, x, "tree")[:CTAS], x.view(CTAS, THREADS).sum(1))
+    with pytest.raises(build.SimtError, match="deadlock"):
+        _run(program, x, "exits_early")
+
+
 def test_missing_syncthreads_is_caught(program: Path, x: Tensor) -> None:
     with pytest.raises(build.SimtError, match="bits of y differ between schedules"):
         _run(program, x, "tree_unsynced")

@@ -1,6 +1,7 @@
 // Stacks that one OS thread switches between: what the emulator's CUDA threads run on.
 //
-// Hand-rolled on x86-64, where swapcontext would make two system calls a switch; ucontext elsewhere.
+// Hand-rolled on x86-64, where swapcontext would make two system calls a switch; ucontext elsewhere, and where
+// SIMT_UCONTEXT asks for it.
 #pragma once
 
 #include <sys/mman.h>
@@ -11,7 +12,10 @@
 #include <cstdlib>
 #include <vector>
 
-#ifndef __x86_64__
+#if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_UCONTEXT
+#endif
+#ifdef SIMT_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -19,7 +23,7 @@ namespace simt {
 
 constexpr size_t kStackBytes = 128 * 1024;  // reserved, not touched: a page is there when a thread writes to it
 
-#ifdef __x86_64__
+#ifndef SIMT_UCONTEXT
 
 // Save the registers that a call preserves on the running stack, leave its pointer in *from, and go on at `to`.
 __attribute__((naked, noipa)) inline void switch_stack(void** /*from*/, void* /*to*/) {
