@@ -12,6 +12,9 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 | cuda    | CUDA, sm_80 and newer | bf16, fp16; adapters   | any  | decode: M <= 16, no dropout; backward by torch. |
 |         |                       | likewise or fp32       |      | Device body tested in the emulator; run by no   |
 |         |                       |                        |      | GPU yet: not in `auto`                          |
+|         | CUDA, sm_90           | bf16, fp16; adapters   | 128  | gemm: no dropout, N and K multiples of 8; dX    |
+|         |                       | likewise               |      | and dS in one launch, the rest by torch. As     |
+|         |                       |                        |      | above: emulator, no GPU yet, not in `auto`      |
 
 Map, top to bottom:
     problem.py         the tensors of a call, the facts backends decide on, every check
@@ -24,6 +27,7 @@ Map, top to bottom:
     triton_impl.py     what Triton can run, and the order of its launches
     cuda_workspace.py  memory and nonces of launches whose blocks wait for each other
     cuda_decode.py     what csrc/lora_linear/decode.cuh can run, and its launch                   (S, y; M <= 16)
+    cuda_gemm.py       what csrc/lora_linear/gemm_sm90.cuh can run, and its launches              (S, y; dS, dX)
     cuda_impl.py       the CUDA kernels in the order in which they are tried
     op.py              the public function, autograd, torch.library
     module.py          FusedLoRALinear

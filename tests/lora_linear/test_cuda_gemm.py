@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import peft_kernels as pk
+from peft_kernels._core import extension
 from peft_kernels._core.device import Hardware, hardware
 from peft_kernels.lora_linear import cuda_gemm, problem
 from python_ref import compare
@@ -61,9 +63,9 @@ def _memory(address: int, shape: tuple[int, int], stride: int, dtype: torch.dtyp
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedGemm:
-    gemm, extension = EmulatedGemm(), emulated_extension.install(monkeypatch)
-    extension.lora_linear.gemm_sm90 = gemm.launch
-    extension.lora_linear.gemm_workspace = gemm.workspace
+    gemm, stand_in = EmulatedGemm(), emulated_extension.install(monkeypatch)
+    stand_in.lora_linear.gemm_sm90 = gemm.launch
+    stand_in.lora_linear.gemm_workspace = gemm.workspace
     return gemm
 
 
@@ -144,6 +146,72 @@ def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     described = problem.describe(*make(case, CPU)[:4], 1.0, None, 0.0, None)
     monkeypatch.setattr(cuda_gemm, "hardware", lambda device: Hardware(arch=100, sm_count=148))
     assert "sm_90a's instructions, cpu is sm_100" in (cuda_gemm.why_not(described) or "")
+
+
+@pytest.fixture
+def built() -> ModuleType:
+    reason = extension.why_not_importable()
+    if reason is not None:
+        pytest.skip(reason)  # tests/core/test_extension.py fails where it could have been built
+    return extension.load()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("m", [1, 128, 129, 5000])
+@pytest.mark.parametrize("r", [1, 16, 17, 64, 65, 128])
+def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
+    assert built.lora_linear.gemm_workspace(m=m, r=r) == EmulatedGemm.workspace(m, r)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"m": 0}, "must be positive and below 2\\^31 - 1023, got 0"),
+        ({"k": 2**31}, "must be positive and below 2\\^31 - 1023, got 2147483648"),
+        ({"r": 129}, "takes ranks up to 128, got 129"),
+        ({"n": 68}, "n must be a multiple of 8"),
+        ({"bias": 2}, "bias on a 4-byte boundary"),
+        ({"x_stride": 68}, "those of x are 68 elements apart, for 64 columns"),
+        ({"w": 24}, "those of w are"),
+        ({"down_stride": 56}, "those of down are 56 elements apart, for 64 columns"),
+        ({"up_stride": 4}, "those of up are 4 elements apart"),
+        ({"dtype": "float32"}, "takes bfloat16 or float16"),
+        ({"multiprocessors": 0}, "multiprocessors must be positive, got 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_the_extension(built: ModuleType, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built.lora_linear.gemm_sm90(**{**ARGUMENTS, **wrong})
+
+
+@pytest.mark.cpu_only
+def test_launch_without_a_device_says_so(built: ModuleType) -> None:
+    if built.why_no_device() is None:
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(RuntimeError, match="cudaGetDevice for lora_linear's gemm_sm90 failed: cudaError"):
+        built.lora_linear.gemm_sm90(**ARGUMENTS)
+
+
+ARGUMENTS: dict[str, Any] = {
+    **dict.fromkeys(("x", "w", "down", "up", "bias", "y", "s", "workspace"), 16),
+    "scale": 0,
+    "scale_value": 1.0,
+    "nonce": 1,
+    "x_stride": 64,
+    "w_stride": 64,
+    "down_stride": 64,
+    "up_stride": 8,
+    "m": 40,
+    "n": 72,
+    "k": 64,
+    "r": 3,
+    "dtype": "bfloat16",
+    "backward": False,
+    "multiprocessors": 132,
+    "stream": 0,
+}
 
 
 def _on_the_gpu(case: Case, device: torch.device) -> Tensors:

@@ -24,7 +24,8 @@ PEFT_KERNELS_SM90_HOST_DEVICE uint32_t swizzled(uint32_t address, uint32_t width
 
 // An operand of wgmma, `width` the swizzle in bytes and the length of its rows (PTX ISA, "Matrix Descriptor Format").
 //
-// Rows of K (K-major, no transpose): row mn of the tile starts at mn * width; groups of 8 rows follow each other.
+// Rows of K (K-major, no transpose): row mn of the tile starts at mn * width; groups of 8 rows follow each other;
+// `block_bytes` is not read.
 // Rows of M or N (transposed): a tile is made of blocks of width / 2 columns, whose rows k start at k * width; blocks
 // are `block_bytes` apart.
 // Further along K, the address of the descriptor's first element moves: by 32 bytes a step of 16 for K-major operands,
