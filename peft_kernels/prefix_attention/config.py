@@ -215,11 +215,11 @@ def grad_prefix_config(problem: PrefixAttentionProblem, hardware: Hardware) -> G
 def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     """Choose between torch's fused attention and blocks, for each pass.
 
-    CPU. Forward: over eleven shapes (1 to 2048 queries, 8 to 32 heads, grouped or not, padded or not; one core of an
-    AMD EPYC with AVX-512 BF16, shared with other work) fused took 0.35 to 0.85 of the time of blocks in training steps
-    in float32 and bf16, and 0.5 to 1.3 of it in decoding. Backward: fused attention recomputes its forward pass, and
-    took 0.7 to 1.5 times as long as blocks in training steps; and where heads are grouped it rounds dk and dv of each
-    head to half precision before it adds them, 0.85 eps against 0.2.
+    CPU. Forward: in eleven shapes side by side (one thread of an AMD EPYC with AVX-512 BF16; float32 and bf16; the
+    machine was shared) ranges took 0.25 to 0.7 of the time of blocks in training and prefill, 0.5 to 1.4 in decoding.
+    Backward: fused attention recomputes its forward pass and took 0.7 to 1.5 times as long as blocks in training, more
+    with few queries; and where heads are grouped it rounds dk and dv of each head to half precision before it adds
+    them, 0.85 eps against 0.2.
 
     CUDA, which no GPU has run yet: fused in half precision, where torch documents a flash kernel for up to 256
     dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped
