@@ -116,6 +116,9 @@ def forward_config(problem: PrefixAttentionProblem, hardware: Hardware) -> Forwa
         # With the padding mask's loads 64 keys spill on sm_80 and 89.
         block_m, block_n = 128, 32 if problem.padded and hardware.arch < 90 else 64
     block_m = _rows_at_most(problem, block_m)
+    if hardware.arch == 89 and min(block_m, block_d) <= 32:
+        # The assembler keeps these small tiles to 96 or 128 registers, and a few of 64 keys' spill.
+        block_n = min(block_n, 32)
     return ForwardConfig(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -196,8 +199,6 @@ def grad_prefix_config(problem: PrefixAttentionProblem, hardware: Hardware) -> G
     if problem.prefix_dtype != problem.dtype:
         # The pieces of the float32 operands live in registers.
         block_m, block_n = (32, 32) if block_d <= 128 else (16, 32)
-    elif problem.dtype == torch.float32 and block_d <= 128:
-        block_m, block_n = 32, 32
     block_m, block_n = _rows_at_most(problem, block_m), _keys_at_most(problem.p, block_n)
     owners, batches = (1, problem.b) if problem.shared else (problem.b, 1)
     tiles = _cdiv(problem.p, block_n) * problem.h_kv * owners
@@ -215,11 +216,11 @@ def grad_prefix_config(problem: PrefixAttentionProblem, hardware: Hardware) -> G
 def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     """Choose between torch's fused attention and blocks, for each pass.
 
-    CPU. Forward: over eleven shapes (1 to 2048 queries, 8 to 32 heads, grouped or not, padded or not; one core of an
-    AMD EPYC with AVX-512 BF16, shared with other work) fused took 0.35 to 0.85 of the time of blocks in training steps
-    in float32 and bf16, and 0.5 to 1.3 of it in decoding. Backward: fused attention recomputes its forward pass, and
-    took 0.7 to 1.5 times as long as blocks in training steps; and where heads are grouped it rounds dk and dv of each
-    head to half precision before it adds them, 0.85 eps against 0.2.
+    CPU. Forward: in eleven shapes side by side (one thread of an AMD EPYC with AVX-512 BF16; float32 and bf16; the
+    machine was shared) ranges took 0.25 to 0.7 of the time of blocks in training and prefill, 0.5 to 1.4 in decoding.
+    Backward: fused attention recomputes its forward pass and took 0.7 to 1.5 times as long as blocks in training, more
+    with few queries; and where heads are grouped it rounds dk and dv of each head to half precision before it adds
+    them, 0.85 eps against 0.2.
 
     CUDA, which no GPU has run yet: fused in half precision, where torch documents a flash kernel for up to 256
     dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped

@@ -43,7 +43,7 @@ def prefix_attention(
     key_padding_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attend to a prefix and a sequence without joining them (prefix tuning, Li & Liang 2021, arXiv:2101.00190).
+    """Attend to a prefix and a sequence in two pieces (prefix tuning, Li & Liang 2021, arXiv:2101.00190).
 
     Semantics: ``y = softmax(scale * q @ cat(prefix_k, k).mT + mask) @ cat(prefix_v, v)`` per head, where query head h
     reads key head ``h // (H // H_kv)`` and ``mask`` is -inf where a query may not attend. Every query attends to every
@@ -74,8 +74,11 @@ def prefix_attention(
     Numerics: scores, softmax and sums are float32 (float64 for float64). Against a float64 oracle the relative error is
     at most 1.1 times that of torch's math attention in the same dtypes plus a quarter of the dtype's epsilon
     (python_ref/compare.py). Gradients of q, k, v, prefix_k and prefix_v are computed only where asked for; a shared
-    prefix's is summed over the batch in float32. Two runs give the same bits. Besides the arguments and y, two numbers
-    a query and head are saved.
+    prefix's is summed over the batch in float32. Two runs give the same bits; but dq of the torch backend on CUDA in
+    half precision does so only under torch.use_deterministic_algorithms(True), as torch's own attention.
+
+    Memory: saved besides the arguments are, by Triton, y and two numbers a query and head; by torch, nothing. Triton
+    joins nothing; torch joins keys and values for the length of a pass. Neither holds S (P + L) scores.
 
     Example:
         >>> import torch, peft_kernels as pk
