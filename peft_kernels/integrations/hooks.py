@@ -22,6 +22,22 @@ def takes_any_argument(module: nn.Module) -> bool:
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
+def hands_on_arguments(module: nn.Module) -> bool:
+    """Whether a forward takes keyword arguments that it does not name and, as its source says, passes them on.
+
+    Where there is no source it is taken to do so.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind == inspect.Parameter.VAR_KEYWORD]
+    if not names:
+        return False
+    try:
+        # Once in the signature, and again in a call.
+        return inspect.getsource(forward).count(f"**{names[0]}") > 1
+    except OSError:
+        return True
+
+
 def remove_hooks(module: nn.Module, *hooks: Any) -> None:
     """Remove hooks by the function: a handle would neither copy nor pickle with the module."""
     for registered, with_kwargs in (

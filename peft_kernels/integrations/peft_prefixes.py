@@ -88,7 +88,8 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         cache.prefixes.taken.clear()
         kwargs[ARGUMENT] = cache.prefixes
         if cache.get_seq_length() == cache.prefixes.length and not prefix_model.stores(base, kwargs):
-            kwargs["past_key_values"] = PrefixCache(cache.prefixes, None)
+            cache = PrefixCache(cache.prefixes, None)
+        kwargs["past_key_values"] = cache.delivered()
     return (), kwargs
 
 

@@ -154,7 +154,7 @@ def _prefix(module: nn.Module, prefixes: LayerPrefixes | None, key: Tensor) -> t
     if slot.required:
         raise UnsupportedError(
             f"prefix_attention: layer {slot.layer} has a prefix that did not reach it: call the model itself, not its "
-            "forward, which skips its hooks"
+            "forward, which skips its hooks; every layer must hand its keyword arguments on"
         )
     return None
 

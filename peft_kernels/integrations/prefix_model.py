@@ -16,7 +16,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations import prefix_interface
-from peft_kernels.integrations.hooks import named_arguments, remove_hooks, takes_any_argument
+from peft_kernels.integrations.hooks import hands_on_arguments, named_arguments, remove_hooks
 from peft_kernels.integrations.prefix_state import (
     ARGUMENT,
     LayerPrefixes,
@@ -43,14 +43,19 @@ _NO_LAYERS = Rule(
     "hybrids with recurrent layers; ALBERT, whose layers are one",
     "not every layer has one self-attention module with the layer's index",
 )
+_LATENT = Rule("DeepSeek V2 and V3", "its keys and values are compressed (multi-head latent attention)")
 _NO_CACHE = Rule("backbones that cannot decode", "its backbone takes no past_key_values")
 _NO_KWARGS = Rule(
-    "models that drop unknown keyword arguments on the way", "its {part} hands no keyword arguments on to the attention"
+    "layers that drop keyword arguments: StableLM, Nemotron",
+    "its {part} hands no keyword arguments on to the attention",
 )
 
 SUPPORT = Support(
     "Prefixes on transformers' models: `add_prefix`, and `apply` on PEFT's",
-    ("Llama, Qwen2, Mistral, GPT-2, BERT: tested; others that no rule below excludes",),
+    (
+        "tested: Llama, Llama 4, Qwen2, Mistral, Mixtral, GPT-2, GPT-NeoX, OPT, Phi, Gemma 3, BERT, RoBERTa",
+        "other decoders and encoders that no rule below excludes",
+    ),
     (
         _NO_MODEL,
         _ENCODER_DECODER,
@@ -58,6 +63,7 @@ SUPPORT = Support(
         _NO_INTERFACE,
         _CROSS_ATTENTION,
         _NO_LAYERS,
+        _LATENT,
         _NO_CACHE,
         _NO_KWARGS,
     ),
@@ -81,11 +87,13 @@ def why_not(model: Any) -> str | None:
     if [module.layer_idx for module in modules] != list(range(text.num_hidden_layers)):
         return _NO_LAYERS()
     base = backbone(model)
+    if hasattr(modules[0], "kv_lora_rank"):
+        return _LATENT()
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         return _NO_CACHE()
     for name, module in base.named_modules():
         inside = any(part is attention for part in module.modules() for attention in modules)
-        if inside and not isinstance(module, nn.ModuleList) and not takes_any_argument(module):
+        if inside and not isinstance(module, nn.ModuleList) and not hands_on_arguments(module):
             return _NO_KWARGS(part=name or "backbone")
     return None
 
@@ -101,8 +109,10 @@ def attention_modules(model: nn.Module) -> list[Any]:
 
 
 def backbone(model: Any) -> Any:
-    """The part of a model that heads are put on; the model itself where it has none."""
-    return model.base_model
+    """The innermost model that has all layers: what is around it may call it, or parts of itself, as it likes."""
+    layers = attention_modules(model)
+    inside = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return [part for part in inside if attention_modules(part) == layers][-1]
 
 
 def attach(model: Any, required: bool) -> None:
@@ -144,10 +154,11 @@ def add(model: Any, encoder: PrefixEncoder) -> None:
 
 def remove(model: Any) -> PrefixEncoder:
     """See ``transformers.remove_prefix``."""
-    base = backbone(model) if isinstance(model, PreTrainedModel) else model
-    encoder = getattr(base, ENCODER, None)
-    if not isinstance(encoder, PrefixEncoder):
+    bases = [part for part in model.modules() if isinstance(getattr(part, ENCODER, None), PrefixEncoder)]
+    if not bases:
         raise ValueError(f"remove_prefix: {type(model).__name__} has no prefixes")
+    base: Any = bases[-1]
+    encoder: PrefixEncoder = getattr(base, ENCODER)
     detach(model)
     delattr(base, ENCODER)
     remove_hooks(base, _before, _after)
@@ -193,7 +204,7 @@ def stores(base: Any, kwargs: dict[str, Any]) -> bool:
     wanted = kwargs.get("use_cache")
     if wanted is None:
         wanted = getattr(base.config, "use_cache", False) and not (base.training and torch.is_grad_enabled())
-    return bool(wanted) and attention_modules(base)[0].is_causal
+    return bool(wanted) and next(module for module in base.modules() if slot_of(module) is not None).is_causal
 
 
 def with_cache(output: Any, cache: PrefixCache, instead: Cache | None) -> Any:
@@ -227,7 +238,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     kwargs["attention_mask"] = _widened(kwargs.get("attention_mask"), prefixes.length)
     if inner is None and stores(base, kwargs):
         inner = DynamicCache(config=base.config)
-    kwargs["past_key_values"] = PrefixCache(prefixes, inner)
+    kwargs["past_key_values"] = PrefixCache(prefixes, inner).delivered()
     kwargs[ARGUMENT] = prefixes
     return (), kwargs
 
@@ -241,8 +252,8 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 
 def _packed_mask(base: Any, positions: Tensor) -> Tensor | None:
     """The mask (B, 1, S, S) of sequences packed into a row, None if positions tell of none."""
-    first = attention_modules(base)[0]
-    if not first.is_causal or positions.dim() != 2:
+    causal = next(module for module in base.modules() if slot_of(module) is not None).is_causal
+    if not causal or positions.dim() != 2:
         return None
     packed = find_packed_sequence_indices(positions)
     if packed is None:

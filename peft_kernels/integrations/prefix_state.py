@@ -98,15 +98,32 @@ class PrefixCache(Cache):
 
     def __init__(self, prefixes: LayerPrefixes, inner: Cache | None) -> None:
         super().__init__(layers=[])
-        self.prefixes, self.inner = prefixes, inner
+        self.prefixes, self.inner, self._is_delivered = prefixes, inner, False
         if inner is not None:
             # The list of layers is shared, not copied: both caches grow together.
             self.__dict__.update(inner.__dict__)
+
+    def delivered(self) -> PrefixCache:
+        """Mark that the prefixes are on their way to the attention, and return this cache.
+
+        A model that never comes by the hook that does so would count a prefix that nobody attends to; its layers and
+        masks ask this cache, which refuses then.
+        """
+        self._is_delivered = True
+        return self
+
+    def _check_delivered(self) -> None:
+        if not self._is_delivered:
+            raise UnsupportedError(
+                "prefix_attention: the prefixes did not come by the hook of the model's backbone; take them off "
+                "(remove_prefix, revert)"
+            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """As Cache's; the prefix is not among the results."""
+        self._check_delivered()
         if self.inner is None:
             return key_states, value_states
         joined: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -119,6 +136,7 @@ class PrefixCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Keys that a mask must cover, the prefix's first, and the index of the first."""
+        self._check_delivered()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if offset:
             raise UnsupportedError(

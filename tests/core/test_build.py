@@ -41,14 +41,16 @@ def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProce
     return result, json.loads(record.read_text()) if record.exists() else None
 
 
-def fake_nvcc(tmp_path: Path, version: str, archs: tuple[str, ...] = ("90",)) -> str:
-    """A CUDA_HOME whose nvcc answers questions and fails to compile."""
+def fake_nvcc(tmp_path: Path, version: str, archs: tuple[str, ...] = ("90",), compiles: bool = False) -> str:
+    """A CUDA_HOME whose nvcc answers questions and fails to compile, or leaves an empty file for a result."""
     script = tmp_path / "home" / "bin" / "nvcc"
     script.parent.mkdir(parents=True)
     known = "\n".join(f"echo compute_{arch}" for arch in archs)
     script.write_text(
         f'#!/bin/sh\ncase "$1" in\n--version) echo release, V{version} ;;\n--list-gpu-arch)\n{known} ;;\n'
-        "*) echo no such instruction; exit 1 ;;\nesac\n"
+        '*) for last; do :; done; : > "$last" ;;\nesac\n'
+        if compiles
+        else "*) echo no such instruction; exit 1 ;;\nesac\n"
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script.parent.parent)
@@ -112,15 +114,29 @@ def test_earlier_extension_is_removed(tmp_path: Path) -> None:
     assert not stale.exists()
 
 
-@pytest.mark.slow
 def test_one_architecture(tmp_path: Path) -> None:
     """PTX of an architecture-specific target runs nowhere else, so none is embedded for 90a alone."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("there is no nvcc on PATH")
-    result, record = build(tmp_path, PEFT_KERNELS_CUDA_ARCHS="90a", PEFT_KERNELS_REQUIRE_CUDA="1")
+    home = fake_nvcc(tmp_path, "13.0.88", compiles=True)
+    result, record = build(tmp_path, CUDA_HOME=home, PEFT_KERNELS_CUDA_ARCHS="90a", PEFT_KERNELS_REQUIRE_CUDA="1")
     assert result.returncode == 0, result.stderr
     assert record is not None
     assert (record["archs"], record["ptx"]) == (["90a"], None)
     ninja = (tmp_path / "temp" / "build.ninja").read_text()
     assert "-gencode=arch=compute_90a,code=sm_90a" in ninja
     assert "code=compute_" not in ninja
+
+
+@pytest.mark.parametrize("archs", ["80;90a", "80"])
+def test_hopper_kernels_are_built_for_hopper(tmp_path: Path, archs: str) -> None:
+    """Where Hopper is left out, their launchers, which refuse, still have to link."""
+    home = fake_nvcc(tmp_path, "13.0.88", archs=("80", "90"), compiles=True)
+    result, _ = build(tmp_path, CUDA_HOME=home, PEFT_KERNELS_CUDA_ARCHS=archs, PEFT_KERNELS_REQUIRE_CUDA="1")
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "temp" / "build.ninja").read_text().splitlines()
+    hopper = "  targets = -gencode=arch=compute_90a,code=sm_90a"
+    (every,) = [line for line in lines if line.startswith("targets = ")]
+    assert "arch=compute_80,code=sm_80" in every
+    followers = {line: lines[i + 1] for i, line in enumerate(lines) if ": device " in line}
+    assert any("_sm90.cu.o" in line for line in followers) and any("_sm90" not in line for line in followers)
+    for line, follower in followers.items():
+        assert (follower == hopper) == ("_sm90.cu.o" in line and "90a" in archs)

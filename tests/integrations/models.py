@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import peft
 import torch
 import transformers
 from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels.integrations.peft_layers import PeftLinear
 
 VOCABULARY, HIDDEN, LAYERS, HEADS = 61, 32, 2, 4
 
@@ -108,3 +112,29 @@ def run(model: nn.Module, **extra: object) -> tuple[Tensor, dict[str, Tensor]]:
         (logits.float() * weights).mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return logits.detach(), gradients
+
+
+# Two orders of the same float32 sums through two layers; logits and gradients here are of the order of one.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def assert_same(model: nn.Module, other: nn.Module, **extra: object) -> None:
+    """Logits and gradients are close."""
+    (logits, gradients), (expected, expected_gradients) = run(model, **extra), run(other, **extra)
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient, expected_gradients[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def pair(architecture: str = "llama", **options: object) -> tuple[nn.Module, nn.Module, pk.integrations.Report]:
+    """The same model applied, and as it was."""
+    plain = build(architecture, **options)
+    fused = copy.deepcopy(plain)
+    return fused, plain, pk.apply(fused)
+
+
+def lora_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, PeftLinear)]

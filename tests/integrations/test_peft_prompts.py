@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -266,6 +268,28 @@ class TestFeatures:
             report = pk.apply(loaded)
             torch.testing.assert_close(loaded(tokens()).logits, expected, **CLOSE)
         assert report.fused and not report.fallback_calls
+
+    def test_saved_here_loads_where_this_package_is_absent(self, tmp_path: Path) -> None:
+        """Adapters, and a base model that carries no attention implementation of ours along."""
+        for kind in CONFIGS:
+            fused, _, _ = pair(kind)
+            fused.save_pretrained(tmp_path / kind)
+            fused.get_base_model().save_pretrained(tmp_path / f"{kind} base")
+            torch.save(run(fused, {"input_ids": tokens()})[0][0], tmp_path / f"{kind}.pt")
+        program = f"""
+import sys
+sys.modules["peft_kernels"] = None
+import torch, peft, transformers
+folder = {str(tmp_path)!r}
+ids = torch.randint(1, {fused.config.vocab_size}, (3, 7), generator=torch.Generator().manual_seed(0))
+for kind in ("prefix", "prompt"):
+    base = transformers.LlamaForCausalLM.from_pretrained(f"{{folder}}/{{kind}} base").eval()
+    model = peft.PeftModel.from_pretrained(base, f"{{folder}}/{{kind}}")
+    torch.testing.assert_close(model(ids).logits.detach(), torch.load(f"{{folder}}/{{kind}}.pt"), rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert result.stdout.endswith("equal\n"), result.stderr
 
     @pytest.mark.parametrize("kind", CONFIGS)
     def test_loading_into_an_applied_model(self, kind: str, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""Which models carry prefixes, with the results of the same prefix in a cache; and what is refused, with the reason."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+import transformers
+
+import peft_kernels as pk
+from peft_kernels import PrefixEncoder
+from peft_kernels.integrations import transformers as integration
+from peft_kernels.integrations.prefix_state import LayerPrefixes, PrefixCache, unmark
+from tests.integrations.models import LAYERS, tokens
+from tests.integrations.prefixes import CLOSE, P, base, padding, with_prefix
+
+
+def _other(name: str, **options: object) -> nn.Module:
+    sizes = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **{**sizes, **options})
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+class TestOtherArchitectures:
+    """Positions, masks and caches are each model's own, so each is asked."""
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+            ("gpt_neox", {}),
+            ("phi", {}),
+            ("roberta", {}),
+            ("mixtral", {"num_local_experts": 2}),
+            ("gemma3_text", {"query_pre_attn_scalar": 8, "sliding_window": 6}),
+            ("llama4_text", {"num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": 5}),
+        ],
+    )
+    def test_equals_the_prefix_in_a_cache(self, name: str, options: dict[str, object]) -> None:
+        model = _other(name, **options)
+        plain, encoder = copy.deepcopy(model), integration.prefix_encoder(model, P)
+        integration.add_prefix(model, encoder)
+        pairs = [tuple(part[None].expand(3, -1, -1, -1) for part in pair) for pair in encoder()]
+        for side in ("none", "left", "right"):
+            mask = padding(side)
+            widened = None if mask is None else torch.cat((mask.new_ones(3, P), mask), dim=1)
+            expected = plain(tokens(), attention_mask=widened, past_key_values=transformers.DynamicCache(pairs)).logits
+            torch.testing.assert_close(model(tokens(), attention_mask=mask).logits, expected, **CLOSE)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "reason"),
+        [
+            ("stablelm", {}, r"layers\.0 hands no keyword arguments on"),
+            ("deepseek_v3", {}, "keys and values are compressed"),
+            ("gpt_oss", {"num_local_experts": 2}, "AttentionInterface, or not as SDPA does"),
+            ("bloom", {}, "AttentionInterface, or not as SDPA does"),
+        ],
+    )
+    def test_refused(self, name: str, options: dict[str, object], reason: str) -> None:
+        with pytest.raises(pk.UnsupportedError, match=reason):
+            integration.add_prefix(_other(name, **options), PrefixEncoder(2, 2, 8, P))
+
+
+class TestRefused:
+    def test_wrong_encoder(self) -> None:
+        model = base("llama")
+        with pytest.raises(ValueError, match=r"must have .* = \(2, 2, 8\), got \(2, 4, 8\)"):
+            integration.add_prefix(model, PrefixEncoder(LAYERS, 4, 8, P))
+        with pytest.raises(ValueError, match="encoder must be a PrefixEncoder, got Linear"):
+            integration.add_prefix(model, nn.Linear(2, 2))
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_twice_and_without(self) -> None:
+        model, encoder = with_prefix("llama")
+        with pytest.raises(ValueError, match="has prefixes already"):
+            integration.add_prefix(model, encoder)
+        integration.remove_prefix(model)
+        with pytest.raises(ValueError, match="has no prefixes"):
+            integration.remove_prefix(model)
+
+    @pytest.mark.parametrize(
+        ("model", "reason"),
+        [
+            (lambda: nn.Linear(2, 2), "no transformers model"),
+            (lambda: base("t5"), "encoder-decoder"),
+            (lambda: _gemma2(), "caps the scores"),
+            (lambda: base("bert", is_decoder=True, add_cross_attention=True), "it has cross-attention"),
+            (lambda: _albert(), "not every layer has one self-attention module"),
+        ],
+    )
+    def test_models(self, model: object, reason: str) -> None:
+        with pytest.raises(pk.UnsupportedError, match=reason):
+            integration.add_prefix(model(), PrefixEncoder(2, 2, 8, P))
+
+    def test_forward_past_the_hooks(self) -> None:
+        model, _ = with_prefix("llama")
+        with pytest.raises(pk.UnsupportedError, match="layer 0 has a prefix that did not reach it"):
+            model.model.forward(tokens())
+
+    def test_a_cache_that_counts_a_prefix_and_nobody_has_it(self) -> None:
+        """A model that calls parts of itself past the hooks would count the prefix, and leave it out."""
+        model, encoder = with_prefix("llama")
+        cache = PrefixCache(LayerPrefixes(encoder, P), transformers.DynamicCache())
+        plain = base("llama")
+        for train in (False, True):
+            plain.train(train).gradient_checkpointing_enable()
+            with pytest.raises(pk.UnsupportedError, match="did not come by the hook"):
+                plain(tokens(), past_key_values=cache)
+        with pytest.raises(pk.UnsupportedError, match="must be a plain cache, got PrefixCache"):
+            model(tokens(), past_key_values=cache)
+
+    def test_a_layer_that_passes_its_prefix_over(self) -> None:
+        model, _ = with_prefix("llama")
+        unmark(model.model.layers[1].self_attn)
+        with pytest.raises(pk.UnsupportedError, match=r"only the layers \[0\] of 2 attended"):
+            model(tokens())
+
+    def test_another_attention_implementation(self) -> None:
+        model, _ = with_prefix("llama")
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(pk.UnsupportedError, match=r"must stay 'peft_kernels' while .*, got 'sdpa'"):
+            model(tokens())
+
+    def test_output_attentions(self) -> None:
+        model, _ = with_prefix("llama")
+        with pytest.raises(pk.UnsupportedError, match="output_attentions is not supported"):
+            model(tokens(), output_attentions=True)
+
+
+def _gemma2() -> nn.Module:
+    config = transformers.Gemma2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def _albert() -> nn.Module:
+    config = transformers.AlbertConfig(
+        vocab_size=61, embedding_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    return transformers.AlbertModel(config)
