@@ -204,10 +204,13 @@ def test_members_of_an_ensemble_learn_as_if_alone(data: task.Task, device: torch
         torch.testing.assert_close(loss, torch.stack(alone).mean())
 
 
-def test_members_vote(data: task.Task, device: torch.device) -> None:
-    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [9.0, 0.0], [0.0, 1.0]])
+def test_members_vote(device: torch.device) -> None:
+    """Each member is outvoted on one text, where it is surer than the two others together."""
+    classes = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]])
+    outvoted = classes != torch.tensor([0, 1, 0])
+    logits = torch.nn.functional.one_hot(classes, 2) * (1.0 + 8.0 * outvoted.unsqueeze(-1))
     for model in train.build_pair(prompt_ensemble.METHOD, 0, device).values():
-        assert model.answers(logits.to(device)).tolist() == [0, 1]
+        assert model.answers(logits.flatten(0, 1).to(device)).tolist() == [0, 1, 0]
 
 
 def test_prompt_is_left_out_of_the_mean_and_padding_too() -> None:
