@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -46,11 +45,10 @@ def fake_nvcc(tmp_path: Path, version: str, archs: tuple[str, ...] = ("90",), co
     script = tmp_path / "home" / "bin" / "nvcc"
     script.parent.mkdir(parents=True)
     known = "\n".join(f"echo compute_{arch}" for arch in archs)
+    compiling = 'for last; do :; done; : > "$last"' if compiles else "echo no such instruction; exit 1"
     script.write_text(
         f'#!/bin/sh\ncase "$1" in\n--version) echo release, V{version} ;;\n--list-gpu-arch)\n{known} ;;\n'
-        '*) for last; do :; done; : > "$last" ;;\nesac\n'
-        if compiles
-        else "*) echo no such instruction; exit 1 ;;\nesac\n"
+        f"*) {compiling} ;;\nesac\n"
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script.parent.parent)
