@@ -28,8 +28,12 @@ inline TensorMap encode(HalfType, const MatrixBox& box) {
     throw std::runtime_error("no tensor map for (" + std::to_string(box.rows) + ", " + std::to_string(box.cols) +
                              "), rows " + std::to_string(box.stride) + " apart");
   }
-  return {static_cast<char*>(const_cast<void*>(box.data)), box.rows, box.cols, box.stride,
-          static_cast<int>(box.box_rows), static_cast<int>(box.box_cols)};
+  return {static_cast<char*>(const_cast<void*>(box.data)),
+          box.rows,
+          box.cols,
+          box.stride,
+          static_cast<int>(box.box_rows),
+          static_cast<int>(box.box_cols)};
 }
 
 }  // namespace peft_kernels::sm90

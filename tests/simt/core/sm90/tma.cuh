@@ -82,12 +82,8 @@ inline void tma_load(void* destination, const TensorMap* map, uint64_t* barrier,
   tma_load_to(*simt::self().cta, map, barrier, box_start(*map, destination), row, col);
 }
 
-inline void tma_load_multicast(void* destination,
-                               const TensorMap* map,
-                               uint64_t* barrier,
-                               int row,
-                               int col,
-                               uint16_t ranks) {
+inline void tma_load_multicast(
+    void* destination, const TensorMap* map, uint64_t* barrier, int row, int col, uint16_t ranks) {
   const uint32_t start = box_start(*map, destination);
   const uint32_t offset = simt::shared_address(barrier) & 0xFFFFFFu;
   for (uint32_t rank = 0; rank < simt::cluster_size(); ++rank) {

@@ -34,9 +34,9 @@ struct Operand {
   // Element (mn, k), 16 bits wide, before the swizzle: 8 of them are the 16-byte units that the layouts are made of.
   uint32_t plain(uint32_t mn, uint32_t k, bool k_major) const {
     const uint32_t units = width / 16;
-    return start +
-           (k_major ? mn % 8 * width + mn / 8 * stride + k * 2
-                    : mn % 8 * 2 + mn / 8 % units * 16 + mn / 8 / units * leading + k % 8 * width + k / 8 * stride);
+    return start + (k_major
+                        ? mn % 8 * width + mn / 8 * stride + k * 2
+                        : mn % 8 * 2 + mn / 8 % units * 16 + mn / 8 / units * leading + k % 8 * width + k / 8 * stride);
   }
   uint32_t at(uint32_t mn, uint32_t k, bool k_major) const {
     const uint32_t address = plain(mn, k, k_major);
