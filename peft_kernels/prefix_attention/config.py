@@ -116,7 +116,7 @@ def forward_config(problem: PrefixAttentionProblem, hardware: Hardware) -> Forwa
         # With the padding mask's loads 64 keys spill on sm_80 and 89.
         block_m, block_n = 128, 32 if problem.padded and hardware.arch < 90 else 64
     block_m = _rows_at_most(problem, block_m)
-    if hardware.arch == 89 and min(block_m, block_d) <= 32:
+    if hardware.arch < 90 and min(block_m, block_d) <= 32:
         # The assembler keeps these small tiles to 96 or 128 registers, and a few of 64 keys' spill.
         block_n = min(block_n, 32)
     return ForwardConfig(
@@ -199,6 +199,9 @@ def grad_prefix_config(problem: PrefixAttentionProblem, hardware: Hardware) -> G
     if problem.prefix_dtype != problem.dtype:
         # The pieces of the float32 operands live in registers.
         block_m, block_n = (32, 32) if block_d <= 128 else (16, 32)
+    elif problem.dtype == torch.float32 and block_d == 128:
+        # 16 rows by 32 keys spill with Triton 3.8, 32 by 32 with 3.6.
+        block_m, block_n = 32, 16
     block_m, block_n = _rows_at_most(problem, block_m), _keys_at_most(problem.p, block_n)
     owners, batches = (1, problem.b) if problem.shared else (problem.b, 1)
     tiles = _cdiv(problem.p, block_n) * problem.h_kv * owners
