@@ -14,7 +14,11 @@ peft_adapter.py      the two files of a PEFT adapter
 peft_lora_files.py   LoRA files for models built from FusedLoRALinear
 peft_prompt_files.py prefix and prompt files for PrefixEncoder and PromptEmbedding
 
-adapterhub*.py       the same for AdapterHub: names for users, layers (with activations and deferred results), files
+adapterhub.py        the names for users of AdapterHub
+adapterhub_layers.py AdapterHub's bottlenecks: class swap, eligibility, the fused forward
+adapterhub_deferred.py, adapterhub_rules.py  results that are made when they are read; the reasons for fallbacks
+adapterhub_files.py  AdapterHub's adapter files for models with SerialAdapter and ParallelAdapter
+adapterhub_activations.py  AdapterHub's names for activations
 
 transformers.py      the names for users of transformers: prefixes and prompts on its models, a callback for its Trainer
 prefix_state.py      the prefixes of a call, and a cache that counts them without holding them

@@ -24,14 +24,15 @@ _WHOLE = "the model"
 
 
 def apply(model: nn.Module, *, strict: bool = False) -> Report:
-    """Put a PEFT model on these kernels, in place: its LoRA layers, or the prefixes or prompts of the whole model.
+    """Put a model of PEFT's or AdapterHub's on these kernels, in place.
 
-    Layers and models keep their parameters, names, hooks and PEFT's whole interface: saving, merging, switching and
-    adding adapters work as before, and every call that the kernels have no equivalent for runs PEFT's own code. Layers
-    that come later (``add_adapter`` with new targets) are plain: apply again. Applying twice changes nothing.
+    Of PEFT's: its LoRA layers, or the prefixes or prompts of the whole model. Of AdapterHub's: its bottleneck adapters.
+    Layers and models keep their parameters, names, hooks and their library's whole interface: saving, merging,
+    switching and adding adapters work as before, and every call that the kernels have no equivalent for runs the
+    library's own code. Layers that come later (``add_adapter``) are plain: apply again. Applying twice changes nothing.
 
     Args:
-        model: any module that contains PEFT's layers, or is PEFT's model for prefix or prompt tuning.
+        model: any module that contains PEFT's or AdapterHub's layers, or is PEFT's model for prefix or prompt tuning.
         strict: raise, and change nothing, if any module of a known kind cannot be fused or there is none.
 
     Returns:

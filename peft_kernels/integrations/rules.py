@@ -46,11 +46,11 @@ class Support:
 
 
 def support_table() -> str:
-    """Return Markdown tables of what ``apply`` fuses of PEFT's models, and what falls back with which reason.
+    """Return Markdown tables of what is fused of other libraries' models, and what falls back with which reason.
 
     Written from the rules that the code asks. Imports peft and transformers.
     """
-    files = ("peft_layers", "peft_prompts", "peft_prefixes", "prefix_model")
+    files = ("peft_layers", "peft_prompts", "peft_prefixes", "prefix_model", "adapterhub_rules")
     supports = [importlib.import_module(f"peft_kernels.integrations.{file}").SUPPORT for file in files]
     return "\n\n".join(_table(support) for support in supports) + "\n"
 
