@@ -132,7 +132,7 @@ class RepeatedPrompt:
 
 def why_not(module: Any) -> str | None:
     """Reason why a module is not fused, "" if it is no prompt-learning model of PEFT's, None if it is or can be."""
-    if not isinstance(module, peft.PeftModel) or not module._is_prompt_learning:
+    if not isinstance(module, peft.PeftModel) or not getattr(module, "_is_prompt_learning", False):
         return ""
     model: Any = module
     if model.peft_type not in _ENCODERS:
