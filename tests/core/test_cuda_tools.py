@@ -68,5 +68,6 @@ def test_rows_aligned() -> None:
         flat.as_strided((4, 8), (9, 1)),
     ):
         assert not cuda_tools.rows_aligned(rows, wrong)
-    assert cuda_tools.rows_aligned(flat.as_strided((1, 8), (9, 1)))  # of one row the stride is nobody's
+    # Of one row the stride is nobody's.
+    assert cuda_tools.rows_aligned(flat.as_strided((1, 8), (9, 1)), flat.as_strided((2, 1, 8), (16, 9, 1)))
     assert cuda_tools.rows_aligned(torch.zeros(3, 4)) and not cuda_tools.rows_aligned(torch.zeros(3, 6))

@@ -200,6 +200,33 @@ void counts(const Params& params) {
   }
 }
 
+// What thread 0 of CTA 0 finds when it starts: how much of its work CTA 2 has done.
+void overtaken(const Params& params) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    params.y[0] = static_cast<float>(*params.flags);
+  }
+  for (int i = 0; blockIdx.x == 2 && i < 4; ++i) {
+    atomicAdd(params.flags, 1);
+  }
+}
+
+// The most that it finds in 200 schedules.
+void test_overtaking(const simt::Arguments& arguments) {
+  simt::Buffer y("y", 192 * sizeof(float)), flags("flags", sizeof(uint64_t));
+  float most = 0;
+  for (uint64_t seed = 0; seed < 200; ++seed) {
+    *flags.data<uint64_t>() = 0;
+    simt::Config config;
+    config.grid = {3};
+    config.block = {kThreads};
+    config.seed = seed;
+    simt::launch(config, [&] { overtaken({nullptr, y.data<float>(), flags.data<uint64_t>()}); });
+    most = std::max(most, *y.data<float>());
+  }
+  *y.data<float>() = most;
+  arguments.write(y);
+}
+
 template <int kOffset>
 void writes_at(const Params& params) {
   if (threadIdx.x == 0 && blockIdx.x == 0) {
@@ -236,6 +263,9 @@ void test(const simt::Arguments& arguments) {
       {"named_barriers", named_barriers}, {"counts", counts}, {"writes_behind", writes_at<192>},
       {"writes_slack", writes_at<-1>}, {"writes_far", writes_at<100000>}, {"shared_overflow", shared_overflow},
       {"misaligned", misaligned}, {"writes_input", writes_input}, {"depends_on_schedule", depends_on_schedule}};
+  if (arguments.text("kernel") == "overtaken") {
+    return test_overtaking(arguments);
+  }
   const auto kernel = kernels.at(arguments.text("kernel"));
   simt::Buffer x = arguments.input("x"), y("y", 192 * sizeof(float)), flags("flags", 3 * sizeof(uint64_t));
   simt::run_schedules(arguments, {&x}, {&y}, [&](uint64_t seed) {
@@ -343,6 +373,11 @@ def test_ctas_that_are_not_resident_deadlock(program: Path, x: Tensor) -> None:
 def test_publishing_too_early_is_caught(program: Path, x: Tensor) -> None:
     with pytest.raises(build.SimtError, match="bits of y differ between schedules"):
         _run(program, x, "chain_early", schedules=100)
+
+
+def test_some_schedules_let_a_block_overtake_another(program: Path, x: Tensor) -> None:
+    """A fair scheduler starts every thread long before any block is through with its work."""
+    assert _run(program, x, "overtaken")[0] == 4 * THREADS
 
 
 def test_clusters(program: Path, x: Tensor) -> None:
