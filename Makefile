@@ -37,7 +37,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test codegen lint format demo bench gpu clean
+.PHONY: help venv build test codegen lint format demo bench report gpu clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -86,6 +86,10 @@ demo: build
 ## bench    time every provider side by side
 bench: build
 	$(PYTHON) -m benchmarks
+
+## report   write the README's tables, docs/benchmarks.md and docs/images from the recorded results
+report: $(VENV_STAMP)
+	$(PYTHON) -m benchmarks.report --images
 
 ifneq ($(GPU_STAMP),$(STAMP))
 $(GPU_STAMP): setup.py pyproject.toml $(CSRC)

@@ -1,7 +1,8 @@
 """Every provider of a kernel family timed side by side, in one process, on the shapes of real models.
 
     python -m benchmarks [family] [--quick] [--out DIR]    time, print tables, append records
-    python -m benchmarks.report                            write README.md's tables from the records
+    python -m benchmarks.report --images                   write tables and pictures from the records
+    python -m benchmarks.tune FAMILY FUNCTION              search the values near those of a config.py
     pytest benchmarks --benchmark-only                     host overhead of one call
 
 Map:
@@ -15,5 +16,9 @@ Map:
     environment.py   device, versions, commit
     harness.py       one problem: check, time, weigh, record
     tables.py        comparisons between the providers of one problem; Markdown
-    report.py        README.md and pictures
+    report.py        README.md's part and docs/benchmarks.md
+    aot.py           compile for a GPU that is not there, and read the machine code
+    candidates.py    what else a config could be
+    tune.py          which candidates fit (no GPU needed), and which is fastest
+    pictures.py      docs/images: time, roofline and memory of each problem
 """

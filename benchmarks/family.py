@@ -94,6 +94,10 @@ class Family:
     summarize_by: tuple[str, ...]
     checker: Callable[[Any, Any], Callable[[Provider], Mapping[str, float | None]]]
 
+    def names(self, *roles: Role) -> list[str]:
+        """Names of the providers with these roles, in the order of the tables' columns."""
+        return [provider.name for provider in self.providers if provider.role in roles]
+
 
 def discover() -> dict[str, Family]:
     """Import this package's modules and collect their ``FAMILY``, by name."""

@@ -218,7 +218,7 @@ def _time(
     target = TARGET_US[kind] * (QUICK_SHARE if session.quick else 1.0)
     least = max(3, int(LEAST_REPETITIONS[kind] * (QUICK_SHARE if session.quick else 1.0)))
     measure = time_on_cuda if kind == "cuda" else time_on_host
-    with _timing_stream(session.device):
+    with timing_stream(session.device):
         calls = {
             provider.name: [closures(provider.make(problem, one), mode) for one in inputs] for provider in providers
         }
@@ -226,7 +226,8 @@ def _time(
 
 
 @contextmanager
-def _timing_stream(device: torch.device) -> Iterator[None]:
+def timing_stream(device: torch.device) -> Iterator[None]:
+    """A stream of its own on a GPU, because the default one cannot be captured; on a CPU nothing."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,7 @@
-"""``python -m benchmarks.report [--check] [--images]``: README.md's tables, and pictures, from the recorded results."""
+"""``python -m benchmarks.report [--check] [--images]``: tables and pictures from the recorded results.
+
+The README sums up; docs/benchmarks.md has every measurement and every problem on which a baseline is faster.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,56 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record, tables
+from benchmarks import pictures, record, tables
 from benchmarks.family import Family, discover
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-IMAGES = ROOT / "docs" / "images"
+README = "README.md"
+DETAILS = "docs/benchmarks.md"
+IMAGES = "docs/images"
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
+
+Records = Sequence[Mapping[str, Any]]
+Results = Mapping[tuple[str, str], Records]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the tables; with --check only say whether they are what the records give."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Write tables from the records.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is out of date")
-    parser.add_argument("--images", action="store_true", help="also draw docs/images")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    parser.add_argument("--images", action="store_true", help=f"also draw {IMAGES}")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the records")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of {README} and {DETAILS}")
     options = parser.parse_args(arguments)
 
     families = discover()
     results = load_results(options.results)
-    before = options.readme.read_text()
-    try:
-        after = replace_part(before, render(results, families))
-    except ValueError as error:
-        print(f"{options.readme}: {error}", file=sys.stderr)
-        return 1
-    if options.check:
-        if before != after:
-            print(f"{options.readme} is not what the records give; run `python -m benchmarks.report`", file=sys.stderr)
-        return int(before != after)
-    options.readme.write_text(after)
+    readme, details = options.root / README, options.root / DETAILS
     if options.images:
-        for path in draw(results, families, IMAGES):
+        for path in pictures.draw(results, families, options.root / IMAGES):
             print(path)
+    try:
+        written = {readme: replace_part(readme.read_text(), render_summary(results, families))}
+    except ValueError as error:
+        print(f"{readme}: {error}", file=sys.stderr)
+        return 1
+    written[details] = render_details(results, families, options.root / IMAGES)
+    stale = [path for path, text in written.items() if not path.exists() or path.read_text() != text]
+    if options.check:
+        for path in stale:
+            print(f"{path} is not what the records give; `make report` writes it", file=sys.stderr)
+        return int(bool(stale))
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(written[path])
     return 0
 
 
 def load_results(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Read every file of records, by device and family."""
-    return {(path.parent.name, path.stem): record.load(path) for path in sorted(folder.glob("*/*.jsonl"))}
+    """Read every file of records, by device and family; GPUs come before CPUs."""
+    found = {(path.parent.name, path.stem): record.load(path) for path in sorted(folder.glob("*/*.jsonl"))}
+    return dict(sorted(found.items(), key=lambda item: (not _is_cuda(item[1]), item[0])))
 
 
 def replace_part(text: str, part: str) -> str:
@@ -64,37 +76,59 @@ def replace_part(text: str, part: str) -> str:
     return f"{head}{BEGIN}\n{part.strip()}\n{END}{tail}"
 
 
-def render(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], families: Mapping[str, Family]) -> str:
-    """Lay out all results as Markdown, GPUs before CPUs."""
-    parts = [
-        _render_one(records, families[family])
-        for (_, family), records in sorted(results.items(), key=lambda item: (not _is_cuda(item[1]), item[0]))
-        if records
-    ]
+def render_summary(results: Results, families: Mapping[str, Family]) -> str:
+    """Lay out the README's part."""
+    parts = [_summary(records, families[family]) for (_, family), records in results.items() if records]
     return "\n\n".join(parts) if parts else "No measurements are recorded yet."
 
 
-def _render_one(records: Sequence[Mapping[str, Any]], family: Family) -> str:
+def render_details(results: Results, families: Mapping[str, Family], images: Path) -> str:
+    """Lay out docs/benchmarks.md.
+
+    Args:
+        images: folder whose pictures of these results, where there are any, are shown.
+    """
+    parts = [
+        "# Benchmarks",
+        "Every measurement on record, written by `make report` from `benchmarks/results`. "
+        "[README.md](../README.md) sums up.",
+    ]
+    for (device, family), records in results.items():
+        if records:
+            shown = [path for mode in record.MODES if (path := images / pictures.name(family, device, mode)).exists()]
+            parts += _details(records, families[family], [f"{images.name}/{path.name}" for path in shown])
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(records: Records, family: Family) -> str:
     comparisons = tables.compare(records)
-    used = {comparison.run for comparison in comparisons}
-    sessions = {line["run"]: line for line in records if line["run"] in used}
-    providers = [provider.name for provider in family.providers]
-    baselines = [provider.name for provider in family.providers if provider.role in ("limit", "baseline")]
-    latest = sessions[max(sessions)]
-    rows = [comparison for comparison in comparisons if comparison.best("limit") is not None]
+    lost = len(tables.losses(comparisons))
     return "\n\n".join(
         [
-            f"### {family.name} on {latest['device']['name']}",
-            "\n".join(f"* {_provenance(sessions[run])}" for run in sorted(sessions)),
+            _title(records, family),
+            _provenances(records, comparisons),
             "Ours is the fastest backend of this package; a number above 1 means that ours takes less time. "
-            "Medians over the problems, least and largest in brackets.",
-            tables.summary_table(comparisons, family.summarize_by, baselines),
-            _losses(comparisons),
-            f"<details><summary>All {len(rows)} measurements</summary>",
-            tables.problem_table(rows, providers) if rows else "None.",
-            "</details>",
+            "Medians over the problems; least and largest in brackets where there are several.",
+            tables.summary_table(comparisons, family.summarize_by, family.names("limit", "baseline")),
+            f"A baseline is faster in {lost} of {len(comparisons)} measurements; [{DETAILS}]({DETAILS}) has them all.",
         ]
     )
+
+
+def _details(records: Records, family: Family, images: Sequence[str]) -> list[str]:
+    comparisons = tables.compare(records)
+    rows = [comparison for comparison in comparisons if comparison.best("limit") or comparison.best("baseline")]
+    return [
+        _title(records, family, level=2),
+        _provenances(records, comparisons),
+        *(f"![time, roofline and memory of {family.name}]({image})" for image in images),
+        _losses(comparisons),
+        tables.problem_table(rows, family.names("limit", "baseline", "ours")) if rows else "Nothing was measured.",
+    ]
+
+
+def _title(records: Records, family: Family, level: int = 3) -> str:
+    return f"{'#' * level} {family.name} on {records[-1]['device']['name']}"
 
 
 def _losses(comparisons: Sequence[tables.Comparison]) -> str:
@@ -106,6 +140,12 @@ def _losses(comparisons: Sequence[tables.Comparison]) -> str:
         for comparison, baseline, ratio in lost
     ]
     return f"A baseline is faster in {len(lost)} of {len(comparisons)} measurements:\n\n" + "\n".join(lines)
+
+
+def _provenances(records: Records, comparisons: Sequence[tables.Comparison]) -> str:
+    used = {comparison.run for comparison in comparisons}
+    sessions = {line["run"]: line for line in records if line["run"] in used}
+    return "\n".join(f"* {_provenance(sessions[run])}" for run in sorted(sessions))
 
 
 def _provenance(line: Mapping[str, Any]) -> str:
@@ -126,51 +166,8 @@ def _provenance(line: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _is_cuda(records: Sequence[Mapping[str, Any]]) -> bool:
+def _is_cuda(records: Records) -> bool:
     return any(line["device"]["type"] == "cuda" for line in records)
-
-
-def draw(
-    results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], families: Mapping[str, Family], folder: Path
-) -> list[Path]:
-    """Draw, for each device and family, the speed-up of every problem over every baseline; return the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for (device, family), records in results.items():
-        baselines = [provider.name for provider in families[family].providers if provider.role == "baseline"]
-        for mode in record.MODES:
-            rows = [
-                comparison
-                for comparison in tables.compare(records)
-                if comparison.mode == mode and any(comparison.speed_up(name) is not None for name in baselines)
-            ]
-            if not rows:
-                continue
-            figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.22 * len(rows)), layout="constrained")
-            heights = range(len(rows))
-            for name, marker in zip(baselines, "osD^v", strict=False):
-                points = [
-                    (ratio, height)
-                    for row, height in zip(rows, heights, strict=True)
-                    if (ratio := row.speed_up(name)) is not None
-                ]
-                axes.plot([x for x, _ in points], [y for _, y in points], marker, label=name, markersize=5)
-            axes.axvline(1.0, color="grey", linewidth=1)
-            axes.set_yticks(list(heights), [tables.label(row.problem) for row in rows], fontsize=7)
-            axes.invert_yaxis()
-            axes.set_xlabel(f"time of the baseline / ours, {mode}")
-            axes.set_title(f"{family} on {records[-1]['device']['name']}", fontsize=10)
-            axes.legend(fontsize=8)
-            path = folder / f"{family}-{device}-{mode}.png"
-            figure.savefig(path, dpi=120)
-            pyplot.close(figure)
-            drawn.append(path)
-    return drawn
 
 
 if __name__ == "__main__":

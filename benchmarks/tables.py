@@ -42,6 +42,10 @@ class Comparison:
         ours, theirs = self.best("ours"), self.microseconds(baseline)
         return None if ours is None or theirs is None else theirs / self.records[ours]["median_us"]
 
+    def roofline_fraction(self, provider: str) -> float | None:
+        """The least time that the problem's bytes and operations take over the time that the provider took."""
+        return self.records[provider]["roofline_fraction"] if self.microseconds(provider) is not None else None
+
     def memory_ratio(self, baseline: str) -> float | None:
         """Peak memory of the fastest of our backends over the baseline's."""
         ours = self.best("ours")
@@ -164,6 +168,8 @@ def _spread(values: Iterable[float | None]) -> str:
     present = [value for value in values if value is not None]
     if not present:
         return "-"
+    if len(present) == 1:
+        return f"{present[0]:.2f}"
     return f"{statistics.median(present):.2f} ({min(present):.2f} to {max(present):.2f})"
 
 

@@ -7,7 +7,6 @@ is dy itself, which no operator may return: the autograd formulas do.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels._core import library
-from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation, choose, requested_backend
+from peft_kernels._core.graph import is_recorded
 from peft_kernels.bottleneck_adapter import torch_impl, triton_impl
 from peft_kernels.bottleneck_adapter.problem import (
     FAMILY,
@@ -104,6 +104,8 @@ def bottleneck_adapter(
     problem = describe(x, down_weight, up_weight, down_bias, up_bias, residual, serial, activation, scale)
     # Asked for here: this choice holds for the backward pass too, which may run outside a use_backend block.
     backend = requested_backend(backend)
+    if not is_recorded():
+        return _forward(problem, Inputs(x, down_weight, up_weight, down_bias, up_bias, residual, scale), backend)[0]
     return _BottleneckAdapter.apply(problem, backend, x, down_weight, up_weight, down_bias, up_bias, residual, scale)
 
 
@@ -123,20 +125,13 @@ def _implementation(problem: BottleneckAdapterProblem, backend: str | None) -> I
     return torch_impl.IMPLEMENTATION if problem.is_empty else chosen
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    # Entering the context costs as much as a small kernel's launch.
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def _forward(problem: BottleneckAdapterProblem, inputs: Inputs, backend: str | None) -> tuple[Tensor, Tensor]:
     residual = inputs.residual
     flat = inputs._replace(
         x=inputs.x.reshape(problem.m, problem.k),
         residual=None if residual is None else residual.reshape(problem.m, problem.n),
     )
-    with _without_autocast(problem.device.type):
+    with without_autocast(problem.device.type):
         y, z = _implementation(problem, backend).forward(problem, flat)
     return y.view(*inputs.x.shape[:-1], problem.n), z
 
@@ -145,7 +140,7 @@ def _backward(
     problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs, backend: str | None
 ) -> Gradients:
     """Gradients of ``inputs``, of which x is read only for down_weight's; dx is shaped like dy."""
-    with _without_autocast(problem.device.type):
+    with without_autocast(problem.device.type):
         gradients = _implementation(problem, backend).backward(
             problem, inputs, z, dy.reshape(problem.m, problem.n), needs
         )

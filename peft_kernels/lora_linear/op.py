@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels._core import library
-from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation, choose, requested_backend
+from peft_kernels._core.graph import is_recorded
 from peft_kernels.lora_linear import dropout, torch_impl, triton_impl
 from peft_kernels.lora_linear.problem import FAMILY, Gradients, Inputs, LoraLinearProblem, Needs, describe
 
@@ -85,6 +86,8 @@ def lora_linear(
         )
         return y
     problem = describe(x, weight, lora_a, lora_b, scale, bias, dropout_p, seed_tensor)
+    if not is_recorded():
+        return _forward(problem, Inputs(x, weight, lora_a, lora_b, scale, bias, seed_tensor), backend)[0]
     return _LoraLinear.apply(problem, backend, x, weight, lora_a, lora_b, scale, bias, seed_tensor)
 
 
@@ -108,7 +111,7 @@ def _implementation(problem: LoraLinearProblem, backend: str | None) -> Implemen
 
 def _forward(problem: LoraLinearProblem, inputs: Inputs, backend: str | None) -> tuple[Tensor, Tensor]:
     flat = inputs._replace(x=inputs.x.reshape(problem.m, problem.k))
-    with torch.autocast(problem.device.type, enabled=False):
+    with without_autocast(problem.device.type):
         y, s = _implementation(problem, backend).forward(problem, flat)
     return y.view(*inputs.x.shape[:-1], problem.n), s
 
@@ -117,7 +120,7 @@ def _backward(
     problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs, backend: str | None
 ) -> Gradients:
     flat = inputs._replace(x=inputs.x.reshape(problem.m, problem.k))
-    with torch.autocast(problem.device.type, enabled=False):
+    with without_autocast(problem.device.type):
         gradients = _implementation(problem, backend).backward(
             problem, flat, s, dy.reshape(problem.m, problem.n), needs
         )

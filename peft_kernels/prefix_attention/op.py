@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels._core import library
-from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation, choose, requested_backend
+from peft_kernels._core.graph import is_recorded
 from peft_kernels.prefix_attention import torch_impl, triton_impl
 from peft_kernels.prefix_attention.problem import (
     FAMILY,
@@ -99,6 +100,9 @@ def prefix_attention(
         )
         return y
     problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
+    if not is_recorded():
+        inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
+        return _forward(problem, inputs, _implementation(problem, backend))[0]
     return _PrefixAttention.apply(problem, backend, q, k, v, prefix_k, prefix_v, key_padding_mask)
 
 
@@ -143,7 +147,7 @@ def _kept(y: Tensor, stats: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _forward(problem: PrefixAttentionProblem, inputs: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
-    with torch.autocast(problem.device.type, enabled=False):
+    with without_autocast(problem.device.type):
         y, stats = implementation.forward(problem, _as_backends_take(problem, inputs))
     return y, stats
 
@@ -156,7 +160,7 @@ def _backward(
     needs: Needs,
     implementation: Implementation,
 ) -> Gradients:
-    with torch.autocast(problem.device.type, enabled=False):
+    with without_autocast(problem.device.type):
         taken = _as_backends_take(problem, inputs)
         gradients: Gradients = implementation.backward(problem, taken, *kept, _contiguous_rows(dy), needs)
     return gradients

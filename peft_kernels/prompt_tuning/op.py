@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels._core import library
 from peft_kernels._core.dispatch import Implementation, choose, requested_backend
+from peft_kernels._core.graph import is_recorded
 from peft_kernels.prompt_tuning import torch_impl, triton_impl
 from peft_kernels.prompt_tuning.problem import FAMILY, Gradients, Needs, PromptTuningProblem, describe
 
@@ -52,7 +53,10 @@ def prompt_tuning(prompts: Tensor, tokens: Tensor, *, backend: str | None = None
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.peft_kernels.prompt_tuning(prompts, tokens, backend)
         return y
-    return _PromptTuning.apply(describe(prompts, tokens), backend, prompts, tokens)
+    problem = describe(prompts, tokens)
+    if not is_recorded():
+        return _forward(problem, prompts, tokens, backend)
+    return _PromptTuning.apply(problem, backend, prompts, tokens)
 
 
 def _implementation(problem: PromptTuningProblem, backend: str | None) -> Implementation:

@@ -19,15 +19,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks import aot
 from peft_kernels._core.triton_tools import why_not_installed
 
 FOLDER = Path(__file__).parent
 FAMILIES = sorted(path.name.removesuffix("_launches.py") for path in FOLDER.glob("*_launches.py"))
 ALL = os.environ.get("PEFT_KERNELS_CODEGEN") == "all"
 SHARES = {90: "0/1", 80: "0/3", 89: "1/3", 100: "2/3"}
-# Bytes of shared memory that a block may take: CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability".
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -78,12 +76,6 @@ def _compile(family: str, arch: int) -> list[dict[str, Any]]:
 
 
 def _complaints(row: dict[str, Any], required: tuple[str, ...]) -> list[str]:
-    found = []
-    if row["stack"]:
-        found.append(f"{row['stack']} bytes of stack")
-    if row["LDL"] or row["STL"]:
-        found.append(f"spills: {row['STL']} stores and {row['LDL']} loads of local memory")
-    if row["shared"] > SHARED_LIMIT[row["arch"]]:
-        found.append(f"{row['shared']} bytes of shared memory, sm_{row['arch']} has {SHARED_LIMIT[row['arch']]}")
+    found = aot.complaints(row, row["arch"])
     found += [f"no {opcodes}" for opcodes in required if not any(row[opcode] for opcode in opcodes.split("|"))]
     return [f"{row['kernel']} ({row['launch']}) on sm_{row['arch']}: {text}" for text in found]
