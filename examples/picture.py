@@ -58,11 +58,6 @@ def _method(row: Row) -> str:
 def _draw_accuracy(axes: Axes, rows: Sequence[Row], colors: Mapping[str, object]) -> None:
     """Show accuracy against trained parameters: fused where that exists, for unfused is the same."""
     axes.set_title("held-out accuracy against trained parameters")
-    for row in rows:
-        name = _method(row)
-        if name not in colors:
-            axes.axhline(row.accuracy, color=_GREY, linestyle=":", linewidth=1.2)
-            axes.text(0.995, row.accuracy, row.method, color=_GREY, va="bottom", ha="right", transform=_across(axes))
     # The last of a method's trained rows is the fused one, where there is one.
     best = {_method(row): row for row in rows if row.milliseconds is not None and row.parameters is not None}
     labels = []
@@ -73,24 +68,51 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Row], colors: Mapping[str, object]
         if row.member_accuracy is not None:
             axes.plot(row.parameters, row.member_accuracy, "o", color=color, fillstyle="none", markersize=8)
             labels.append((row.member_accuracy, row.parameters, f"its members {row.member_accuracy:.1%}"))
-    axes.margins(x=0.1, y=0.12)
-    if best:
+    if labels:
         axes.set_xscale("log")
-        # Room for the label of the point on the right.
-        axes.set_xlim(right=30 * max(row.parameters for row in best.values()))
-    _write_apart(axes, labels)
+        values = [y for y, _, _ in labels]
+        room = 0.3 * max(0.02, max(values) - min(values))
+        # The label of the point on the right has room, and so have labels that were pushed up.
+        axes.set_xlim(min(x for _, x, _ in labels) / 2, 30 * max(x for _, x, _ in labels))
+        axes.set_ylim(min(values) - room, max(values) + room)
+        _write_apart(axes, labels)
+    _draw_rivals(axes, [row for row in rows if _method(row) not in colors])
     axes.set_xlabel("trained parameters, the classifier's included")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.25)
 
 
 def _write_apart(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Write to the right of each point, from the lowest up, and none closer to the one below than a line's height."""
+    """Write to the right of each point, from the lowest up; above what stands there already."""
     low, high = axes.get_ylim()
-    height, last = 0.045 * (high - low), -math.inf
+    height = 0.055 * (high - low)
+    placed: list[tuple[float, float]] = []
     for y, x, text in sorted(labels):
-        last = max(y, last + height)
-        axes.annotate(text, (x, last), xytext=(12, 0), textcoords="offset points", va="center")
+        at = y
+        for there, taken in sorted(placed):
+            if abs(there - at) < height and 1 / 30 < x / taken < 30:
+                at = there + height
+        placed.append((at, x))
+        axes.annotate(text, (x, at), xytext=(12, 0), textcoords="offset points", va="center")
+
+
+def _draw_rivals(axes: Axes, rows: Sequence[Row]) -> None:
+    """A line for each; one that is far below would press all others together, and is written only."""
+    low, high = axes.get_ylim()
+    for row in rows:
+        inside = low < row.accuracy < high
+        text = f"{row.method} {row.accuracy:.1%}" + ("" if inside else ": outside of this panel")
+        if inside:
+            axes.axhline(row.accuracy, color=_GREY, linestyle=":", linewidth=1.2)
+        axes.text(
+            0.99,
+            row.accuracy if inside else low + 0.02 * (high - low),
+            text,
+            color="#5c677d",
+            va="bottom",
+            ha="right",
+            transform=_across(axes),
+        )
 
 
 def _across(axes: Axes) -> object:
