@@ -1,5 +1,5 @@
-// Twin of csrc/core/sm90/wgmma_registers.cuh: products of the twin of wgmma.cuh, whose first operand is gathered from the
-// warp's registers when they are issued.
+// Twin of csrc/core/sm90/wgmma_registers.cuh: products of the twin of wgmma.cuh, whose first operand is gathered from
+// the warp's registers when they are issued.
 #pragma once
 
 #include <array>
@@ -13,11 +13,8 @@ namespace peft_kernels::sm90 {
 using WarpRows = std::array<std::array<float, 16>, 16>;
 
 template <HalfType kType>
-__attribute__((optimize("O3"))) void multiply_rows(simt::Cta& cta,
-                                                   const std::array<float*, 32>& d,
-                                                   const WarpRows& rows,
-                                                   const Operand& b,
-                                                   bool accumulate) {
+__attribute__((optimize("O3"))) void multiply_rows(
+    simt::Cta& cta, const std::array<float*, 32>& d, const WarpRows& rows, const Operand& b, bool accumulate) {
   constexpr int kN = 64;
   const auto& unfenced = cta.state<UnfencedShared>();
   static float cols[16][kN];
