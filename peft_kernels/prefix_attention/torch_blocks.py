@@ -5,7 +5,7 @@ Equation  p = 2^(z - top) / total, z = scale log2(e) q k'^T, top = max z, total 
           with k' = [prefix_k; k], v' = [prefix_v; v]
 Tensors   as problem.Inputs; results contiguous
 Saved     nothing: a block holds whole rows of z, from which the backward pass has top and total again
-Temporary a block of z (config.torch_block), and keys and values of a few heads of one batch row, in the wide dtype
+Temporary a block of z (config.torch_block), and keys and values of its heads, in the wide dtype
 Refused   nothing
 """
 
@@ -25,8 +25,16 @@ from peft_kernels.prefix_attention.problem import Gradients, Inputs, Needs, Pref
 _LN_2 = math.log(2)
 
 
+class _Heads(NamedTuple):
+    """Some heads of some batch rows: key heads, and the query heads that read them."""
+
+    batch: slice
+    keys: slice
+    queries: slice
+
+
 class _Block(NamedTuple):
-    """Queries ``rows`` of some heads of one batch row against the first ``visible`` keys of the sequence."""
+    """Queries ``rows`` of some heads against the first ``visible`` keys of the sequence."""
 
     rows: slice
     visible: int
@@ -35,12 +43,12 @@ class _Block(NamedTuple):
 def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> Tensor:
     """Return y (B, H, S, D)."""
     y = _new(problem, inputs.q)
-    for b, heads, queries in _head_blocks(problem):
-        keys, values = _joined(problem, inputs, b, heads)
+    for heads in _head_blocks(problem):
+        keys, values = _joined(problem, inputs, heads)
         for block in _query_blocks(problem):
-            weights, total = _weights(problem, inputs, b, queries, block, keys)
+            weights, total = _weights(problem, inputs, heads, block, keys)
             seen = problem.p + block.visible
-            y[b, queries, block.rows] = _ungrouped(torch.bmm(weights, values[:, :seen]).div_(total), block)
+            _put(y, heads, block, torch.bmm(weights, values[:, :seen]).div_(total))
     return y
 
 
@@ -55,19 +63,24 @@ def backward(problem: PrefixAttentionProblem, inputs: Inputs, dy: Tensor, needs:
         torch.zeros(like.shape, dtype=problem.wide_dtype, device=like.device) if need else None
         for like, need in zip((inputs.prefix_k, inputs.prefix_v), needs[3:], strict=True)
     )
-    for b, heads, queries in _head_blocks(problem):
-        keys, values = _joined(problem, inputs, b, heads)
+    for heads in _head_blocks(problem):
+        keys, values = _joined(problem, inputs, heads)
         dkeys = torch.zeros_like(keys) if needs.k or needs.prefix_k else None
         dvalues = torch.zeros_like(values) if needs.v or needs.prefix_v else None
         for block in _query_blocks(problem):
-            dq_rows = _grad_block(problem, inputs, b, queries, block, dy, (keys, values, dkeys, dvalues))
+            dq_rows = _grad_block(problem, inputs, heads, block, dy, (keys, values, dkeys, dvalues))
             if dq is not None:
-                dq[b, queries, block.rows] = _ungrouped(dq_rows, block)
+                _put(dq, heads, block, dq_rows)
         for sums, into, prefix in ((dkeys, dk, dprefix_k), (dvalues, dv, dprefix_v)):
-            if into is not None and sums is not None:
-                into[b, heads] = sums[:, p:]
-            if prefix is not None and sums is not None:
-                (prefix if problem.shared else prefix[b])[heads] += sums[:, :p]
+            if sums is None:
+                continue
+            by_row = sums.unflatten(0, (-1, heads.keys.stop - heads.keys.start))
+            if into is not None:
+                into[heads.batch, heads.keys] = by_row[:, :, p:]
+            if prefix is not None and problem.shared:
+                prefix[heads.keys] += by_row[:, :, :p].sum(0)
+            elif prefix is not None:
+                prefix[heads.batch, heads.keys] += by_row[:, :, :p]
     return Gradients(
         q=dq,
         k=dk,
@@ -80,8 +93,7 @@ def backward(problem: PrefixAttentionProblem, inputs: Inputs, dy: Tensor, needs:
 def _grad_block(
     problem: PrefixAttentionProblem,
     inputs: Inputs,
-    b: int,
-    queries: slice,
+    heads: _Heads,
     block: _Block,
     dy: Tensor,
     sums: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
@@ -89,9 +101,9 @@ def _grad_block(
     """Add a block's share to dk' and dv', and return its dq."""
     keys, values, dkeys, dvalues = sums
     seen = problem.p + block.visible
-    p, total = _weights(problem, inputs, b, queries, block, keys)
+    p, total = _weights(problem, inputs, heads, block, keys)
     p.div_(total)
-    dy_rows = _grouped(problem, dy[b, queries, block.rows].to(keys.dtype))
+    dy_rows = _taken(problem, dy, heads, block, keys.dtype)
     if dvalues is not None:
         dvalues[:, :seen] += _sum_over_rows(problem, p, dy_rows)
     dz = torch.bmm(dy_rows, values[:, :seen].transpose(1, 2))
@@ -99,7 +111,7 @@ def _grad_block(
     delta = torch.linalg.vecdot(p, dz).unsqueeze(-1)
     dz.sub_(delta).mul_(p).mul_(problem.scale)
     if dkeys is not None:
-        q_rows = _grouped(problem, inputs.q[b, queries, block.rows].to(keys.dtype))
+        q_rows = _taken(problem, inputs.q, heads, block, keys.dtype)
         dkeys[:, :seen] += _sum_over_rows(problem, dz, q_rows)
     return torch.bmm(dz, keys[:, :seen])
 
@@ -115,10 +127,10 @@ def _sum_over_rows(problem: PrefixAttentionProblem, weights: Tensor, rows: Tenso
 
 
 def _weights(
-    problem: PrefixAttentionProblem, inputs: Inputs, b: int, queries: slice, block: _Block, keys: Tensor
+    problem: PrefixAttentionProblem, inputs: Inputs, heads: _Heads, block: _Block, keys: Tensor
 ) -> tuple[Tensor, Tensor]:
     """2^(z - top) of a block and its sum over keys, which is 1 for a query that may attend to nothing."""
-    z = _scores(problem, inputs, b, queries, block, keys)
+    z = _scores(problem, inputs, heads, block, keys)
     top = z.amax(-1, keepdim=True)
     # A row of -inf alone has no largest value to subtract.
     z.sub_(top.masked_fill_(top == -torch.inf, 0.0)).mul_(_LN_2).exp_()
@@ -126,12 +138,10 @@ def _weights(
     return z, total.masked_fill_(total == 0, 1.0)
 
 
-def _scores(
-    problem: PrefixAttentionProblem, inputs: Inputs, b: int, queries: slice, block: _Block, keys: Tensor
-) -> Tensor:
+def _scores(problem: PrefixAttentionProblem, inputs: Inputs, heads: _Heads, block: _Block, keys: Tensor) -> Tensor:
     """z of a block, (heads, group * rows, P + visible), -inf where nothing may be attended to; for powers of two."""
     p, visible = problem.p, block.visible
-    q = _grouped(problem, inputs.q[b, queries, block.rows].to(keys.dtype))
+    q = _taken(problem, inputs.q, heads, block, keys.dtype)
     z = torch.bmm(q, keys[:, : p + visible].transpose(1, 2)).mul_(problem.scale_log2)
     if problem.causal and block.rows.start + problem.shift + 1 < visible:
         i = torch.arange(block.rows.start, block.rows.stop, device=z.device)
@@ -139,7 +149,8 @@ def _scores(
         hidden = (j > (i + problem.shift)[:, None]).repeat(problem.group, 1)
         z[..., p:].masked_fill_(hidden, -torch.inf)
     if inputs.key_padding_mask is not None:
-        z[..., p:].masked_fill_(~inputs.key_padding_mask[b, :visible], -torch.inf)
+        padding = ~inputs.key_padding_mask[heads.batch, None, None, :visible]
+        z.unflatten(0, (padding.shape[0], -1))[..., p:].masked_fill_(padding, -torch.inf)
     return z
 
 
@@ -148,19 +159,19 @@ def _new(problem: PrefixAttentionProblem, like: Tensor) -> Tensor:
     return (torch.zeros if problem.is_empty else torch.empty)(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _head_blocks(problem: PrefixAttentionProblem) -> Iterator[tuple[int, slice, slice]]:
-    """Batch row, key heads, and the query heads that read these."""
+def _head_blocks(problem: PrefixAttentionProblem) -> Iterator[_Heads]:
     if problem.is_empty:
         return
-    heads, _ = _block_sizes(problem)
-    for b in range(problem.b):
+    batch, heads, _ = _block_sizes(problem)
+    for row in range(0, problem.b, batch):
         for first in range(0, problem.h_kv, heads):
             last = min(first + heads, problem.h_kv)
-            yield b, slice(first, last), slice(first * problem.group, last * problem.group)
+            queries = slice(first * problem.group, last * problem.group)
+            yield _Heads(slice(row, min(row + batch, problem.b)), slice(first, last), queries)
 
 
 def _query_blocks(problem: PrefixAttentionProblem) -> Iterator[_Block]:
-    _, size = _block_sizes(problem)
+    _, _, size = _block_sizes(problem)
     for first in range(0, problem.s, size):
         last = min(first + size, problem.s)
         visible = max(0, min(problem.l, last + problem.shift)) if problem.causal else problem.l
@@ -170,27 +181,32 @@ def _query_blocks(problem: PrefixAttentionProblem) -> Iterator[_Block]:
         yield _Block(slice(first, last), visible)
 
 
-def _block_sizes(problem: PrefixAttentionProblem) -> tuple[int, int]:
-    return torch_block(problem.h_kv, problem.group, problem.s, problem.p + problem.l, problem.device.type)
+def _block_sizes(problem: PrefixAttentionProblem) -> tuple[int, int, int]:
+    keys, device_type = problem.p + problem.l, problem.device.type
+    return torch_block(problem.b, problem.h_kv, problem.group, problem.s, keys, device_type)
 
 
-def _joined(problem: PrefixAttentionProblem, inputs: Inputs, b: int, heads: slice) -> tuple[Tensor, Tensor]:
-    """[prefix_k; k] and [prefix_v; v] of some heads of one batch row, (heads, P + L, D), in the wide dtype."""
-    prefix_k, prefix_v = (
-        (prefix if problem.shared else prefix[b])[heads] for prefix in (inputs.prefix_k, inputs.prefix_v)
-    )
-    wide = problem.wide_dtype
-    return (
-        torch.cat((prefix_k.to(wide), inputs.k[b, heads].to(wide)), dim=1),
-        torch.cat((prefix_v.to(wide), inputs.v[b, heads].to(wide)), dim=1),
-    )
+def _joined(problem: PrefixAttentionProblem, inputs: Inputs, heads: _Heads) -> tuple[Tensor, Tensor]:
+    """[prefix_k; k] and [prefix_v; v], (batch rows * heads, P + L, D), in the wide dtype."""
+
+    def join(prefix: Tensor, sequence: Tensor) -> Tensor:
+        after = sequence[heads.batch, heads.keys].to(problem.wide_dtype)
+        if problem.shared:
+            before = prefix[heads.keys].expand(after.shape[0], -1, -1, -1)
+        else:
+            before = prefix[heads.batch, heads.keys]
+        return torch.cat((before.to(problem.wide_dtype), after), dim=2).flatten(0, 1)
+
+    return join(inputs.prefix_k, inputs.k), join(inputs.prefix_v, inputs.v)
 
 
-def _grouped(problem: PrefixAttentionProblem, x: Tensor) -> Tensor:
-    """(query heads, rows, n) as (key heads, group * rows, n): one product serves a group."""
-    return x.reshape(x.shape[0] // problem.group, problem.group * x.shape[1], x.shape[2])
+def _taken(problem: PrefixAttentionProblem, x: Tensor, heads: _Heads, block: _Block, dtype: torch.dtype) -> Tensor:
+    """Rows of q or dy as (batch rows * key heads, group * rows, D): one product serves a group."""
+    rows = x[heads.batch, heads.queries, block.rows].to(dtype)
+    return rows.reshape(-1, problem.group * rows.shape[2], problem.d)
 
 
-def _ungrouped(x: Tensor, block: _Block) -> Tensor:
-    """(key heads, group * rows, n) as (query heads, rows, n)."""
-    return x.reshape(-1, block.rows.stop - block.rows.start, x.shape[2])
+def _put(into: Tensor, heads: _Heads, block: _Block, rows: Tensor) -> None:
+    """Write what ``_taken`` shapes it like into y or dq."""
+    target = into[heads.batch, heads.queries, block.rows]
+    target.copy_(rows.reshape(target.shape))

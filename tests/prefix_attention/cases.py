@@ -19,10 +19,11 @@ from peft_kernels.prefix_attention.problem import PrefixAttentionProblem
 from python_ref import compare
 from python_ref import prefix_attention as oracle
 
-# Backend, and what is pinned: "small" blocks of 16 (torch: of 7 queries), "ranges" of 5 queries, so that small problems
-# have several of everything; "fused" both passes through torch's fused attention in one call, as on a GPU; "split"
-# small blocks, and three ranges of keys, of which short sequences leave some without a key.
-VARIANTS = ("torch", "torch-small", "torch-ranges", "torch-fused", "triton", "triton-small")
+# Backend, and what is pinned: "small" blocks of 16 (torch: of 7 queries), "rows" blocks of whole batch rows, "ranges" of
+# 5 queries, so that small problems have several of everything; "fused" both passes through torch's fused attention in
+# one call, as on a GPU; "split" small blocks, and three ranges of keys, of which short sequences leave some without a
+# key.
+VARIANTS = ("torch", "torch-small", "torch-rows", "torch-ranges", "torch-fused", "triton", "triton-small")
 WITH_SPLIT = (*VARIANTS, "triton-split")
 
 
@@ -194,7 +195,7 @@ def variant(name: str) -> Iterator[str]:
     elif pinned:
         patches += [
             (torch_impl, "torch_config", functools.partial(_pinned, pinned, config.torch_config)),
-            (torch_blocks, "torch_block", lambda heads, *_: (max(1, heads - 1), 7)),
+            (torch_blocks, "torch_block", _all_but_one_row if pinned == "rows" else _all_but_one_head),
             (torch_fused, "torch_mask_rows", lambda keys: 5),
         ]
     with contextlib.ExitStack() as stack:
@@ -203,9 +204,17 @@ def variant(name: str) -> Iterator[str]:
         yield backend
 
 
+def _all_but_one_head(batch: int, heads: int, *_: object) -> tuple[int, int, int]:
+    return 1, max(1, heads - 1), 7
+
+
+def _all_but_one_row(batch: int, heads: int, group: int, queries: int, *_: object) -> tuple[int, int, int]:
+    return max(1, batch - 1), heads, max(1, queries)
+
+
 def _pinned(pinned: str, choose: Callable[..., config.TorchConfig], problem: PrefixAttentionProblem) -> object:
     chosen = choose(problem)
-    if pinned == "small" or chosen.forward == "blocks":
+    if pinned in ("small", "rows") or chosen.forward == "blocks":
         return config.TorchConfig(forward="blocks", backward="blocks")
     return config.TorchConfig("fused", "fused") if pinned == "fused" else config.TorchConfig("ranges", "blocks")
 

@@ -83,15 +83,26 @@ def test_keys_are_split_where_programs_are_few(problem: PrefixAttentionProblem, 
     assert merge.BLOCK_S * merge.BLOCK_D <= 8192 and merge.BLOCK_S < 2 * chosen.SPLIT
 
 
-@given(st.integers(1, 128), st.integers(1, 16), st.integers(0, 1 << 20), st.integers(0, 1 << 22))
+@given(
+    st.integers(1, 1 << 12), st.integers(1, 128), st.integers(1, 16), st.integers(0, 1 << 20), st.integers(0, 1 << 22)
+)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_torch_blocks_hold_their_elements(device_type: str, heads: int, group: int, queries: int, keys: int) -> None:
-    block_heads, rows = config.torch_block(heads, group, queries, keys, device_type)
+def test_torch_blocks_hold_their_elements(
+    device_type: str, batch: int, heads: int, group: int, queries: int, keys: int
+) -> None:
+    block_batch, block_heads, rows = config.torch_block(batch, heads, group, queries, keys, device_type)
+    assert 1 <= block_batch <= batch
     assert 1 <= block_heads <= heads
     assert 1 <= rows <= max(1, queries)
+    assert block_batch == 1 or (block_heads == heads and rows >= queries)
     # At least one query of one group, however long its row is.
     limit = 1 << 18 if device_type == "cpu" else 1 << 26
-    assert block_heads * rows * group * max(1, keys) <= max(limit, group * max(1, keys))
+    assert block_batch * block_heads * rows * group * max(1, keys) <= max(limit, group * max(1, keys))
+
+
+def test_torch_blocks_take_small_batch_rows_together() -> None:
+    """A batch of short texts is one block, not as many as it has texts."""
+    assert config.torch_block(32, 12, 1, 8, 16, "cpu") == (32, 12, 8)
 
 
 def _problem(**changes: Any) -> PrefixAttentionProblem:
