@@ -19,10 +19,10 @@ from peft_kernels.prefix_attention.problem import PrefixAttentionProblem
 from python_ref import compare
 from python_ref import prefix_attention as oracle
 
-# Backend, and what is pinned: "small" blocks of 16 (torch: of 7 queries), "rows" blocks of whole batch rows, "ranges" of
-# 5 queries, so that small problems have several of everything; "fused" both passes through torch's fused attention in
-# one call, as on a GPU; "split" small blocks, and three ranges of keys, of which short sequences leave some without a
-# key.
+# Backend, and what is pinned: "small" blocks of 16 (torch: of 7 queries), "rows" blocks of whole batch rows, "ranges"
+# of 5 queries, so that small problems have several of everything; "fused" both passes through torch's fused attention
+# in one call, as on a GPU; "split" small blocks, and three ranges of keys, of which short sequences leave some without
+# a key.
 VARIANTS = ("torch", "torch-small", "torch-rows", "torch-ranges", "torch-fused", "triton", "triton-small")
 WITH_SPLIT = (*VARIANTS, "triton-split")
 
