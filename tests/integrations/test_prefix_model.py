@@ -247,7 +247,7 @@ folder = {str(tmp_path)!r}
 model = torch.load(folder + "/model.pt", weights_only=False)
 ids = torch.randint(1, {model.config.vocab_size}, (3, 7), generator=torch.Generator().manual_seed(0))
 # Not bit for bit: with several threads torch's CPU products depend on where memory happens to lie. A prefix that is
-# not attended to moves logits by tenths.
+# not attended to moves them by as much as they are.
 torch.testing.assert_close(model(ids).logits, torch.load(folder + "/logits.pt"), rtol=1e-5, atol=1e-5)
 print("equal")
 """
