@@ -78,7 +78,7 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Row], colors: Mapping[str, object]
         _write_apart(axes, labels)
     _draw_rivals(axes, [row for row in rows if _method(row) not in colors])
     axes.set_xlabel("trained parameters, the classifier's included")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.grid(alpha=0.25)
 
 
@@ -99,6 +99,7 @@ def _write_apart(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None
 def _draw_rivals(axes: Axes, rows: Sequence[Row]) -> None:
     """A line for each; one that is far below would press all others together, and is written only."""
     low, high = axes.get_ylim()
+    at = low + 0.02 * (high - low)
     for row in rows:
         inside = low < row.accuracy < high
         text = f"{row.method} {row.accuracy:.1%}" + ("" if inside else ": outside of this panel")
@@ -106,13 +107,14 @@ def _draw_rivals(axes: Axes, rows: Sequence[Row]) -> None:
             axes.axhline(row.accuracy, color=_GREY, linestyle=":", linewidth=1.2)
         axes.text(
             0.99,
-            row.accuracy if inside else low + 0.02 * (high - low),
+            row.accuracy if inside else at,
             text,
             color="#5c677d",
             va="bottom",
             ha="right",
             transform=_across(axes),
         )
+        at += 0 if inside else 0.055 * (high - low)
 
 
 def _across(axes: Axes) -> object:
