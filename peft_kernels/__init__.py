@@ -1,12 +1,12 @@
-"""Fused kernels for parameter-efficient fine-tuning. One import line per room; importing does nothing else."""
+"""Fused kernels for parameter-efficient fine-tuning. One import line per family; importing does nothing else."""
 
 from peft_kernels._core.dispatch import use_backend
 from peft_kernels._core.errors import UnsupportedError
-from peft_kernels.bottleneck_adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
+from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
 from peft_kernels.integrations import apply, revert
-from peft_kernels.lora_linear import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
-from peft_kernels.prefix_attention import PrefixEncoder, prefix_attention
-from peft_kernels.prompt_tuning import PromptEmbedding, PromptEnsemble
+from peft_kernels.lora import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
+from peft_kernels.prefix import PrefixEncoder, prefix_attention
+from peft_kernels.prompt import PromptEmbedding, PromptEnsemble, prompt_tuning
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_dropout_mask",
     "prefix_attention",
+    "prompt_tuning",
     "revert",
     "use_backend",
 ]

@@ -18,18 +18,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "peft_kernels"
 
-# Lower may not import higher. A room's other modules have no floor of their own: they stand on what they import.
-FLOOR = {
-    "problem": 1,
-    "config": 1,
-    "torch_impl": 2,
-    "triton_fwd": 2,
-    "triton_bwd": 2,
-    "triton_impl": 3,
-    "cuda_impl": 3,
-    "op": 4,
-    "module": 5,
-    "__init__": 6,
+# Lower may not import higher. A family's other modules have no floor of their own: they stand on what they import.
+KERNELS = 1
+OPERATOR = {"problem": 2, "torch_impl": 3, "triton_impl": 3, "cuda_impl": 3, "op": 4}
+MODULE = 5
+FAMILY = 6
+
+# What a kernel knows nothing of: problems, autograd, choosing a backend.
+ABOVE_KERNELS = {
+    f"{PACKAGE}._core.{name}" for name in ("autocast", "checks", "dispatch", "graph", "library", "operator")
 }
 
 
@@ -44,8 +41,8 @@ def modules() -> dict[str, Path]:
     return {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
 
 
-def rooms() -> list[str]:
-    return sorted(path.parent.name for path in (ROOT / PACKAGE).glob("*/problem.py"))
+def families() -> list[str]:
+    return sorted(path.parent.name for path in (ROOT / PACKAGE).glob("*/kernels"))
 
 
 def imported_names(path: Path) -> Iterator[tuple[str, str | None]]:
@@ -85,22 +82,29 @@ def reachable(name: str) -> frozenset[str]:
     return frozenset(seen)
 
 
-def room_of(name: str) -> str | None:
+def family_of(name: str) -> str | None:
     parts = name.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in rooms() else None
+    return parts[1] if len(parts) > 1 and parts[1] in families() else None
 
 
 def floor_of(name: str) -> int | None:
-    parts = name.split(".")
-    return FLOOR["__init__"] if len(parts) == 2 else FLOOR.get(".".join(parts[2:]))
+    """A family's kernels lie below its operators, in the family's own folder or in one each, and these below it."""
+    _, _, *inside = name.split(".")
+    if not inside:
+        return FAMILY
+    if inside[0] == "kernels":
+        return KERNELS
+    return MODULE if inside == ["module"] else OPERATOR.get(inside[-1])
 
 
-ROOM_MODULES = [name for name in modules() if room_of(name)]
+FAMILY_MODULES = [name for name in modules() if family_of(name)]
+KERNEL_MODULES = [name for name in FAMILY_MODULES if floor_of(name) == KERNELS]
 CORE_MODULES = [name for name in modules() if name.split(".")[1:2] == ["_core"]]
 
 
-def test_there_are_rooms() -> None:
-    assert rooms()
+def test_there_are_families() -> None:
+    assert families()
+    assert KERNEL_MODULES
     assert CORE_MODULES
 
 
@@ -122,21 +126,42 @@ def test_core_knows_no_family(name: str) -> None:
     assert not above
 
 
-@pytest.mark.parametrize("name", ROOM_MODULES)
-def test_room_imports_itself_and_core_only(name: str) -> None:
-    room = room_of(name)
-    elsewhere = {target for target in edges(name) if room_of(target) != room and target.split(".")[1:2] != ["_core"]}
-    assert not elsewhere
+@pytest.mark.parametrize("name", FAMILY_MODULES)
+def test_family_imports_itself_and_core_only(name: str) -> None:
+    inside = ([PACKAGE, family_of(name)], [PACKAGE, "_core"])
+    assert not {target for target in edges(name) if target.split(".")[:2] not in inside}
 
 
-@pytest.mark.parametrize("name", ROOM_MODULES)
-def test_room_imports_flow_downhill(name: str) -> None:
+@pytest.mark.parametrize("name", FAMILY_MODULES)
+def test_family_imports_flow_downhill(name: str) -> None:
     floor = floor_of(name)
     if floor is None:
-        above = {target for target in edges(name) if target == f"{PACKAGE}.{room_of(name)}"}
+        above = {target for target in edges(name) if target == f"{PACKAGE}.{family_of(name)}"}
     else:
-        above = {target for target in reachable(name) if room_of(target) and (floor_of(target) or 0) > floor}
+        above = {target for target in reachable(name) if family_of(target) and (floor_of(target) or 0) > floor}
     assert not above
+
+
+@pytest.mark.parametrize("name", KERNEL_MODULES)
+def test_kernels_know_no_problem_and_choose_no_backend(name: str) -> None:
+    """Also none of the modules without a floor, such as an operator's helpers."""
+    above = {target for target in reachable(name) if family_of(target) and floor_of(target) != KERNELS}
+    assert not above | (reachable(name) & ABOVE_KERNELS)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_module_is_shadowed(name: str) -> None:
+    """``import a.b as c`` takes what a's ``__init__`` calls b, which had better be the module."""
+    package, _, leaf = name.rpartition(".")
+    if not package:
+        return
+    bound = {
+        node.name
+        for node in ast.parse(modules()[package].read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    bound |= {taken for base, taken in imported_names(modules()[package]) if taken and f"{base}.{taken}" != name}
+    assert leaf not in bound
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
@@ -145,15 +170,13 @@ def test_only_the_package_imports_integrations(name: str) -> None:
     assert inside or not any(target.startswith(f"{PACKAGE}.integrations") for target in edges(name))
 
 
-def test_package_imports_each_room_in_one_line() -> None:
-    taken = [base for base, _ in set(imported_names(modules()[PACKAGE])) if room_of(base)]
-    assert {room_of(base) for base in taken} == set(rooms())
+def test_package_imports_each_family_in_one_line() -> None:
     lines = [
         node.module
         for node in ast.walk(ast.parse(modules()[PACKAGE].read_text()))
-        if isinstance(node, ast.ImportFrom) and room_of(node.module or "")
+        if isinstance(node, ast.ImportFrom) and family_of(node.module or "")
     ]
-    assert sorted(lines) == [f"{PACKAGE}.{room}" for room in rooms()]
+    assert sorted(lines) == [f"{PACKAGE}.{family}" for family in families()]
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, "examples"])

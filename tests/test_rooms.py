@@ -1,4 +1,6 @@
-"""Each family stands on each floor under one name. Families come from the tree; checklist: docs/adding_a_family.md."""
+"""Each family stands on each floor under one name, each operator too. Names come from the tree; checklist:
+docs/adding_a_family.md.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +8,65 @@ from pathlib import Path
 
 import pytest
 
+import peft_kernels as pk
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "peft_kernels"
-NO_ROOMS = {"_core", "integrations", "__pycache__"}
+NO_FAMILIES = {"_core", "integrations", "__pycache__"}
 
-# A room has all of its files: one that is missing is named here, instead of making the family invisible to discovery.
+# A file that is missing is named here, instead of making a family invisible to discovery.
 FAMILIES = sorted(
     folder.name
     for folder in PACKAGE.iterdir()
-    if folder.is_dir() and folder.name not in NO_ROOMS and any(folder.glob("*.py"))
+    if folder.is_dir() and folder.name not in NO_FAMILIES and any(folder.glob("*.py"))
 )
 
-FLOORS = (
+# A family's only operator may stand in the family's own folder; else each has a folder.
+OPERATORS = sorted(path.parent.relative_to(ROOT) for name in FAMILIES for path in (PACKAGE / name).rglob("problem.py"))
+
+OF_A_FAMILY = (
     "python_ref/{family}.py",
     "peft_kernels/{family}/__init__.py",
-    "peft_kernels/{family}/problem.py",
-    "peft_kernels/{family}/config.py",
-    "peft_kernels/{family}/torch_impl.py",
-    "peft_kernels/{family}/triton_fwd.py",
-    "peft_kernels/{family}/triton_bwd.py",
-    "peft_kernels/{family}/triton_impl.py",
-    "peft_kernels/{family}/op.py",
+    "peft_kernels/{family}/kernels/config.py",
+    "peft_kernels/{family}/kernels/triton_fwd.py",
+    "peft_kernels/{family}/kernels/triton_bwd.py",
     "tests/{family}/cases.py",
     "tests/{family}/test_reference.py",
     "tests/{family}/test_backends.py",
     "tests/{family}/test_op.py",
+    "tests/codegen/{family}_launches.py",
     "benchmarks/{family}.py",
     "docs/design/{family}.md",
 )
+OF_AN_OPERATOR = ("problem.py", "torch_impl.py", "triton_impl.py", "op.py")
 
 
 def test_there_are_families() -> None:
     assert FAMILIES
+    assert {path.parts[1] for path in OPERATORS} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("floor", FLOORS)
+@pytest.mark.parametrize("floor", OF_A_FAMILY)
 def test_family_stands_on(floor: str, family: str) -> None:
     path = ROOT / floor.format(family=family)
     assert path.is_file()
     assert path.read_text().strip()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cuda_backend_has_both_halves(family: str) -> None:
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize("floor", OF_AN_OPERATOR)
+def test_operator_stands_on(floor: str, operator: Path) -> None:
+    path = ROOT / operator / floor
+    assert path.is_file()
+    assert path.read_text().strip()
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+def test_cuda_backend_has_both_halves(operator: Path) -> None:
     """A capability record needs kernels to speak for."""
-    if (PACKAGE / family / "cuda_impl.py").exists():
-        assert (ROOT / "csrc" / family / "bindings.cpp").is_file()
+    if (ROOT / operator / "cuda_impl.py").exists():
+        assert (ROOT / "csrc" / operator.parts[1] / "bindings.cpp").is_file()
 
 
 @pytest.mark.parametrize(
@@ -61,10 +75,19 @@ def test_cuda_backend_has_both_halves(family: str) -> None:
         ("csrc/*/", {"core"}),
         ("docs/design/*.md", set()),
         ("tests/*/cases.py", set()),
-        ("benchmarks/results/*/*.jsonl", set()),
+        ("tests/codegen/*_launches.py", set()),
     ],
 )
 def test_no_floor_has_a_name_of_its_own(pattern: str, not_families: set[str]) -> None:
     """What bears a family's name bears it letter for letter."""
-    names = {path.parent.name if path.name == "cases.py" else path.stem for path in ROOT.glob(pattern)}
+    names = {
+        path.parent.name if path.name == "cases.py" else path.stem.removesuffix("_launches")
+        for path in ROOT.glob(pattern)
+    }
     assert names - not_families <= set(FAMILIES)
+
+
+def test_records_bear_operators_names() -> None:
+    """A record outlives the folders of its day, so it is named after the public function that it timed."""
+    names = {path.stem for path in ROOT.glob("benchmarks/results/*/*.jsonl")}
+    assert all(callable(getattr(pk, name, None)) for name in names)

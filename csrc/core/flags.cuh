@@ -1,7 +1,7 @@
 // Flags in global memory by which CTAs of one launch hand results to each other without a second launch.
 //
 // A flag is 64 bits. It is published when it equals the launch's nonce, a number that no earlier launch had, so flags
-// need no reset: memory may hold anything else before. peft_kernels/lora_linear/cuda_workspace.py draws the nonces, and
+// need no reset: memory may hold anything else before. peft_kernels/lora/kernels/cuda_workspace.py draws the nonces, and
 // says what is different under a CUDA graph, whose replays repeat theirs.
 //
 // Order: a thread that publishes after __syncthreads() publishes what every thread of its CTA has written before

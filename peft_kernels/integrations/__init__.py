@@ -1,6 +1,6 @@
 """Other libraries' models on this package's kernels. Nothing is imported or patched before ``apply`` is called.
 
-apply.py             which libraries a model is of; apply, revert
+models.py            which libraries a model is of; apply, revert
 report.py            what apply found, and what fell back since
 class_swap.py        what swapping a class takes
 hooks.py             what hooks on other libraries' modules need
@@ -32,7 +32,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from peft_kernels.integrations.apply import apply, revert
+from peft_kernels.integrations.models import apply, revert
 from peft_kernels.integrations.report import Report
 
 __all__ = ["Report", "apply", "revert"]

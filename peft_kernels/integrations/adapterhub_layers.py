@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from peft_kernels._core.autocast import autocast_dtype
-from peft_kernels.bottleneck_adapter import bottleneck_adapter
-from peft_kernels.bottleneck_adapter.activations import LEAKY_SLOPE
+from peft_kernels.adapter import bottleneck_adapter
+from peft_kernels.adapter.kernels.activations import LEAKY_SLOPE
 from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS
 from peft_kernels.integrations.adapterhub_deferred import Deferred
 from peft_kernels.integrations.adapterhub_rules import (

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from peft_kernels.integrations import peft_adapter, peft_lora_files, peft_prompt_files
-from peft_kernels.lora_linear import FusedLoRALinear
-from peft_kernels.prefix_attention import PrefixEncoder
-from peft_kernels.prompt_tuning import PromptEmbedding
+from peft_kernels.lora import FusedLoRALinear
+from peft_kernels.prefix import PrefixEncoder
+from peft_kernels.prompt import PromptEmbedding
 
 __all__ = ["load_adapter", "save_adapter"]
 

@@ -19,7 +19,7 @@ from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.integrations.class_swap import is_hooked, set_class
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Rule, Support
-from peft_kernels.lora_linear import lora_linear
+from peft_kernels.lora import lora_linear
 
 _OTHER_LAYER = Rule(
     "a layer of another class: embeddings, convolutions, quantized layers, MoE parameters",

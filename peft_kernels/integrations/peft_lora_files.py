@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from peft_kernels.integrations import peft_adapter
-from peft_kernels.lora_linear import FusedLoRALinear
+from peft_kernels.lora import FusedLoRALinear
 
 _PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": 0, ".lora_B.weight": 1}

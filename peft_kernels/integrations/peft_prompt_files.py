@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.integrations import peft_adapter
-from peft_kernels.prefix_attention import PrefixEncoder
-from peft_kernels.prompt_tuning import PromptEmbedding
+from peft_kernels.prefix import PrefixEncoder
+from peft_kernels.prompt import PromptEmbedding
 
 KEY = "prompt_embeddings"
 _BASE = "base_model."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_kernels.integrations.class_swap import is_hooked, set_class
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Rule, Support
-from peft_kernels.prompt_tuning import prompt_tuning
+from peft_kernels.prompt import prompt_tuning
 
 _OTHER_KIND = Rule(
     "P-tuning, multitask prompt tuning, CPT, cartridges", "it is PEFT's {kind}, neither PREFIX_TUNING nor PROMPT_TUNING"

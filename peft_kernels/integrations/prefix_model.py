@@ -27,7 +27,7 @@ from peft_kernels.integrations.prefix_state import (
     unmark,
 )
 from peft_kernels.integrations.rules import Rule, Support
-from peft_kernels.prefix_attention import PrefixEncoder
+from peft_kernels.prefix import PrefixEncoder
 
 ENCODER = "prefix_encoder"
 

@@ -14,7 +14,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.hooks import named_arguments, remove_hooks, takes_any_argument
-from peft_kernels.prompt_tuning import PromptEmbedding, PromptEnsemble
+from peft_kernels.prompt import PromptEmbedding, PromptEnsemble
 
 PROMPT = "prompt"
 _MARK = "has_prompt"

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from peft_kernels.integrations.apply import apply
+from peft_kernels.integrations.models import apply
 from peft_kernels.integrations.report import Report
-from peft_kernels.prefix_attention import PrefixEncoder
-from peft_kernels.prompt_tuning import PromptEmbedding, PromptEnsemble
+from peft_kernels.prefix import PrefixEncoder
+from peft_kernels.prompt import PromptEmbedding, PromptEnsemble
 
 _logger = logging.getLogger(__name__)
 

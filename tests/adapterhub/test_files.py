@@ -15,7 +15,7 @@ from torch import nn
 
 import peft_kernels as pk
 from peft_kernels import SerialAdapter, insert_adapters
-from peft_kernels.bottleneck_adapter.activations import ACTIVATIONS
+from peft_kernels.adapter.kernels.activations import ACTIVATIONS
 from peft_kernels.integrations.adapterhub import load_adapter, save_adapter
 from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS as THEIR_ACTIVATIONS
 from tests.adapterhub.inserted import SUBLAYERS, TYPES, edit_config, logits_of, with_adapters

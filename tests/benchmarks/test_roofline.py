@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import lora_linear, roofline, shapes
+from benchmarks import lora, roofline, shapes
 from benchmarks.family import Grid, Provider, Work
 from benchmarks.roofline import Ceilings, measure_ceilings, roofline_us
 
 CPU = torch.device("cpu")
-PROVIDERS = {provider.name: provider for provider in lora_linear.FAMILY.providers}
-LARGE = lora_linear.Problem("m", "q", m=8192, n=4096, k=4096, r=16, dtype="bfloat16", adapter_dtype="bfloat16", p=0.0)
-TINY = lora_linear.Problem("m", "q", m=24, n=40, k=32, r=5, dtype="float32", adapter_dtype="float32", p=0.0)
+PROVIDERS = {provider.name: provider for provider in lora.FAMILY.providers}
+LARGE = lora.Problem("m", "q", m=8192, n=4096, k=4096, r=16, dtype="bfloat16", adapter_dtype="bfloat16", p=0.0)
+TINY = lora.Problem("m", "q", m=24, n=40, k=32, r=5, dtype="float32", adapter_dtype="float32", p=0.0)
 
 
 @pytest.mark.parametrize(("work", "us"), [(Work(10**9, 1), 1e3), (Work(1, 10**12), 1e4), (Work(10**9, 10**12), 1e4)])
@@ -32,51 +32,51 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_of_one_kernel_each_way() -> None:
     """The limit that the design gives for this problem: 404 MB."""
-    work = lora_linear.work(LARGE, "both", PROVIDERS["peft"])
+    work = lora.work(LARGE, "both", PROVIDERS["peft"])
     assert round(work.bytes / 1e6) == 404
     assert work.flops == pytest.approx(4 * 8192 * 4096 * 4096, rel=0.02)
 
 
 def test_forward_bytes_are_the_tensors() -> None:
     for problem in (TINY, replace(TINY, dtype="bfloat16"), replace(TINY, dtype="bfloat16", adapter_dtype="bfloat16")):
-        inputs = lora_linear.make_inputs(problem, CPU, seed=0)
+        inputs = lora.make_inputs(problem, CPU, seed=0)
         # dY is not read, y of the same size is written.
         size = sum(tensor.numel() * tensor.itemsize for tensor in inputs)
-        assert lora_linear.input_bytes(problem) == size
-        assert lora_linear.work(problem, "forward", PROVIDERS["peft"]).bytes == size
+        assert lora.input_bytes(problem) == size
+        assert lora.work(problem, "forward", PROVIDERS["peft"]).bytes == size
 
 
 def test_backward_bytes_are_the_tensors() -> None:
-    x, weight, lora_a, lora_b, dy = lora_linear.make_inputs(TINY, CPU, seed=0)
+    x, weight, lora_a, lora_b, dy = lora.make_inputs(TINY, CPU, seed=0)
     s = 4 * TINY.m * TINY.r
     tensors = (x, weight, lora_a, lora_b, dy, x, lora_a, lora_b)
     size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    assert lora_linear.work(TINY, "backward", PROVIDERS["peft"]).bytes == size + s
-    forward = lora_linear.work(TINY, "forward", PROVIDERS["peft"]).bytes
-    assert lora_linear.work(TINY, "both", PROVIDERS["peft"]).bytes == forward + size + 2 * s
+    assert lora.work(TINY, "backward", PROVIDERS["peft"]).bytes == size + s
+    forward = lora.work(TINY, "forward", PROVIDERS["peft"]).bytes
+    assert lora.work(TINY, "both", PROVIDERS["peft"]).bytes == forward + size + 2 * s
 
 
 def test_flops_are_those_of_the_products() -> None:
     m, n, k, r = TINY.m, TINY.n, TINY.k, TINY.r
     up_and_down = 2 * m * r * (k + n)
-    assert lora_linear.work(TINY, "forward", PROVIDERS["peft"]).flops == 2 * m * n * k + up_and_down
-    assert lora_linear.work(TINY, "backward", PROVIDERS["peft"]).flops == 2 * m * n * k + 2 * up_and_down
+    assert lora.work(TINY, "forward", PROVIDERS["peft"]).flops == 2 * m * n * k + up_and_down
+    assert lora.work(TINY, "backward", PROVIDERS["peft"]).flops == 2 * m * n * k + 2 * up_and_down
 
 
 def test_the_frozen_layer_does_less() -> None:
     for mode in ("forward", "backward", "both"):
-        base, lora = (lora_linear.work(LARGE, mode, PROVIDERS[name]) for name in ("base", "peft"))
+        base, lora = (lora.work(LARGE, mode, PROVIDERS[name]) for name in ("base", "peft"))
         assert base.bytes < lora.bytes
         assert base.flops < lora.flops
-    assert lora_linear.work(LARGE, "both", PROVIDERS["base"]).flops == 4 * 8192 * 4096 * 4096
+    assert lora.work(LARGE, "both", PROVIDERS["base"]).flops == 4 * 8192 * 4096 * 4096
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
 def test_providers_agree_with_the_oracle(p: float, dtypes: tuple[str, str]) -> None:
     problem = replace(TINY, p=p, dtype=dtypes[0], adapter_dtype=dtypes[1])
-    inputs = lora_linear.make_inputs(problem, CPU, seed=3)
-    check = lora_linear.checker(problem, inputs)
+    inputs = lora.make_inputs(problem, CPU, seed=3)
+    check = lora.checker(problem, inputs)
     for name in ("base", "peft", "addmm", "ours_torch"):
         provider = PROVIDERS[name]
         if provider.why_not(problem, CPU) is not None:
@@ -91,28 +91,28 @@ def test_providers_agree_with_the_oracle(p: float, dtypes: tuple[str, str]) -> N
 
 
 def test_a_wrong_backend_does_not_pass_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = lora_linear.make_inputs(TINY, CPU, seed=3)
-    check = lora_linear.checker(TINY, inputs)
-    monkeypatch.setattr(lora_linear, "SCALE", 2.001)
+    inputs = lora.make_inputs(TINY, CPU, seed=3)
+    check = lora.checker(TINY, inputs)
+    monkeypatch.setattr(lora, "SCALE", 2.001)
     with pytest.raises(AssertionError, match="relative error"):
         check(PROVIDERS["ours_torch"])
 
 
 def test_large_problems_are_checked_on_their_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lora_linear._ORACLE_PRODUCTS, "cpu", 1)
-    monkeypatch.setattr(lora_linear, "_ORACLE_ROWS", 8)
+    monkeypatch.setitem(lora._ORACLE_PRODUCTS, "cpu", 1)
+    monkeypatch.setattr(lora, "_ORACLE_ROWS", 8)
     problem = replace(TINY, p=0.1)
-    errors = lora_linear.checker(problem, lora_linear.make_inputs(problem, CPU, seed=3))(PROVIDERS["ours_torch"])
+    errors = lora.checker(problem, lora.make_inputs(problem, CPU, seed=3))(PROVIDERS["ours_torch"])
     assert (errors["da"], errors["db"]) == (None, None)
     assert max(errors["y"], errors["dx"]) < 1e-5
 
 
 def test_peft_layer_copies_nothing_and_trains_the_given_tensors() -> None:
-    inputs = lora_linear.make_inputs(TINY, CPU, seed=0)
-    layer = lora_linear._peft_layer(TINY, inputs)
+    inputs = lora.make_inputs(TINY, CPU, seed=0)
+    layer = lora._peft_layer(TINY, inputs)
     assert layer.base_layer.weight.data_ptr() == inputs.weight.data_ptr()
     assert layer.lora_A["default"].weight is inputs.lora_a
-    assert layer.scaling["default"] == lora_linear.SCALE
+    assert layer.scaling["default"] == lora.SCALE
     assert layer.training
 
 
@@ -127,16 +127,16 @@ def test_kernels_are_not_timed_in_the_interpreter(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_grids_have_no_problem_twice(device_type: str, quick: bool) -> None:
-    grid = lora_linear.problems(Grid(device_type, quick))
+    grid = lora.problems(Grid(device_type, quick))
     assert len(grid) == len(set(grid))
-    assert len(grid) > len(lora_linear.problems(Grid(device_type, True))) or quick
+    assert len(grid) > len(lora.problems(Grid(device_type, True))) or quick
     assert {problem.p for problem in grid} == set(shapes.DROPOUTS)
     assert any(problem.adapter_dtype != problem.dtype for problem in grid)
-    assert {lora_linear.modes(problem) for problem in grid} == {("forward",), ("forward", "backward", "both")}
+    assert {lora.modes(problem) for problem in grid} == {("forward",), ("forward", "backward", "both")}
 
 
 def test_the_full_grid_covers_models_tokens_and_ranks() -> None:
-    grid = lora_linear.problems(Grid("cuda", False))
+    grid = lora.problems(Grid("cuda", False))
     assert {problem.model for problem in grid} == {model.name for model in shapes.MODELS}
     assert {problem.m for problem in grid} == set(shapes.TOKENS)
     assert {problem.r for problem in grid} == set(shapes.RANKS)

@@ -17,7 +17,7 @@ from benchmarks import candidates, tune
 from benchmarks.candidates import Change
 from benchmarks.family import discover
 from peft_kernels._core.triton_tools import why_not_installed
-from peft_kernels.lora_linear import config as lora_config
+from peft_kernels.lora.kernels import config as lora_config
 
 ROOT = Path(__file__).parents[2]
 

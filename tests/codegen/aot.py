@@ -1,7 +1,7 @@
 """Compile the launches of a family, with no GPU; Triton must not interpret, hence a process of its own:
 
-python tests/codegen/aot.py lora_linear 90          prints one JSON object per compiled kernel
-python tests/codegen/aot.py lora_linear 80 0/3      of every third launch alone, from the first one on
+python tests/codegen/aot.py lora 90          prints one JSON object per compiled kernel
+python tests/codegen/aot.py lora 80 0/3      of every third launch alone, from the first one on
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from tests.codegen import cubin
 
 pytestmark = pytest.mark.cpu_only
 
-PATTERN = r"lora_linear.*decode_kernelI"
+PATTERN = r"4lora.*decode_kernelI"
 ARCHS = ("80", "86", "89", "90a", "100")
 # __launch_bounds__(256, 2) leaves each thread 128 of a multiprocessor's 65536 registers.
 MOST_REGISTERS = 65536 // (2 * 256)

@@ -11,7 +11,7 @@ from tests.codegen import cubin
 
 pytestmark = pytest.mark.cpu_only
 
-PATTERN = r"lora_linear.*gemm_sm90_kernelI"
+PATTERN = r"4lora.*gemm_sm90_kernelI"
 ARCH = "90a"
 # 65536 registers for 384 threads, in steps of 8; the warpgroups then hand theirs over.
 REGISTERS_AT_ENTRY = 168

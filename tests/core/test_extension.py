@@ -86,7 +86,7 @@ def test_launch_without_a_device_says_so(built: ModuleType) -> None:
     if reason is None:
         pytest.skip("there is a CUDA device")
     with pytest.raises(RuntimeError, match="launch of lora_linear's dropout_mask failed: cudaError") as error:
-        built.lora_linear.dropout_mask(mask=8, seed=8, rows=1, cols=1, threshold=0, stream=0)
+        built.lora.dropout_mask(mask=8, seed=8, rows=1, cols=1, threshold=0, stream=0)
     assert reason in str(error.value)
 
 
@@ -102,12 +102,12 @@ def test_launch_without_a_device_says_so(built: ModuleType) -> None:
 def test_bad_arguments(built: ModuleType, wrong: dict[str, int], message: str) -> None:
     arguments = {"mask": 8, "seed": 8, "rows": 4, "cols": 8, "threshold": 0, "stream": 0, **wrong}
     with pytest.raises(ValueError, match=message):
-        built.lora_linear.dropout_mask(**arguments)
+        built.lora.dropout_mask(**arguments)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 8), (4, 0)])
 def test_empty_launches_nothing(built: ModuleType, rows: int, cols: int) -> None:
-    built.lora_linear.dropout_mask(mask=0, seed=0, rows=rows, cols=cols, threshold=0, stream=0)
+    built.lora.dropout_mask(mask=0, seed=0, rows=rows, cols=cols, threshold=0, stream=0)
 
 
 DECODE = {
@@ -140,7 +140,7 @@ def test_decode_without_a_device_says_so(built: ModuleType) -> None:
     half = {"dtype": "float16", "adapter_dtype": "float16"}
     for change in ({}, {"adapter_dtype": "float32"}, half, half | {"adapter_dtype": "float32"}, single):
         with pytest.raises(RuntimeError, match="launch of lora_linear's decode_forward failed: cudaError") as error:
-            built.lora_linear.decode_forward(**DECODE | change)
+            built.lora.decode_forward(**DECODE | change)
         assert reason in str(error.value)
 
 
@@ -167,13 +167,13 @@ def test_decode_without_a_device_says_so(built: ModuleType) -> None:
 )
 def test_bad_arguments_of_decode(built: ModuleType, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        built.lora_linear.decode_forward(**DECODE | wrong)
+        built.lora.decode_forward(**DECODE | wrong)
 
 
 def test_workspace_of_decode(built: ModuleType) -> None:
     """3 tiles of W in 4 splits, 2 of A in 5: 22 units, of which 17 leave partial sums of 64 floats a token."""
     shape = {"m": 7, "n": 129, "k": 4096, "r": 65, "splits": 4, "down_splits": 5}
-    assert built.lora_linear.decode_workspace(**shape) == (22, 22 * 8 + 17 * 7 * 64 * 4)
+    assert built.lora.decode_workspace(**shape) == (22, 22 * 8 + 17 * 7 * 64 * 4)
 
 
 def test_why_not_names_the_last_obstacle(built: ModuleType) -> None:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import peft_kernels as pk
 from peft_kernels._core.graph import is_recorded
-from peft_kernels.prompt_tuning import prompt_tuning
+from peft_kernels.prompt import prompt_tuning
 
 X, W, A, B = (
     torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((3, 5), (4, 5), (2, 5), (4, 2))

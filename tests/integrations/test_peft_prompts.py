@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 import peft_kernels as pk
 from peft_kernels.integrations import peft_prompts, prefix_interface
-from peft_kernels.prompt_tuning import prompt_tuning
+from peft_kernels.prompt import prompt_tuning
 from python_ref import compare
 from tests.integrations.models import LAYERS, tokens
 from tests.integrations.peft_prompts import CONFIGS, TASKS, build, generate, inputs, pair, run, task_base

@@ -213,7 +213,7 @@ class TestRefused:
 
 
 def test_the_prompt_is_written_by_prompt_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_kernels.prompt_tuning import module, prompt_tuning
+    from peft_kernels.prompt import module, prompt_tuning
 
     calls = []
 

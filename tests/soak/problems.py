@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels.prompt_tuning import prompt_tuning
+from peft_kernels.prompt import prompt_tuning
 
 Call = Callable[[str], Tensor]
 

@@ -1,0 +1,122 @@
+// The cast of gemm_sm90: tiles, threads and their roles, the shared memory plan, barriers. Plain C++.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/sm90/dtype.h"
+
+namespace peft_kernels::lora {
+
+using sm90::HalfType;
+
+// Forward, W and A by rows of K, B by rows of r:   y = x W^T + bias + f S B^T,  S = x A^T.
+// Backward, the same memory read the other way:    dX = dY W + dS A,  dS = f dY B.
+// The kernel speaks of x, W, down, up, S and y in both.
+enum class Direction { kForward, kBackward };
+
+constexpr int kGemmMaxRank = 128;
+constexpr int kGemmBlockM = 128;
+constexpr int kGemmConsumers = 2;
+
+// The rank that S in half precision is padded to, with zeros.
+constexpr int gemm_padded_rank(int64_t r) {
+  return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128;
+}
+
+constexpr int gemm_block_n(int padded_rank) {
+  return padded_rank <= 64 ? 256 : 192;
+}
+
+// What the caller lends: a flag of 8 bytes for each consumer's half of each row block, an even number of them, so that
+// S (m, padded rank) in half precision may follow on a 16-byte boundary.
+constexpr int64_t gemm_flags(int64_t m) {
+  return kGemmConsumers * ((m + kGemmBlockM - 1) / kGemmBlockM);
+}
+constexpr int64_t gemm_workspace_bytes(int64_t m, int64_t r) {
+  return 8 * gemm_flags(m) + 2 * m * gemm_padded_rank(r);
+}
+
+template <HalfType kType_, int kRank_, Direction kDirection_>
+struct GemmConfig {
+  static constexpr HalfType kType = kType_;
+  static constexpr Direction kDirection = kDirection_;
+
+  // kRank: the rank, padded with zeros.
+  static constexpr int kRank = kRank_;
+  static_assert(kRank == 16 || kRank == 32 || kRank == 64 || kRank == 128, "ranks that wgmma is spelled out for");
+
+  // Whether W, down and up lie in memory by rows of what is summed over, so that wgmma transposes them.
+  static constexpr bool kTransposed = kDirection == Direction::kBackward;
+
+  // A tile of y, and the depth of a step of the reduction: 64 half-precision values are the widest swizzle, 128 bytes.
+  // At rank 128 the tile n = 0 has 64 accumulators of S a thread; beside 128 of y they spill, beside 96 they do not.
+  static constexpr int kBlockM = kGemmBlockM;
+  static constexpr int kBlockN = gemm_block_n(kRank);
+  static constexpr int kBlockK = 64;
+  static constexpr int kLineBytes = 128;
+
+  // The rank product takes steps of kRankChunk ranks. y leaves in chunks of kChunkN columns.
+  static constexpr int kRankChunk = kRank < 64 ? kRank : 64;
+  static constexpr int kRankSteps = kRank / kRankChunk;
+  static constexpr int kRankLineBytes = 2 * kRankChunk;
+  static constexpr int kChunkN = 64;
+  static constexpr int kChunks = kBlockN / kChunkN;
+
+  // Warpgroup 0 copies (one thread of it), warpgroups 1 and 2 multiply, 64 rows of the tile each. A block has the
+  // multiprocessor's 65536 registers to itself: 384 threads enter with 168 each, then 128 * 24 + 256 * 240 = 384 * 168.
+  static constexpr int kWarpgroup = 128;
+  static constexpr int kConsumers = kGemmConsumers;
+  static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+  static constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
+  static constexpr int kConsumerRows = kBlockM / kConsumers;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= kThreads * 168,
+                "registers handed out are registers that were there");
+
+  // Bytes of the slots of a stage. A rank step keeps S where x is and up where W is.
+  static constexpr int kXBytes = kBlockM * kLineBytes;
+  static constexpr int kWBytes = kBlockN * kLineBytes;
+  static constexpr int kDownBytes = kRank * kLineBytes;
+  static constexpr int kSBytes = kBlockM * kRankLineBytes;
+  static constexpr int kUpBytes = kBlockN * kRankLineBytes;
+  static_assert(kSBytes <= kXBytes && kUpBytes <= kWBytes, "a rank step fits a stage");
+  static constexpr int kStagingBytes = kConsumerRows * kChunkN * 2;
+
+  // What the swizzles of 128 bytes ask for; 1024 bytes of slack, since nobody promises the start of dynamic memory.
+  static constexpr int kAlignment = 1024;
+  static constexpr int kSharedLimit = 227 * 1024;
+  static constexpr int kMaxStages = 4;
+  static constexpr int kStageBytes = kXBytes + kWBytes + kDownBytes;
+  static constexpr int kFixedBytes = kConsumers * kStagingBytes + 2 * kMaxStages * 8;
+  static constexpr int kFittingStages = (kSharedLimit - 2 * kAlignment - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kFittingStages < kMaxStages ? kFittingStages : kMaxStages;
+  static_assert(kStages > kRankSteps, "the next tile's first step has a slot beside the rank steps");
+};
+
+template <typename Config>
+struct alignas(Config::kAlignment) GemmShared {
+  struct alignas(Config::kAlignment) Stage {
+    uint8_t x[Config::kXBytes];        // x (128, 64); S (128, ranks) in a rank step
+    uint8_t w[Config::kWBytes];        // W (block n, 64), or blocks of (64, 64) transposed; up in a rank step
+    uint8_t down[Config::kDownBytes];  // down (rank, 64), or (64, rank) transposed; only for tiles n = 0
+  };
+  Stage stage[Config::kStages];
+  uint8_t staging[Config::kConsumers][Config::kStagingBytes];  // y (64, 64) on its way out
+
+  uint64_t full[Config::kStages];  // a stage's copies have arrived: one arrival, and their bytes
+  uint64_t free[Config::kStages];  // its operands have been read: one arrival a consumer warp
+};
+
+template <typename Config>
+constexpr size_t gemm_shared_bytes() {
+  constexpr size_t bytes = sizeof(GemmShared<Config>) + Config::kAlignment;
+  static_assert(bytes <= Config::kSharedLimit, "a block's shared memory on sm_90");
+  return bytes;
+}
+
+// Named barriers of the consumers; 0 is __syncthreads'.
+constexpr uint32_t kConsumerBarrier = 1;
+
+}  // namespace peft_kernels::lora

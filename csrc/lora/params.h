@@ -1,0 +1,84 @@
+// What the launchers of this family take. Pointers are device pointers; sizes count elements.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "lora/decode_config.h"
+
+namespace peft_kernels::lora {
+
+struct DropoutMaskParams {
+  uint8_t* mask;        // (rows, cols), contiguous: 1 keeps, 0 drops
+  const int64_t* seed;  // 0-d
+  int64_t rows;
+  int64_t cols;
+  uint32_t threshold;  // a 16-bit draw below it drops its element
+};
+
+void dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
+
+struct DecodeParams {
+  const void* x;       // (m, k), rows contiguous and on 16-byte boundaries
+  const void* weight;  // (n, k), likewise
+  const void* lora_a;  // (r, k), likewise
+  const void* lora_b;  // (n, r)
+  const void* bias;    // (n,), or null
+  const float* scale;  // 0-d, or null: scale_value
+  void* y;             // (m, n), contiguous
+  float* s;            // (m, r), contiguous
+  uint64_t* flags;     // decode::flag_count(shape) of them
+  float* partials;     // decode::partials(shape) times (m, kTileRows)
+  int64_t x_stride;    // between rows, in elements
+  int64_t weight_stride;
+  int64_t a_stride;
+  int64_t b_stride_n;
+  int64_t b_stride_r;
+  int64_t bias_stride;
+  uint64_t nonce;  // that no other launch on these flags has
+  float scale_value;
+  decode::Shape shape;
+};
+
+// `dtype` of x, weight, bias and y; `adapter_dtype` of lora_a and lora_b: the same, or float32. `flags` is the
+// beginning of a workspace of decode::workspace_bytes, in which partials finds its place. All CTAs must be resident
+// together: the launch is cooperative, and fails where `grid` is too large for that.
+void decode_forward(DecodeParams params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream);
+
+// Forward: y (m, n) = x w^T + bias + f S up^T and S = x down^T, with w (n, k), down = A (r, k), up = B (n, r).
+// Backward: the gradients dX = dY W + dS A and dS = f dY B under the names y, S and x = dY, with w = W (k, n), down = B
+// (k, r), up = A (r, n); m, n, k are the sizes of this product, not of the layer.
+// Every matrix but S has rows of 16-byte multiples, contiguous, on 16-byte boundaries, in `dtype`.
+struct GemmParams {
+  const void* x;       // (m, k)
+  const void* w;       // (n, k) | (k, n)
+  const void* down;    // (r, k) | (k, r)
+  const void* up;      // (n, r) | (r, n)
+  const void* bias;    // (n,) or null, on a 4-byte boundary
+  const float* scale;  // f: 0-d, or null: scale_value
+  void* y;             // (m, n)
+  float* s;            // (m, r), contiguous
+  uint64_t* flags;     // workspace: gemm_flags(m) of them
+  void* s_half;        // workspace: (m, gemm_padded_rank(r)) in `dtype`, contiguous, on a 16-byte boundary
+  int64_t x_stride;    // between rows, in elements
+  int64_t w_stride;
+  int64_t down_stride;
+  int64_t up_stride;
+  int64_t y_stride;
+  uint64_t nonce;  // that no flag holds before the launch
+  float scale_value;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t r;
+  Dtype dtype;  // bfloat16 or float16
+  bool backward;
+};
+
+// The device must be of compute capability 9.0. Its `multiprocessors` bound the grid, whose blocks are all resident
+// together: the launch is cooperative.
+void gemm_sm90(const GemmParams& params, int multiprocessors, cudaStream_t stream);
+
+}  // namespace peft_kernels::lora

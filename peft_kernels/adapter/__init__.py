@@ -1,0 +1,36 @@
+"""Bottleneck adapter: two small projections with an activation between, added to a residual, as one operation.
+
+    y = residual + scale * (act(x Wd^T + bd) Wu^T + bu)     x (..., K), Wd (r, K), Wu (N, r), residual and y (..., N)
+
+Serial, residual = x: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751.
+Parallel, residual = sublayer(x): He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning",
+arXiv:2110.04366.
+
+| backend | runs where            | dtypes                 | r   | status                                              |
+| torch   | any device            | fp32, bf16, fp16, fp64 | any | tested on CPU                                       |
+| triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | any | tested in Triton's interpreter, compiled for sm_80, |
+|         |                       |                        |     | 89, 90 and 100; run by no GPU yet: not in `auto`    |
+| cuda    | CUDA, sm_90           | bf16, fp16             | 128 | forward only, backward is torch's; tested in a      |
+|         |                       |                        |     | host emulator; run by no GPU yet: not in `auto`     |
+
+Map, top to bottom:
+    activations.py         the activations by name, in torch
+    problem.py             the tensors of a call, the facts backends decide on, every check
+    config.py              tile sizes and paths, chosen by pure functions
+    torch_impl.py          the torch backend
+    triton_activations.py  the activations and their slopes in a kernel's registers
+    triton_products.py     the two products as device functions: into the bottleneck and out of it
+    triton_fwd.py          kernels `adapter_forward`, `adapter_down`, `adapter_up`, launchers   (z, y; also dz, dx)
+    triton_bwd.py          kernels `adapter_grad_input`, `adapter_grad_weight`, launchers       (dz, dx; dW, db)
+    triton_impl.py         what Triton can run, and the order of its launches
+    cuda_impl.py           what the CUDA kernel can run, and its launch; csrc/adapter has the kernel
+    op.py                  the public function, autograd, torch.library
+    module.py              SerialAdapter, ParallelAdapter
+    insertion.py           adapters in a transformer block
+"""
+
+from peft_kernels.adapter.insertion import insert_adapters
+from peft_kernels.adapter.module import ParallelAdapter, SerialAdapter
+from peft_kernels.adapter.op import bottleneck_adapter
+
+__all__ = ["ParallelAdapter", "SerialAdapter", "bottleneck_adapter", "insert_adapters"]

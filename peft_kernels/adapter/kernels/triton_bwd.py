@@ -1,0 +1,177 @@
+"""Bottleneck adapter on Triton: the backward pass. The split path borrows `down` and `up` of triton_fwd.py.
+
+Equation  dz = s (dy Wu) * act'(z);  dx = dz Wd (+ dy, serial) | dWd = dz^T x;  dWu = s dy^T act(z);  dbu = s sum dy
+          (derived in docs/design/adapter.md)
+Tensors   dy (M, N), x (M, K), Wd (r, K), Wu (N, r): any strides; z, dz (M, r) float32, contiguous; dx (M, K)
+          partial sums float32: dWd (splits, r, K), dWu (splits, N, r), dbu (splits, N)
+Tiles     input: a program owns BLOCK_M rows and makes both products of them | weight: a program owns BLOCK_C columns
+          of dy or x, BLOCK_R of the bottleneck and one of SPLIT_M ranges of rows; partials are summed in a fixed order,
+          so two runs give the same bits
+Bound     input: dy in, dx out; the rows of dy are read again from L2 where it is serial | weight: one read of dy or x
+Refused   as triton_fwd.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_kernels._core.triton_math import dot, load_scalar
+from peft_kernels.adapter.kernels.config import FusedConfig, GradConfig
+from peft_kernels.adapter.kernels.triton_activations import activate, slope
+from peft_kernels.adapter.kernels.triton_products import into_bottleneck, write_rows
+
+_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def adapter_grad_input_kernel(
+    # pointers
+    dy_ptr, wu_ptr, wd_ptr, z_ptr, dz_ptr, dx_ptr, factor,
+    # sizes
+    M, N, K, R,
+    # strides
+    stride_ym, stride_yn, stride_wun, stride_wur, stride_wdr, stride_wdk, stride_zm, stride_xm,
+    # constexprs
+    ACTIVATION: tl.constexpr, SERIAL: tl.constexpr, NEEDS_DX: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, OUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_z = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    z_offsets = offs_m.to(tl.int64)[:, None] * stride_zm + offs_r[None, :]
+    dz = into_bottleneck(
+        dy_ptr, wu_ptr, offs_m, offs_r, 0, N, M, N, R, stride_ym, stride_yn, stride_wur, stride_wun,
+        EXACT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+    )  # fmt: skip
+    dz = dz * load_scalar(factor, FACTOR_IS_TENSOR)
+    dz = dz * slope(tl.load(z_ptr + z_offsets, mask=mask_z, other=0.0), ACTIVATION)
+    tl.store(dz_ptr + z_offsets, dz, mask=mask_z)
+
+    if NEEDS_DX:
+        write_rows(
+            dz, wd_ptr, None, dy_ptr, dx_ptr, 1.0, offs_m, offs_r, M, K, R,
+            stride_wdr, stride_wdk, stride_ym, stride_yn, stride_xm,
+            False, SERIAL, OUT_PRECISION, BLOCK_M, BLOCK_O,
+        )  # fmt: skip
+
+
+@triton.jit
+def adapter_grad_weight_kernel(
+    # pointers
+    t_ptr, u_ptr, dw_ptr, sums_ptr, factor,
+    # sizes
+    M, C, R,
+    # strides
+    stride_tm, stride_tc, stride_um, stride_ws, stride_wr, stride_wc,
+    # constexprs
+    ACTIVATION: tl.constexpr, NEEDS_SUMS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    OPERAND: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
+):  # fmt: skip
+    pid_c, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_c, mask_r = offs_c < C, offs_r < R
+
+    span = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT_M) * BLOCK_M
+    first = pid_split * span
+    dw = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sums = tl.zeros((BLOCK_C,), tl.float32)
+    for m in range(first, min(first + span, M), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        rows = offs_m.to(tl.int64)[:, None]
+        t_offsets = rows * stride_tm + offs_c.to(tl.int64)[None, :] * stride_tc
+        t = tl.load(t_ptr + t_offsets, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+        u = tl.load(u_ptr + rows * stride_um + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        # Rows past the end meet zeros of t, so that act(0) need not be zero.
+        dw = dot(tl.trans(activate(u, ACTIVATION).to(OPERAND)), t, dw, EXACT, PRECISION)
+        if NEEDS_SUMS:
+            sums += tl.sum(t.to(tl.float32), axis=0)
+
+    scale = load_scalar(factor, FACTOR_IS_TENSOR)
+    dw_rows = dw_ptr + pid_split.to(tl.int64) * stride_ws + offs_r.to(tl.int64)[:, None] * stride_wr
+    dw_tile = dw_rows + offs_c.to(tl.int64)[None, :] * stride_wc
+    tl.store(dw_tile, dw * scale, mask=mask_r[:, None] & mask_c[None, :])
+    if NEEDS_SUMS:
+        # Every program of the bottleneck's blocks has the same sums.
+        tl.store(sums_ptr + pid_split.to(tl.int64) * C + offs_c, sums * scale, mask=mask_c & (pid_r == 0))
+
+
+def grad_input(
+    dy: Tensor,
+    weights: tuple[Tensor | None, Tensor],
+    z: Tensor,
+    factor: float | Tensor,
+    activation: str,
+    serial: bool,
+    dx_dtype: torch.dtype,
+    precisions: tuple[bool, str, str],
+    config: FusedConfig,
+) -> tuple[Tensor | None, Tensor]:
+    """Launch both products of the backward pass at once and return dx (M, K), or None, and dz (M, r) float32.
+
+    Args:
+        dy: (M, N). weights: Wd (r, K), None where dx is not needed, and Wu (N, r). z: (M, r) float32, contiguous.
+        factor: float or 0-d tensor. serial: whether dx has dy in it. precisions: as in ``triton_fwd.forward``.
+    """
+    (wd, wu), (exact, precision, out_precision) = weights, precisions
+    (m, n), r = dy.shape, z.shape[1]
+    k, wd_strides = (0, (0, 0)) if wd is None else (wd.shape[1], wd.stride())
+    dz = torch.empty_like(z)
+    dx = torch.empty(m, k, dtype=dx_dtype, device=dy.device) if wd is not None else None
+
+    adapter_grad_input_kernel[(triton.cdiv(m, config.BLOCK_M),)](
+        dy, wu, wd, z, dz, dx, factor,
+        m, n, k, r,
+        dy.stride(0), dy.stride(1), wu.stride(0), wu.stride(1), *wd_strides, z.stride(0), k,
+        ACTIVATION=activation, SERIAL=serial, NEEDS_DX=wd is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        EXACT=exact, PRECISION=precision, OUT_PRECISION=out_precision, **asdict(config),
+    )  # fmt: skip
+    return dx, dz
+
+
+def grad_weight(
+    t: Tensor,
+    u: Tensor,
+    factor: float | Tensor,
+    activation: str,
+    t_first: bool,
+    needs_sums: bool,
+    operand: torch.dtype,
+    precisions: tuple[bool, str, str],
+    config: GradConfig,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch factor * act(u)^T t and return it float32, with factor * sum of t over rows (C,) if that is needed.
+
+    Args:
+        t: (M, C). u: (M, r) float32, contiguous. factor: float or 0-d tensor.
+        t_first: whether the result is (C, r), as Wu is stored, or (r, C), as Wd is.
+        operand: dtype that act(u) is rounded to for the product: the weight's.
+    """
+    (m, c), r = t.shape, u.shape[1]
+    exact, precision, _ = precisions
+    shape, strides = ((c, r), (1, r)) if t_first else ((r, c), (c, 1))
+    dw = torch.empty(config.SPLIT_M, *shape, dtype=torch.float32, device=t.device)
+    sums = torch.empty(config.SPLIT_M, c, dtype=torch.float32, device=t.device) if needs_sums else None
+
+    grid = (triton.cdiv(c, config.BLOCK_C), triton.cdiv(r, config.BLOCK_R), config.SPLIT_M)
+    adapter_grad_weight_kernel[grid](
+        t, u, dw, sums, factor,
+        m, c, r,
+        t.stride(0), t.stride(1), u.stride(0), dw.stride(0), *strides,
+        ACTIVATION=activation, NEEDS_SUMS=needs_sums, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        OPERAND=_OPERANDS[operand], EXACT=exact, PRECISION=precision, **asdict(config),
+    )  # fmt: skip
+    return _summed(dw), None if sums is None else _summed(sums)
+
+
+def _summed(partials: Tensor) -> Tensor:
+    """Add partial sums in their order; torch's sum over the first dimension has no atomics."""
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0)

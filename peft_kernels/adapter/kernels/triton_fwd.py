@@ -1,0 +1,229 @@
+"""Bottleneck adapter on Triton: the forward pass, in one launch or in two.
+
+Equation  z = x Wd^T + bd;  y = residual + s (act(z) Wu^T + bu)     (Houlsby et al. 2019, arXiv:1902.00751)
+Tensors   x (M, K), Wd (r, K), Wu (N, r), residual (M, N): any strides; bd (r,), bu (N,); z (M, r) float32, y (M, N)
+Tiles     adapter: a program owns BLOCK_M rows and makes both products of them | down: a program owns (BLOCK_M, BLOCK_R)
+          of z and one of SPLIT_C ranges of K | up: a program owns a (BLOCK_M, BLOCK_C) tile of y
+Bound     adapter: x in, y out, and the residual where it is not x, whose rows are read again from L2; 4 r M K flops
+          down and up: x twice, and z out and back
+Refused   M, N or K >= 2^31 (offsets are 64-bit, indices are not); float64; adapter: r > BLOCK_R
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_kernels._core.triton_math import load_scalar
+from peft_kernels.adapter.kernels.config import DownConfig, FusedConfig, UpConfig
+from peft_kernels.adapter.kernels.triton_activations import activate, slope
+from peft_kernels.adapter.kernels.triton_products import (
+    into_bottleneck,
+    load_addends,
+    out_of_bottleneck,
+    store_sum,
+    write_rows,
+)
+
+
+@triton.jit
+def adapter_forward_kernel(
+    # pointers
+    x_ptr, wd_ptr, bd_ptr, wu_ptr, bu_ptr, residual_ptr, z_ptr, y_ptr, factor,
+    # sizes
+    M, N, K, R,
+    # strides
+    stride_xm, stride_xk, stride_wdr, stride_wdk, stride_wun, stride_wur, stride_rm, stride_rn, stride_zm, stride_ym,
+    # constexprs
+    ACTIVATION: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, OUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    z = into_bottleneck(
+        x_ptr, wd_ptr, offs_m, offs_r, 0, K, M, K, R, stride_xm, stride_xk, stride_wdr, stride_wdk,
+        EXACT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+    )  # fmt: skip
+    if HAS_DOWN_BIAS:
+        z += tl.load(bd_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
+    z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * stride_zm
+    tl.store(z_rows + offs_r[None, :], z, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+
+    # Padded columns of h may be anything finite: the rows of Wu^T that they meet are zero.
+    write_rows(
+        activate(z, ACTIVATION), wu_ptr, bu_ptr, residual_ptr, y_ptr, load_scalar(factor, FACTOR_IS_TENSOR),
+        offs_m, offs_r, M, N, R, stride_wur, stride_wun, stride_rm, stride_rn, stride_ym,
+        HAS_UP_BIAS, HAS_RESIDUAL, OUT_PRECISION, BLOCK_M, BLOCK_O,
+    )  # fmt: skip
+
+
+@triton.jit
+def adapter_down_kernel(
+    # pointers
+    t_ptr, w_ptr, bias_ptr, z_ptr, out_ptr, factor,
+    # sizes
+    M, C, R,
+    # strides
+    stride_tm, stride_tc, stride_wr, stride_wc, stride_zm, stride_os, stride_om,
+    # constexprs
+    SLOPE_OF: tl.constexpr, HAS_BIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_C: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+
+    span = tl.cdiv(tl.cdiv(C, BLOCK_C), SPLIT_C) * BLOCK_C
+    first = pid_split * span
+    acc = into_bottleneck(
+        t_ptr, w_ptr, offs_m, offs_r, first, min(first + span, C), M, C, R, stride_tm, stride_tc, stride_wr, stride_wc,
+        EXACT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+    )  # fmt: skip
+    if HAS_BIAS:
+        # The sum over the ranges has the bias once.
+        bias = tl.load(bias_ptr + offs_r, mask=(offs_r < R) & (pid_split == 0), other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
+    if SLOPE_OF is not None:
+        # Linear in the partial product, so that it may come before the sum over the ranges.
+        z = tl.load(z_ptr + rows * stride_zm + offs_r[None, :], mask=mask, other=0.0)
+        acc = acc * slope(z, SLOPE_OF)
+    tl.store(out_ptr + pid_split.to(tl.int64) * stride_os + rows * stride_om + offs_r[None, :], acc, mask=mask)
+
+
+@triton.jit
+def adapter_up_kernel(
+    # pointers
+    u_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, factor,
+    # sizes
+    M, C, R,
+    # strides
+    stride_um, stride_wr, stride_wc, stride_rm, stride_rc, stride_om,
+    # constexprs
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    OUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    u_rows = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um
+    # Before the product, which hides their latency.
+    bias, residual = load_addends(
+        bias_ptr, residual_ptr, offs_m, offs_c, M, C, stride_rm, stride_rc, HAS_BIAS, HAS_RESIDUAL
+    )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for r in range(0, R, BLOCK_R):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        u = tl.load(u_rows + offs_r[None, :], mask=(offs_m < M)[:, None] & (offs_r < R)[None, :], other=0.0)
+        u = activate(u, ACTIVATION)
+        acc = out_of_bottleneck(u, w_ptr, acc, offs_r, offs_c, R, C, stride_wr, stride_wc, OUT_PRECISION)
+    store_sum(out_ptr, acc, bias, residual, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_c, M, C, stride_om)
+
+
+def forward(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    factor: float | Tensor,
+    activation: str,
+    out_dtype: torch.dtype,
+    precisions: tuple[bool, str, str],
+    config: FusedConfig,
+) -> tuple[Tensor, Tensor]:
+    """Launch both products at once and return y (M, N) in ``out_dtype`` and z (M, r) float32.
+
+    Args:
+        x: (M, K). weights: Wd (r, K) and Wu (N, r). biases: bd (r,) and bu (N,), or None each.
+        residual: (M, N), may be x itself, or None. factor: float or 0-d tensor.
+        precisions: whether a float32 weight keeps its bits beside a half-precision x; Triton's names for what float32
+            products of the first and of the second kind may do.
+    """
+    (wd, wu), (bd, bu), (exact, precision, out_precision) = weights, biases, precisions
+    (m, k), (n, r) = x.shape, wu.shape
+    z = torch.empty(m, r, dtype=torch.float32, device=x.device)
+    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+
+    adapter_forward_kernel[(triton.cdiv(m, config.BLOCK_M),)](
+        x, wd, bd, wu, bu, residual, z, y, factor,
+        m, n, k, r,
+        x.stride(0), x.stride(1), wd.stride(0), wd.stride(1), wu.stride(0), wu.stride(1), *_strides(residual),
+        z.stride(0), y.stride(0),
+        ACTIVATION=activation, HAS_DOWN_BIAS=bd is not None, HAS_UP_BIAS=bu is not None,
+        HAS_RESIDUAL=residual is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        EXACT=exact, PRECISION=precision, OUT_PRECISION=out_precision, **asdict(config),
+    )  # fmt: skip
+    return y, z
+
+
+def down(
+    t: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    factor: float | Tensor,
+    slope_at: tuple[str, Tensor] | None,
+    precisions: tuple[bool, str, str],
+    config: DownConfig,
+) -> Tensor:
+    """Launch factor * (t w^T + bias), times the slope of an activation at z, and return it (M, r) float32.
+
+    Args:
+        t: (M, C). w: (r, C), any strides. bias: (r,) or None.
+        slope_at: the activation and z (M, r) float32, contiguous; or None.
+    """
+    (m, c), r = t.shape, w.shape[0]
+    exact, precision, _ = precisions
+    activation, z = slope_at if slope_at is not None else (None, None)
+    partials = torch.empty(config.SPLIT_C, m, r, dtype=torch.float32, device=t.device)
+
+    grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(r, config.BLOCK_R), config.SPLIT_C)
+    adapter_down_kernel[grid](
+        t, w, bias, z, partials, factor,
+        m, c, r,
+        t.stride(0), t.stride(1), w.stride(0), w.stride(1), r, partials.stride(0), partials.stride(1),
+        SLOPE_OF=activation, HAS_BIAS=bias is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        EXACT=exact, PRECISION=precision, **asdict(config),
+    )  # fmt: skip
+    # torch's sum over the first dimension adds in a fixed order, without atomics.
+    return partials[0] if config.SPLIT_C == 1 else partials.sum(0)
+
+
+def up(
+    u: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    factor: float | Tensor,
+    activation: str,
+    out_dtype: torch.dtype,
+    precisions: tuple[bool, str, str],
+    config: UpConfig,
+) -> Tensor:
+    """Launch residual + factor * (act(u) w + bias) and return it (M, C) in ``out_dtype``.
+
+    Args:
+        u: (M, r) float32, contiguous. w: (r, C), any strides. bias: (C,) or None. residual: (M, C) or None.
+    """
+    (m, r), c = u.shape, w.shape[1]
+    out = torch.empty(m, c, dtype=out_dtype, device=u.device)
+
+    adapter_up_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
+        u, w, bias, residual, out, factor,
+        m, c, r,
+        u.stride(0), w.stride(0), w.stride(1), *_strides(residual), out.stride(0),
+        ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        FACTOR_IS_TENSOR=isinstance(factor, Tensor), OUT_PRECISION=precisions[2], **asdict(config),
+    )  # fmt: skip
+    return out
+
+
+def _strides(matrix: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))

@@ -1,0 +1,160 @@
+"""Capability record of the Triton backend, and the order of its launches. Imports the kernels only to launch them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core import triton_tools
+from peft_kernels._core.device import Hardware, hardware
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels.adapter.kernels import config
+from peft_kernels.adapter.problem import BottleneckAdapterProblem, Gradients, Inputs, Needs
+
+# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
+VERIFIED_ARCHS: frozenset[int] = frozenset()
+
+
+def why_not(problem: BottleneckAdapterProblem) -> str | None:
+    """Reason why the kernels cannot run this problem, or None."""
+    reason = triton_tools.why_not_device(problem.device)
+    if reason is not None:
+        return reason
+    if problem.dtype == torch.float64:
+        return "its kernels accumulate in float32, and x is float64"
+    largest = max(problem.m, problem.n, problem.k)
+    if largest >= triton_tools.INDEX_LIMIT:
+        return f"M, N and K must be below 2^31, got {largest}"
+    return None
+
+
+def why_not_auto(problem: BottleneckAdapterProblem) -> str | None:
+    """Reason why ``auto`` passes over the kernels although they run, or None."""
+    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
+
+
+def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return y (M, N) and z (M, r) float32."""
+    launches = _Launches.of(problem)
+    x, wd, wu, bd, bu, _, scale = inputs
+    residual = x if problem.serial else inputs.residual
+    precisions = launches.precisions(problem.out_dtype)
+    if launches.is_fused():
+        return launches.fwd.forward(
+            x, (wd, wu), (bd, bu), residual, scale, problem.activation, problem.out_dtype, precisions,
+            launches.fused(x, problem.out_dtype),
+        )  # fmt: skip
+    z = launches.down(x, wd, bd, 1.0, None)
+    return launches.up(z, wu.t(), bu, residual, scale, problem.activation, problem.out_dtype), z
+
+
+def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+    """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
+    launches = _Launches.of(problem)
+    dtype = problem.adapter_dtype
+    dx = dwd = dbd = dwu = dbu = None
+    if needs.dz:
+        dx, dz = launches.grad_input(inputs, z, dy, needs.x)
+        dbd = dz.sum(0).to(dtype) if needs.down_bias else None
+        if needs.down_weight:
+            dwd, _ = launches.grad_weight(inputs.x, dz, 1.0, "identity", t_first=False, needs_sums=False)
+    if needs.up_weight or needs.up_bias:
+        dwu, dbu = launches.grad_weight(dy, z, inputs.scale, problem.activation, t_first=True, needs_sums=needs.up_bias)
+    return Gradients(
+        x=dx,
+        down_weight=None if dwd is None else dwd.to(dtype),
+        up_weight=dwu.to(dtype) if dwu is not None and needs.up_weight else None,
+        down_bias=dbd,
+        up_bias=None if dbu is None else dbu.to(dtype),
+    )
+
+
+class _Launches(NamedTuple):
+    """The launches of one call: what they share, and the choice of a config for each."""
+
+    fwd: ModuleType
+    bwd: ModuleType
+    problem: BottleneckAdapterProblem
+    hardware: Hardware
+
+    @staticmethod
+    def of(problem: BottleneckAdapterProblem) -> _Launches:
+        from peft_kernels.adapter.kernels import triton_bwd, triton_fwd
+
+        return _Launches(triton_fwd, triton_bwd, problem, hardware(problem.device))
+
+    def is_fused(self) -> bool:
+        """Whether both products of a direction run in one launch."""
+        return config.product_path(self.problem.m, self.problem.r, self.hardware) == "fused"
+
+    def fused(self, t: Tensor, out_dtype: torch.dtype) -> config.FusedConfig:
+        """The config of a fused launch whose first product reads t, and whose second writes ``out_dtype``."""
+        m, r, adapter_dtype = self.problem.m, self.problem.r, self.problem.adapter_dtype
+        # Rows of the other matrices are as long, or as ragged; a wrong guess costs time, no correctness.
+        aligned = triton_tools.tma_can_read(t)
+        return config.fused_config(m, r, t.dtype, adapter_dtype, out_dtype, aligned, self.hardware)
+
+    def precisions(self, out_dtype: torch.dtype) -> tuple[bool, str, str]:
+        """Whether float32 weights keep their bits, and what float32 products into and out of the bottleneck may do.
+
+        A half-precision result has no more bits than TF32, and is rounded from a sum of many products of them.
+        """
+        strict = triton_tools.dot_precision(self.problem.adapter_dtype)
+        return self.problem.is_mixed, strict, strict if out_dtype == torch.float32 else "tf32"
+
+    def down(
+        self, t: Tensor, w: Tensor, bias: Tensor | None, factor: float | Tensor, slope_at: tuple[str, Tensor] | None
+    ) -> Tensor:
+        """factor * (t w^T + bias) [* act'(z)], float32."""
+        chosen = config.down_config(t.shape[0], t.shape[1], w.shape[0], t.dtype, self.problem.is_mixed, self.hardware)
+        return self.fwd.down(t, w, bias, factor, slope_at, self.precisions(torch.float32), chosen)
+
+    def up(
+        self,
+        u: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        factor: float | Tensor,
+        activation: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """residual + factor * (act(u) w + bias)."""
+        chosen = config.up_config(u.shape[0], u.shape[1], self.problem.dtype, self.problem.is_mixed, self.hardware)
+        return self.fwd.up(u, w, bias, residual, factor, activation, out_dtype, self.precisions(out_dtype), chosen)
+
+    def grad_input(self, inputs: Inputs, z: Tensor, dy: Tensor, needs_dx: bool) -> tuple[Tensor | None, Tensor]:
+        """dx, and dz float32."""
+        problem, wd, wu = self.problem, inputs.down_weight, inputs.up_weight
+        if self.is_fused():
+            return self.bwd.grad_input(
+                dy, (wd if needs_dx else None, wu), z, inputs.scale, problem.activation, problem.serial, problem.dtype,
+                self.precisions(problem.dtype), self.fused(dy, problem.dtype),
+            )  # fmt: skip
+        dz = self.down(dy, wu.t(), None, inputs.scale, (problem.activation, z))
+        if not needs_dx:
+            return None, dz
+        return self.up(dz, wd, None, dy if problem.serial else None, 1.0, "identity", problem.dtype), dz
+
+    def grad_weight(
+        self, t: Tensor, u: Tensor, factor: float | Tensor, activation: str, t_first: bool, needs_sums: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """factor * act(u)^T t, or its transpose, and factor * sum t; float32."""
+        problem = self.problem
+        chosen = config.grad_config(t.shape[0], t.shape[1], u.shape[1], t.dtype, problem.is_mixed, self.hardware)
+        return self.bwd.grad_weight(
+            t, u, factor, activation, t_first, needs_sums, problem.adapter_dtype, self.precisions(torch.float32), chosen
+        )
+
+
+IMPLEMENTATION = Implementation(
+    name="triton",
+    why_not_environment=triton_tools.why_not_environment,
+    why_not=why_not,
+    why_not_auto=why_not_auto,
+    forward=forward,
+    backward=backward,
+)

@@ -1,0 +1,40 @@
+"""LoRA linear: a frozen linear layer and its low-rank update, as one operation.
+
+    y = x W^T + bias + scale * (drop(x) A^T) B^T          x (..., K), W (N, K), A (r, K), B (N, r), y (..., N)
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+
+| backend | runs where            | dtypes                 | rank | status                                          |
+| torch   | any device            | fp32, bf16, fp16, fp64 | any  | tested on CPU                                   |
+| triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | any  | tested in Triton's interpreter and compiled for |
+|         |                       |                        |      | sm_80, 89, 90, 100; run by no GPU yet: not in   |
+|         |                       |                        |      | `auto`                                          |
+| cuda    | CUDA, sm_80 and newer | bf16, fp16; adapters   | any  | decode: M <= 16, no dropout; backward by torch. |
+|         |                       | likewise or fp32       |      | Device body tested in the emulator; run by no   |
+|         |                       |                        |      | GPU yet: not in `auto`                          |
+|         | CUDA, sm_90           | bf16, fp16; adapters   | 128  | gemm: no dropout, N and K multiples of 8; dX    |
+|         |                       | likewise               |      | and dS in one launch, the rest by torch. As     |
+|         |                       |                        |      | above: emulator, no GPU yet, not in `auto`      |
+
+Map, top to bottom:
+    problem.py         the tensors of a call, the facts backends decide on, every check
+    dropout.py         which elements are dropped: one recipe of bits for all backends
+    config.py          tile sizes and paths, chosen by pure functions
+    torch_impl.py      the torch backend
+    triton_fwd.py      kernels `down`, `gemm`, `up` and their launchers      (S, y; also dS and dX)
+    triton_bwd.py      kernels `grad_up`, `grad_down` and their launchers    (dS, dB, dbias; dA)
+    triton_dropout.py  the mask, recomputed in a kernel's registers
+    triton_impl.py     what Triton can run, and the order of its launches
+    cuda_workspace.py  memory and nonces of launches whose blocks wait for each other
+    cuda_decode.py     what csrc/lora/decode.cuh can run, and its launch                   (S, y; M <= 16)
+    cuda_gemm.py       what csrc/lora/gemm_sm90.cuh can run, and its launches              (S, y; dS, dX)
+    cuda_impl.py       the CUDA kernels in the order in which they are tried
+    op.py              the public function, autograd, torch.library
+    module.py          FusedLoRALinear
+"""
+
+from peft_kernels.lora.kernels.dropout import lora_linear_dropout_mask
+from peft_kernels.lora.linear.op import lora_linear
+from peft_kernels.lora.module import FusedLoRALinear
+
+__all__ = ["FusedLoRALinear", "lora_linear", "lora_linear_dropout_mask"]

@@ -1,0 +1,276 @@
+"""Tile sizes and paths of the LoRA linear kernels: frozen values from pure functions of the problem and the hardware.
+
+No branch here has been measured on a GPU yet. Each says what it assumes; docs/design/lora.md has the arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from peft_kernels._core.device import Hardware
+from peft_kernels._core.triton_tools import next_power_of_2
+
+Path = Literal["fused", "cublas"]
+
+
+@dataclass(frozen=True)
+class DownConfig:
+    """S = drop(x) A^T."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    BLOCK_R: int
+    SPLIT_K: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """The base product with the low-rank product as its last K step."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    GROUP_M: int
+    USE_TMA: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """y += S B^T, in place."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GradUpConfig:
+    """dS, dB and dbias in one pass over dY."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_R: int
+    SPLIT_M: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GradDownConfig:
+    """dA = dS^T drop(x); also dB^T = S^T dY where dY is read twice."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    BLOCK_R: int
+    SPLIT_M: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """At most 16 tokens in one launch (csrc/lora/decode_config.h).
+
+    Attributes:
+        SPLITS: of K, for each tile of W.
+        DOWN_SPLITS: of K, for each tile of A.
+        GRID: blocks, which must be resident together.
+    """
+
+    SPLITS: int
+    DOWN_SPLITS: int
+    GRID: int
+
+
+# Constants of csrc/lora/decode_config.h: rows of a tile, k that a warp takes at a time, warps of a block that
+# share its k, blocks of a multiprocessor.
+DECODE_TILE_ROWS = 64
+DECODE_CHUNK_K = 64
+DECODE_WARPS_OF_K = 4
+DECODE_BLOCKS_PER_SM = 2
+
+
+def base_product_path(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool, hardware: Hardware) -> Path:
+    """Whether the base product runs in the fused kernel or in cuBLAS, with the low-rank term added in place after it.
+
+    Args:
+        m, n: size of the result. k: length of the reduction.
+        aligned: all rows start at multiples of 16 bytes.
+    """
+    if dtype == torch.float32:
+        # Triton's float32 product without TF32 uses no tensor core; nothing to win over cuBLAS.
+        return "cublas"
+    if not aligned:
+        # Ahead-of-time compiles of ragged rows show two-byte loads and no asynchronous copy.
+        return "cublas"
+    if _cdiv(m, 128) * _cdiv(n, 256) < hardware.sm_count:
+        # Less than one tile per multiprocessor: cuBLAS splits K there, this kernel does not.
+        return "cublas"
+    # Assumption, not measured: the fused kernel stays within 9 % of cuBLAS, which is the break-even at K = 4096;
+    # at 8192 it would have to stay within 4.5 %.
+    return "fused" if k <= 4096 else "cublas"
+
+
+def reads_dy_once(r: int) -> bool:
+    """Whether one pass over dY makes dS and dB.
+
+    Model: the pass writes and reads 4 r M N / 128 bytes of partial dS beside the 2 M N bytes of dY; at r = 32 these are
+    as many bytes as a second read of dY.
+    """
+    return r <= 32
+
+
+def down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> DownConfig:
+    """A tile per multiprocessor: rows are halved, then K split, until there is one (assumed: bandwidth needs all)."""
+    block_r = min(128, max(16, next_power_of_2(r)))
+    block_m = 64
+    while block_m > 16 and _cdiv(m, block_m) < hardware.sm_count:
+        block_m //= 2
+    # 32 KiB of a float32 operand's tile and its pieces in registers is what 255 registers a thread hold.
+    block_k = 128 if block_r <= 32 else 64
+    if _multiplies_pieces(dtype, exact) or dtype == torch.float32:
+        block_k //= 2
+    # On sm_100 it is the narrow ones that spill with four warps, and the widest with eight (ahead-of-time compiles).
+    takes_eight_warps = block_r <= 64 if hardware.arch >= 100 else block_r > 32
+    programs = _cdiv(m, block_m) * _cdiv(r, block_r)
+    split_k = max(1, min(_cdiv(k, block_k) // 4, hardware.sm_count // programs))
+    return DownConfig(
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        SPLIT_K=split_k,
+        num_warps=8 if takes_eight_warps else 4,
+        num_stages=3,
+    )
+
+
+def gemm_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, hardware: Hardware) -> GemmConfig:
+    """Tiles by architecture; sizes are those whose ahead-of-time compile shows no spill (tests/codegen).
+
+    Args:
+        aligned: all rows start at multiples of 16 bytes.
+    """
+    block_r = min(32, max(16, next_power_of_2(r)))
+    block_m, block_n, block_k, stages = 128, 128, 64, 3
+    if dtype == torch.float32:
+        block_m, block_n, block_k = 64, 64, 32
+    elif hardware.arch < 90:
+        # Three stages of 128 x 64 and 64 x 128 would leave sm_89's 99 KiB no room for the rank step.
+        block_k, stages = 32, 4
+    elif hardware.arch < 100 and aligned and not has_dropout:
+        # Under dropout the masked product has an accumulator of its own, so the tile is half as wide. On sm_100 the
+        # epilogue's 256 columns come out of tensor memory at once and spill.
+        block_n = 256
+    if hardware.arch >= 100 and not aligned:
+        block_n = 64
+    if has_dropout and hardware.arch < 90:
+        block_n = 64
+    return GemmConfig(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        GROUP_M=8,
+        USE_TMA=aligned and hardware.arch >= 90 and dtype != torch.float32,
+        num_warps=8,
+        num_stages=stages,
+    )
+
+
+def up_config(r: int, dtype: torch.dtype, hardware: Hardware) -> UpConfig:
+    """Wide rows for whole cache lines; the rank is walked in blocks, so any rank takes the same registers."""
+    return UpConfig(
+        BLOCK_M=64,
+        BLOCK_N=64 if dtype == torch.float32 else 128,
+        BLOCK_R=min(32, max(16, next_power_of_2(r))),
+        num_warps=4 if dtype == torch.float32 and hardware.arch >= 100 else 8,
+        num_stages=2,
+    )
+
+
+def grad_up_config(m: int, n: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> GradUpConfig:
+    """Rows are split until there is a program per multiprocessor; ``reads_dy_once`` bounds the rank."""
+    block_n = 128
+    block_m = 32 if dtype == torch.float32 or _multiplies_pieces(dtype, exact) else 64
+    return GradUpConfig(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=max(16, next_power_of_2(r)),
+        SPLIT_M=_row_splits(m, block_m, _cdiv(n, block_n), hardware),
+        num_warps=4 if dtype == torch.float32 and hardware.arch >= 100 else 8,
+        num_stages=3,
+    )
+
+
+def grad_down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> GradDownConfig:
+    """As ``grad_up_config``; ranks beyond 64 take further programs, which re-read x from L2."""
+    block_r, block_k = min(64, max(16, next_power_of_2(r))), 128
+    block_m = 32 if dtype == torch.float32 or _multiplies_pieces(dtype, exact) else 64
+    return GradDownConfig(
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        SPLIT_M=_row_splits(m, block_m, _cdiv(k, block_k) * _cdiv(r, block_r), hardware),
+        num_warps=4 if hardware.arch >= 100 else 8,
+        num_stages=3,
+    )
+
+
+@cache
+def decode_config(n: int, k: int, r: int, hardware: Hardware) -> DecodeConfig:
+    """As many splits of K as keep all multiprocessors loading, and no more; remembered, as it is asked for every token.
+
+    Model, not measured: the time is that of the blocks with most units; a unit costs a round for each chunk that its
+    warps load, and two more for its sums, its flags, and what waits for them.
+    """
+    chunks, slots = _cdiv(k, DECODE_CHUNK_K), DECODE_BLOCKS_PER_SM * hardware.sm_count
+    tiles, down_tiles = _cdiv(n, DECODE_TILE_ROWS), _cdiv(r, DECODE_TILE_ROWS)
+
+    def units(splits: int, down_splits: int) -> int:
+        return tiles * splits + down_tiles * down_splits
+
+    def rounds(choice: tuple[int, int]) -> int:
+        splits, down_splits = choice
+        return _cdiv(units(splits, down_splits), slots) * (_cdiv(_cdiv(chunks, splits), DECODE_WARPS_OF_K) + 2)
+
+    # S had better be there before the first tile of W asks for it, so A's units are half as long, unless that takes
+    # another wave of blocks. With fewer chunks to a unit than warps, more splits have nothing to share.
+    most = max(1, _cdiv(chunks, DECODE_WARPS_OF_K))
+    choices = [(splits, min(factor * splits, chunks)) for splits in range(1, most + 1) for factor in (2, 1)]
+    splits, down_splits = min(choices, key=rounds)
+    return DecodeConfig(SPLITS=splits, DOWN_SPLITS=down_splits, GRID=min(units(splits, down_splits), slots))
+
+
+def torch_rows_per_block(width: int, device_type: str) -> int:
+    """Rows that the torch backend casts or drops at a time.
+
+    On a CPU the mask's words, one for eight elements, must be more than the 32768 that torch leaves to one thread; a
+    quarter of it took 1.3 times as long on two. On a GPU a block should be worth its launches and small beside the
+    activations.
+    """
+    elements = 1 << 19 if device_type == "cpu" else 1 << 24
+    return max(1, elements // max(1, width))
+
+
+def _multiplies_pieces(dtype: torch.dtype, exact: bool) -> bool:
+    """Whether products are made of three pieces of a float32 operand, which live in registers beside it."""
+    return exact and dtype != torch.float32
+
+
+def _row_splits(m: int, block_m: int, tiles: int, hardware: Hardware) -> int:
+    return max(1, min(_cdiv(m, block_m), hardware.sm_count // tiles))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

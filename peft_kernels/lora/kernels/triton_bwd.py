@@ -1,0 +1,176 @@
+"""LoRA linear on Triton: the products that make a gradient of a factor, reduced over the tokens.
+
+Equation  grad_up: dS_part = f dY B and dB_part = f dY^T S in one pass over dY, and dbias_part = sum dY
+          grad_down: dA_part = f dS^T drop(x)                      (derived in docs/design/lora.md)
+Tensors   dY (M, N), x (M, K), B (N, r): any strides; S, dS (M, r) float32, contiguous
+          partial sums float32: dS (tiles of N, M, r), dB (splits, N, r), dbias (splits, N), dA (splits, r, K)
+Tiles     grad_up: a program owns BLOCK_N columns of dY and one of SPLIT_M ranges of rows | grad_down: likewise of x,
+          and BLOCK_R ranks; partials are then summed in a fixed order, so two runs give the same bits
+Bound     grad_up: one read of dY; its partials move 2 * 4 r (M N / BLOCK_N + SPLIT_M N) bytes more, mostly within L2
+          grad_down: one read of x
+Refused   grad_up: r > BLOCK_R (config.py then takes two passes instead); as triton_fwd.py otherwise
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_kernels._core.triton_math import dot, load_scalar
+from peft_kernels._core.triton_tools import dot_precision
+from peft_kernels.lora.kernels.config import GradDownConfig, GradUpConfig
+from peft_kernels.lora.kernels.dropout import Draw
+from peft_kernels.lora.kernels.triton_dropout import keep_tile
+
+
+@triton.jit
+def lora_grad_up_kernel(
+    # pointers
+    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, dbias_ptr, factor,
+    # sizes
+    M, N, R,
+    # strides
+    stride_ym, stride_yn, stride_sm, stride_bn, stride_br, stride_dsp, stride_dbp, stride_dbiasp,
+    # constexprs
+    NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, NEEDS_DBIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
+):  # fmt: skip
+    pid_n, pid_split = tl.program_id(0), tl.program_id(1)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    scale = load_scalar(factor, FACTOR_IS_TENSOR)
+    b_offsets = offs_n.to(tl.int64)[:, None] * stride_bn + offs_r.to(tl.int64)[None, :] * stride_br
+    b = tl.load(b_ptr + b_offsets, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+
+    span = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT_M) * BLOCK_M
+    first = pid_split * span
+    db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    for m in range(first, min(first + span, M), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        rows = offs_m.to(tl.int64)[:, None]
+        dy_offsets = rows * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
+        dy = tl.load(dy_ptr + dy_offsets, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        mask_s = mask_m[:, None] & mask_r[None, :]
+        if NEEDS_DB:
+            s = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask_s, other=0.0)
+            db = dot(tl.trans(dy), s, db, EXACT, PRECISION)
+        if NEEDS_DS:
+            ds = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), EXACT, PRECISION) * scale
+            tl.store(ds_ptr + pid_n.to(tl.int64) * stride_dsp + rows * stride_sm + offs_r[None, :], ds, mask=mask_s)
+        if NEEDS_DBIAS:
+            dbias += tl.sum(dy.to(tl.float32), axis=0)
+
+    if NEEDS_DB:
+        db_rows = db_ptr + pid_split.to(tl.int64) * stride_dbp + offs_n.to(tl.int64)[:, None] * R
+        tl.store(db_rows + offs_r[None, :], db * scale, mask=mask_n[:, None] & mask_r[None, :])
+    if NEEDS_DBIAS:
+        tl.store(dbias_ptr + pid_split.to(tl.int64) * stride_dbiasp + offs_n, dbias, mask=mask_n)
+
+
+@triton.jit
+def lora_grad_down_kernel(
+    # pointers
+    x_ptr, ds_ptr, da_ptr, seed_ptr, factor,
+    # sizes
+    M, K, R, dropout_threshold,
+    # strides
+    stride_xm, stride_xk, stride_sm, stride_dap, stride_dar,
+    # constexprs
+    HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
+):  # fmt: skip
+    pid_k, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_k, mask_r = offs_k < K, offs_r < R
+
+    span = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT_M) * BLOCK_M
+    first = pid_split * span
+    da = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for m in range(first, min(first + span, M), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        rows = offs_m.to(tl.int64)[:, None]
+        x_offsets = rows * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+        x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        ds = tl.load(ds_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        if HAS_DROPOUT:
+            keep = keep_tile(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, dropout_threshold, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        da = dot(tl.trans(ds), x, da, EXACT, PRECISION)
+
+    da = da * load_scalar(factor, FACTOR_IS_TENSOR)
+    da_rows = da_ptr + pid_split.to(tl.int64) * stride_dap + offs_r.to(tl.int64)[:, None] * stride_dar
+    tl.store(da_rows + offs_k[None, :], da, mask=mask_r[:, None] & mask_k[None, :])
+
+
+def grad_up(
+    dy: Tensor,
+    s: Tensor,
+    b: Tensor,
+    factor: float | Tensor,
+    needs: tuple[bool, bool, bool],
+    exact: bool,
+    config: GradUpConfig,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launch one pass over dy; return dS (M, r), dB (N, r) and dbias (N,), float32, those that ``needs`` asks for.
+
+    Args:
+        dy: (M, N). s: (M, r) float32, contiguous. b: (N, r). factor: float or 0-d tensor.
+        needs: of dS, dB and dbias.
+        exact: keep all bits of the float32 operands beside a half-precision dy.
+    """
+    (m, n), r = dy.shape, b.shape[1]
+    needs_ds, needs_db, needs_dbias = needs
+    tiles_n = triton.cdiv(n, config.BLOCK_N)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=dy.device)
+    ds = empty(tiles_n, m, r) if needs_ds else None
+    db = empty(config.SPLIT_M, n, r) if needs_db else None
+    dbias = empty(config.SPLIT_M, n) if needs_dbias else None
+
+    lora_grad_up_kernel[(tiles_n, config.SPLIT_M)](
+        dy, s, b, ds, db, dbias, factor,
+        m, n, r,
+        dy.stride(0), dy.stride(1), s.stride(0), b.stride(0), b.stride(1), m * r, n * r, n,
+        NEEDS_DS=needs_ds, NEEDS_DB=needs_db, NEEDS_DBIAS=needs_dbias, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        EXACT=exact, PRECISION=dot_precision(dy.dtype), **asdict(config),
+    )  # fmt: skip
+    return _summed(ds), _summed(db), _summed(dbias)
+
+
+def grad_down(x: Tensor, ds: Tensor, factor: float | Tensor, draw: Draw, exact: bool, config: GradDownConfig) -> Tensor:
+    """Launch dA = factor * dS^T drop(x) and return dA (r, K) float32.
+
+    Args:
+        x: (M, K). ds: (M, r) float32, contiguous. factor: float or 0-d tensor; holds 1 / (1 - p) where the draw drops.
+        draw: the dropout of x, or ``dropout.NONE``.
+        exact: keep all bits of ds beside a half-precision x.
+    """
+    (m, k), r = x.shape, ds.shape[1]
+    da = torch.empty(config.SPLIT_M, r, k, dtype=torch.float32, device=x.device)
+
+    grid = (triton.cdiv(k, config.BLOCK_K), triton.cdiv(r, config.BLOCK_R), config.SPLIT_M)
+    lora_grad_down_kernel[grid](
+        x, ds, da, draw.seed, factor,
+        m, k, r, draw.threshold,
+        x.stride(0), x.stride(1), ds.stride(0), da.stride(0), da.stride(1),
+        HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor), EXACT=exact,
+        PRECISION=dot_precision(x.dtype), **asdict(config),
+    )  # fmt: skip
+    return da[0] if config.SPLIT_M == 1 else da.sum(0)
+
+
+def _summed(partials: Tensor | None) -> Tensor | None:
+    """Add partial sums in their order; torch's sum over the first dimension has no atomics."""
+    if partials is None or partials.shape[0] == 1:
+        return None if partials is None else partials[0]
+    return partials.sum(0)

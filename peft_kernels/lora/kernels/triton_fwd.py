@@ -1,0 +1,286 @@
+"""LoRA linear on Triton: the products that make an activation. Also used by the backward pass, with other operands.
+
+Equation  down: S = f drop(x) A^T | gemm: y = x W^T + bias + f drop'(S B^T) | up: y += f drop'(S B^T), in place
+          (Hu et al. 2021, section 4.1; f is the scale or 1 / (1 - p), drop' masks the product instead of x)
+Tensors   x (M, K), W (N, K), A (r, K), B (N, r), bias (N,), y (M, N): any strides; S (M, r) float32, contiguous
+          backward: dS is `down` of dY with B^T for A; dX is `gemm` of dY with W^T for W, dS for S and A^T for B
+Tiles     down: a program owns BLOCK_M rows, BLOCK_R ranks and one of SPLIT_K ranges of K | gemm: persistent
+          programs walk (BLOCK_M, BLOCK_N) tiles | up: a program owns one (BLOCK_M, BLOCK_N) tile
+Bound     down: one read of x | gemm: 2 M N (K + r) flops at the tensor cores' rate | up: one read and one write of y
+Refused   M, N or K >= 2^31 (offsets are 64-bit, indices are not); float64
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from peft_kernels._core.triton_math import dot, load_scalar, nearest_tf32, tile_of
+from peft_kernels._core.triton_tools import TMA_ALIGNMENT, dot_precision, tma_can_read
+from peft_kernels.lora.kernels.config import DownConfig, GemmConfig, UpConfig
+from peft_kernels.lora.kernels.dropout import Draw
+from peft_kernels.lora.kernels.triton_dropout import keep_tile
+
+
+class LowRank(NamedTuple):
+    """The product factor * s b^T: s (M, r) float32, contiguous; b (N, r), any strides; factor a float or 0-d tensor."""
+
+    s: Tensor
+    b: Tensor
+    factor: float | Tensor
+
+
+@triton.jit
+def lora_down_kernel(
+    # pointers
+    x_ptr, a_ptr, s_ptr, seed_ptr, factor,
+    # sizes
+    M, K, R, dropout_threshold,
+    # strides
+    stride_xm, stride_xk, stride_ar, stride_ak, stride_sp, stride_sm,
+    # constexprs
+    HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
+
+    span = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    first = pid_split * span
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(first, min(first + span, K), BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(
+            x_rows + offs_k.to(tl.int64)[None, :] * stride_xk, mask=mask_m[:, None] & mask_k[None, :], other=0.0
+        )
+        a = tl.load(
+            a_rows + offs_k.to(tl.int64)[:, None] * stride_ak, mask=mask_k[:, None] & mask_r[None, :], other=0.0
+        )
+        if HAS_DROPOUT:
+            x = tl.where(keep_tile(tl.load(seed_ptr), offs_m, k, dropout_threshold, BLOCK_K), x, 0.0)
+        acc = dot(x, a, acc, EXACT, PRECISION)
+
+    acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
+    s_rows = s_ptr + pid_split.to(tl.int64) * stride_sp + offs_m.to(tl.int64)[:, None] * stride_sm
+    tl.store(s_rows + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
+
+
+@triton.jit
+def _rank_product(
+    s_ptr, b_ptr, factor, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, acc,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + factor * S B^T for one tile.
+
+    Beside half-precision activations the product is TF32: S keeps float32's range and three bits more than bfloat16,
+    and B in half precision is exact. (Compiled ahead of time for sm_90, it is one HGMMA for every 8 ranks.) The tensor
+    cores cut what TF32 has no bits for, so operands that have more are rounded before.
+    """
+    ROUNDS_S: tl.constexpr = PRECISION == "tf32"
+    ROUNDS_B: tl.constexpr = ROUNDS_S and b_ptr.dtype.element_ty == tl.float32
+    # One stage: prefetching further rank blocks would take the shared memory that the K loop's stages fill.
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        s_mask = (offs_m < M)[:, None] & mask_r[None, :]
+        b_mask = mask_r[:, None] & (offs_n < N)[None, :]
+        s = tl.load(s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :], mask=s_mask, other=0.0)
+        b_offsets = offs_r.to(tl.int64)[:, None] * stride_br + offs_n.to(tl.int64)[None, :] * stride_bn
+        b = tl.load(b_ptr + b_offsets, mask=b_mask, other=0.0).to(tl.float32)
+        s = s * factor
+        acc = tl.dot(nearest_tf32(s) if ROUNDS_S else s, nearest_tf32(b) if ROUNDS_B else b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def lora_gemm_kernel(
+    # pointers, or tensor descriptors of (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K) | (BLOCK_K, BLOCK_N), (BLOCK_M, BLOCK_N)
+    x_ptr, w_ptr, y_ptr,
+    # pointers
+    s_ptr, b_ptr, bias_ptr, seed_ptr, factor,
+    # sizes
+    M, N, K, R, dropout_threshold, keep_scale,
+    # strides
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, stride_sm, stride_bn, stride_br,
+    # constexprs
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    PRECISION: tl.constexpr, RANK_PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr, W_ROWS_ARE_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    scale = load_scalar(factor, FACTOR_IS_TENSOR)
+    DTYPE: tl.constexpr = x_ptr.dtype if USE_TMA else x_ptr.dtype.element_ty
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if USE_TMA:
+                x = x_ptr.load([pid_m * BLOCK_M, k])
+                w = w_ptr.load([k, pid_n * BLOCK_N]) if W_ROWS_ARE_K else w_ptr.load([pid_n * BLOCK_N, k]).T
+            else:
+                offs_k = k + tl.arange(0, BLOCK_K)
+                mask_k = offs_k < K
+                # Rows past the end wrap to valid ones: their products are never stored, and the loads need no row mask.
+                x_offsets = (offs_m % M).to(tl.int64)[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+                w_offsets = offs_k.to(tl.int64)[:, None] * stride_wk + (offs_n % N).to(tl.int64)[None, :] * stride_wn
+                x = tl.load(x_ptr + x_offsets, mask=mask_k[None, :], other=0.0)
+                w = tl.load(w_ptr + w_offsets, mask=mask_k[:, None], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+        if HAS_DROPOUT:
+            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            product = _rank_product(
+                s_ptr, b_ptr, scale, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, product,
+                RANK_PRECISION, BLOCK_R,
+            )  # fmt: skip
+            keep = keep_tile(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, dropout_threshold, BLOCK_N)
+            acc += tl.where(keep, product, 0.0) * keep_scale
+        else:
+            acc = _rank_product(
+                s_ptr, b_ptr, scale, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, acc,
+                RANK_PRECISION, BLOCK_R,
+            )  # fmt: skip
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+
+        if USE_TMA:
+            y_ptr.store([pid_m * BLOCK_M, pid_n * BLOCK_N], acc.to(DTYPE))
+        else:
+            y_offsets = offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+            tl.store(y_ptr + y_offsets, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def lora_up_kernel(
+    # pointers
+    y_ptr, s_ptr, b_ptr, seed_ptr, factor,
+    # sizes
+    M, N, R, dropout_threshold, keep_scale,
+    # strides
+    stride_ym, stride_sm, stride_bn, stride_br,
+    # constexprs
+    HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, RANK_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    y = tl.load(y_tile, mask=mask, other=0.0)
+    product = _rank_product(
+        s_ptr, b_ptr, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), RANK_PRECISION, BLOCK_R,
+    )  # fmt: skip
+    if HAS_DROPOUT:
+        keep = keep_tile(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, dropout_threshold, BLOCK_N)
+        product = tl.where(keep, product, 0.0) * keep_scale
+    tl.store(y_tile, y.to(tl.float32) + product, mask=mask)
+
+
+def down(x: Tensor, a: Tensor, factor: float | Tensor, draw: Draw, exact: bool, config: DownConfig) -> Tensor:
+    """Launch S = factor * drop(x) a^T and return S (M, r) float32.
+
+    Args:
+        x: (M, K). a: (r, K). factor: float or 0-d tensor; holds 1 / (1 - p) where the draw drops.
+        draw: the dropout of x, or ``dropout.NONE``.
+        exact: keep all bits of a float32 ``a`` beside a half-precision x.
+    """
+    (m, k), r = x.shape, a.shape[0]
+    partials = torch.empty(config.SPLIT_K, m, r, dtype=torch.float32, device=x.device)
+
+    grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(r, config.BLOCK_R), config.SPLIT_K)
+    lora_down_kernel[grid](
+        x, a, partials, draw.seed, factor,
+        m, k, r, draw.threshold,
+        x.stride(0), x.stride(1), a.stride(0), a.stride(1), partials.stride(0), partials.stride(1),
+        HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor), EXACT=exact,
+        PRECISION=dot_precision(x.dtype), **asdict(config),
+    )  # fmt: skip
+    return partials[0] if config.SPLIT_K == 1 else partials.sum(0)
+
+
+def gemm(
+    x: Tensor, w: Tensor, term: LowRank, bias: Tensor | None, draw: Draw, sm_count: int, config: GemmConfig
+) -> Tensor:
+    """Launch y = x w^T + bias + factor * drop'(s b^T) and return y (M, N) in x's dtype.
+
+    Args:
+        x: (M, K). w: (N, K), any strides: a transposed view of a (K, N) matrix is read as it lies.
+        term: s, b and factor. bias: (N,) or None.
+        draw: the dropout of the (M, N) product s b^T, or ``dropout.NONE``.
+        sm_count: size of the persistent grid.
+    """
+    (m, k), n = x.shape, w.shape[0]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+
+    rows_are_k = _rows_are_k(w)
+    operands = _descriptors(x, w, y, config) if config.USE_TMA else (x, w, y)
+    grid = (min(sm_count, triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)),)
+    s, b, factor = term
+    lora_gemm_kernel[grid](
+        *operands,
+        s, b, bias, draw.seed, factor,
+        m, n, k, b.shape[1], draw.threshold, draw.keep_scale,
+        x.stride(0), x.stride(1), w.stride(0), w.stride(1), y.stride(0), s.stride(0), b.stride(0), b.stride(1),
+        HAS_BIAS=bias is not None, HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        PRECISION=dot_precision(x.dtype), RANK_PRECISION=_rank_precision(x.dtype),
+        W_ROWS_ARE_K=rows_are_k, **asdict(config),
+    )  # fmt: skip
+    return y
+
+
+def has_aligned_rows(x: Tensor, w: Tensor) -> bool:
+    """Whether 16-byte copies, and so the copy engine, can move ``gemm``'s operands and a contiguous (M, N) result."""
+    w_rows = w.t() if _rows_are_k(w) else w
+    writes = w.shape[0] * x.element_size() % TMA_ALIGNMENT == 0
+    return writes and tma_can_read(x) and tma_can_read(w_rows)
+
+
+def _rows_are_k(w: Tensor) -> bool:
+    """Whether w (N, K) is the transposed view of a matrix that is stored by rows of N."""
+    return w.stride(0) == 1 and w.stride(1) != 1
+
+
+def _descriptors(x: Tensor, w: Tensor, y: Tensor, config: GemmConfig) -> tuple[TensorDescriptor, ...]:
+    rows_are_k = _rows_are_k(w)
+    w_block = [config.BLOCK_K, config.BLOCK_N] if rows_are_k else [config.BLOCK_N, config.BLOCK_K]
+    return (
+        TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]),
+        TensorDescriptor.from_tensor(w.t() if rows_are_k else w, w_block),
+        TensorDescriptor.from_tensor(y, [config.BLOCK_M, config.BLOCK_N]),
+    )
+
+
+def _rank_precision(dtype: torch.dtype) -> str:
+    return dot_precision(dtype) if dtype == torch.float32 else "tf32"
+
+
+def add_up(y: Tensor, term: LowRank, draw: Draw, config: UpConfig) -> None:
+    """Launch y += factor * drop'(s b^T), in place; arguments as in ``gemm``, y (M, N) with contiguous rows."""
+    m, n = y.shape
+    s, b, factor = term
+
+    grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N))
+    lora_up_kernel[grid](
+        y, s, b, draw.seed, factor,
+        m, n, b.shape[1], draw.threshold, draw.keep_scale,
+        y.stride(0), s.stride(0), b.stride(0), b.stride(1),
+        HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        RANK_PRECISION=_rank_precision(y.dtype), **asdict(config),
+    )  # fmt: skip

@@ -1,0 +1,33 @@
+"""Prefix attention: attention to a learned prefix and a sequence, as one operation on two pieces.
+
+    y = softmax(scale q [prefix_k; k]^T + mask) [prefix_v; v]
+    q, y (B, H, S, D), k, v (B, H_kv, L, D), prefix (H_kv, P, D) or (B, H_kv, P, D)
+
+Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190.
+
+| backend | runs where            | dtypes                 | D        | status                                         |
+| torch   | any device            | fp32, bf16, fp16, fp64 | any      | tested on CPU; joins keys and values for the   |
+|         |                       |                        |          | length of a pass; its path for CUDA in half    |
+|         |                       |                        |          | precision has been run on a CPU alone          |
+| triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | 1 to 256 | tested in Triton's interpreter and compiled    |
+|         |                       |                        |          | for sm_80, 89, 90, 100; run by no GPU yet: not |
+|         |                       |                        |          | in `auto`                                      |
+
+Map, top to bottom:
+    problem.py      the tensors of a call, the facts backends decide on, every check
+    config.py       what the torch backend runs, and block sizes; chosen by pure functions
+    torch_blocks.py exact softmax by blocks of queries
+    torch_fused.py  torch's fused attention behind a concatenation
+    torch_impl.py   the torch backend: one of these for each pass
+    triton_rows.py  how kernels address queries and keys, and what masks
+    triton_fwd.py   kernels `prefix_attention`, `merge` and their launcher                       (y, stats)
+    triton_bwd.py   kernels `delta`, `grad_q`, `grad_kv`, `grad_prefix` and their launchers     (all gradients)
+    triton_impl.py  what Triton can run, and the order of its launches
+    op.py           the public function, autograd, torch.library
+    module.py       PrefixEncoder
+"""
+
+from peft_kernels.prefix.module import PrefixEncoder
+from peft_kernels.prefix.op import prefix_attention
+
+__all__ = ["PrefixEncoder", "prefix_attention"]

@@ -1,0 +1,351 @@
+"""Prefix attention on Triton, backward: four kernels that recompute probabilities from q, the keys and stats.
+
+Equation  p = 2^(z - top) / total; delta = sum dy y; dz = p (dy v'^T - delta); dq = scale dz k'; dk' = scale dz^T q;
+          dv' = p^T dy; k' = [prefix_k; k], v' = [prefix_v; v]     (derived in docs/design/prefix.md)
+Tensors   as triton_fwd.py; dy any strides but a contiguous last dimension; stats, delta float32, contiguous;
+          gradients contiguous; partial dprefix (splits, 1 or B, H_kv, P, D) float32
+Tiles     delta: BLOCK_M queries | grad_q: as the forward kernel | grad_kv: BLOCK_N keys of one key head, over all rows
+          of its group | grad_prefix: likewise BLOCK_N keys of the prefix, and one of SPLIT ranges of the rows of all
+          batch rows that share them; ranges are then summed in a fixed order, so two runs give the same bits
+Bound     14 B H S (P + L) D flops (7 products, forward has 2), half of the sequence's if causal
+Refused   as triton_fwd.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_kernels._core.triton_math import dot
+from peft_kernels._core.triton_tools import dot_precision
+from peft_kernels.prefix.kernels.config import DeltaConfig, GradKeysConfig, GradPrefixConfig, GradQConfig
+from peft_kernels.prefix.kernels.triton_fwd import mask_bytes, prefix_strides
+from peft_kernels.prefix.kernels.triton_rows import (
+    attended,
+    key_ranges,
+    load_queries,
+    load_rows,
+    row_index,
+    store_rows,
+)
+from peft_kernels.prefix.problem import Inputs, PrefixAttentionProblem
+
+
+class Rows(NamedTuple):
+    """What the backward pass knows of each query: q and dy (B, H, S, D), stats (2, B, H, S) and delta (B, H, S)."""
+
+    q: Tensor
+    dy: Tensor
+    stats: Tensor
+    delta: Tensor
+
+
+@triton.jit
+def prefix_delta_kernel(
+    # pointers
+    y_ptr, dy_ptr, delta_ptr,
+    # sizes
+    H, S,
+    # strides
+    stride_yb, stride_yh, stride_ys, stride_dyb, stride_dyh, stride_dys,
+    # constexprs
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks_m = tl.cdiv(S, BLOCK_M)
+    pid_m, pid_bh = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
+    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    y = load_rows(y_ptr + b * stride_yb + h * stride_yh, offs_m, stride_ys, S, True, D, BLOCK_D)
+    dy = load_rows(dy_ptr + b * stride_dyb + h * stride_dyh, offs_m, stride_dys, S, True, D, BLOCK_D)
+    delta = tl.sum(y.to(tl.float32) * dy.to(tl.float32), axis=1)
+    tl.store(delta_ptr + (b * H + h) * S + offs_m, delta, mask=offs_m < S)
+
+
+@triton.jit
+def _grad_q_over(
+    q, dy, top, share, delta, dq,
+    k_ptr, v_ptr, stride_kn, stride_vn, valid_ptr, stride_valid, offs_m, first, last, size, shift, scale_log2,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq + dz k over the keys [first, last) of a segment of ``size`` keys."""
+    for n in range(first, last, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, offs_n, stride_kn, size, BOUNDED, D, BLOCK_D)
+        v = load_rows(v_ptr, offs_n, stride_vn, size, BOUNDED, D, BLOCK_D)
+        z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        p = tl.exp2(z - top[:, None]) * share[:, None]
+        if CAUSAL or PADDED or BOUNDED:
+            keep = attended(
+                valid_ptr, stride_valid, offs_m, offs_n, size, shift, CAUSAL, PADDED, BOUNDED, GROUP
+            )  # fmt: skip
+            p = tl.where(keep, p, 0.0)
+        dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
+        dz = p * (dp - delta[:, None])
+        dq = tl.dot(dz.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def prefix_grad_q_kernel(
+    # pointers
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dq_ptr,
+    # sizes
+    H_KV, S, L, P, shift, scale, scale_log2,
+    # strides
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_validb, stride_validl,
+    stride_dyb, stride_dyh, stride_dys,
+    # constexprs
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    rows = GROUP * S
+    blocks_m = tl.cdiv(rows, BLOCK_M)
+    pid_m, pid_bh = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
+    if CAUSAL:
+        pid_m = blocks_m - 1 - pid_m
+    b, h = (pid_bh // H_KV).to(tl.int64), (pid_bh % H_KV).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < rows
+    q_group = q_ptr + b * stride_qb + h * GROUP * stride_qh
+    dy_group = dy_ptr + b * stride_dyb + h * GROUP * stride_dyh
+    q = load_queries(q_group, offs_m, stride_qh, stride_qs, rows, GROUP, D, BLOCK_D)
+    dy = load_queries(dy_group, offs_m, stride_dyh, stride_dys, rows, GROUP, D, BLOCK_D)
+    head_rows = (b * H_KV + h) * rows
+    index = row_index(offs_m, S, GROUP)
+    # +inf, here and for queries that may attend to nothing, makes every probability of the row zero.
+    top = tl.load(top_ptr + head_rows + index, mask=mask_m, other=float("inf"))
+    share = 1.0 / tl.load(total_ptr + head_rows + index, mask=mask_m, other=1.0)
+    delta = tl.load(delta_ptr + head_rows + index, mask=mask_m, other=0.0)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq = _grad_q_over(
+        q, dy, top, share, delta, dq,
+        prefix_k_ptr + b * stride_pkb + h * stride_pkh, prefix_v_ptr + b * stride_pvb + h * stride_pvh,
+        stride_pkp, stride_pvp, valid_ptr, 0, offs_m, 0, P, P, 0, scale_log2,
+        False, False, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
+    whole, visible = key_ranges(pid_m, rows, L, shift, CAUSAL, GROUP, BLOCK_M, BLOCK_N)
+    k_head, v_head = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+    valid_row = valid_ptr
+    if PADDED:
+        valid_row = valid_ptr + b * stride_validb
+    dq = _grad_q_over(
+        q, dy, top, share, delta, dq, k_head, v_head, stride_kl, stride_vl,
+        valid_row, stride_validl, offs_m, 0, whole, L, shift, scale_log2,
+        False, PADDED, False, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    dq = _grad_q_over(
+        q, dy, top, share, delta, dq, k_head, v_head, stride_kl, stride_vl,
+        valid_row, stride_validl, offs_m, whole, visible, L, shift, scale_log2,
+        CAUSAL, PADDED, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+    store_rows(dq_ptr + head_rows * D, index, dq, mask_m, D, BLOCK_D)
+
+
+@triton.jit
+def _add_block(
+    k, v, dk, dv, q_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, block, offs_n, S, shift, scale_log2,
+    stride_qh, stride_qs, stride_dyh, stride_dys,
+    CAUSAL: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dk + dz^T q and dv + p^T dy of one block of a group's rows; pointers are at query 0 of the group's head 0.
+
+    Keys past the end and padded ones get numbers that are never stored: no row of the sums reads another.
+    """
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = GROUP * S
+    mask_m = offs_m < rows
+    q = load_queries(q_ptr, offs_m, stride_qh, stride_qs, rows, GROUP, D, BLOCK_D)
+    dy = load_queries(dy_ptr, offs_m, stride_dyh, stride_dys, rows, GROUP, D, BLOCK_D)
+    index = row_index(offs_m, S, GROUP)
+    top = tl.load(top_ptr + index, mask=mask_m, other=float("inf"))
+    share = 1.0 / tl.load(total_ptr + index, mask=mask_m, other=1.0)
+    delta = tl.load(delta_ptr + index, mask=mask_m, other=0.0)
+    z_t = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+    p_t = tl.exp2(z_t - top[None, :]) * share[None, :]
+    if CAUSAL:
+        p_t = tl.where(offs_n[:, None] <= (offs_m // GROUP + shift)[None, :], p_t, 0.0)
+    dv = dot(p_t, dy, dv, EXACT, PRECISION)
+    dp_t = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
+    dz_t = p_t * (dp_t - delta[None, :])
+    dk = dot(dz_t, q, dk, EXACT, PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def prefix_grad_kv_kernel(
+    # pointers
+    q_ptr, k_ptr, v_ptr, valid_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dk_ptr, dv_ptr,
+    # sizes
+    H_KV, S, L, shift, scale, scale_log2,
+    # strides
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_validb, stride_validl, stride_dyb, stride_dyh, stride_dys,
+    # constexprs
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    blocks_n = tl.cdiv(L, BLOCK_N)
+    pid_n, pid_bh = tl.program_id(0) % blocks_n, tl.program_id(0) // blocks_n
+    b, h = (pid_bh // H_KV).to(tl.int64), (pid_bh % H_KV).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr + b * stride_kb + h * stride_kh, offs_n, stride_kl, L, True, D, BLOCK_D)
+    v = load_rows(v_ptr + b * stride_vb + h * stride_vh, offs_n, stride_vl, L, True, D, BLOCK_D)
+    q_group = q_ptr + b * stride_qb + h * GROUP * stride_qh
+    dy_group = dy_ptr + b * stride_dyb + h * GROUP * stride_dyh
+    head_rows = (b * H_KV + h) * GROUP * S
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    blocks_m = tl.cdiv(GROUP * S, BLOCK_M)
+    begin, whole = 0, 0
+    if CAUSAL:
+        # Before the first block no query sees these keys; from the second on every query sees all of them.
+        begin = min(blocks_m, max(0, pid_n * BLOCK_N - shift) * GROUP // BLOCK_M)
+        whole = min(blocks_m, tl.cdiv(max(0, pid_n * BLOCK_N + BLOCK_N - 1 - shift) * GROUP, BLOCK_M))
+        for block in range(begin, whole):
+            dk, dv = _add_block(
+                k, v, dk, dv, q_group, dy_group, top_ptr + head_rows, total_ptr + head_rows, delta_ptr + head_rows,
+                block, offs_n, S, shift, scale_log2, stride_qh, stride_qs, stride_dyh, stride_dys,
+                True, False, PRECISION, GROUP, D, BLOCK_D, BLOCK_M,
+            )  # fmt: skip
+    for block in range(whole, blocks_m):
+        dk, dv = _add_block(
+            k, v, dk, dv, q_group, dy_group, top_ptr + head_rows, total_ptr + head_rows, delta_ptr + head_rows,
+            block, offs_n, S, shift, scale_log2, stride_qh, stride_qs, stride_dyh, stride_dys,
+            False, False, PRECISION, GROUP, D, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
+
+    if PADDED:
+        valid = tl.load(valid_ptr + b * stride_validb + offs_n.to(tl.int64) * stride_validl, mask=offs_n < L, other=0)
+        # Selected, not multiplied: a padded key's probabilities may have overflowed.
+        dk, dv = tl.where((valid != 0)[:, None], dk, 0.0), tl.where((valid != 0)[:, None], dv, 0.0)
+    start = (b * H_KV + h) * L * D
+    store_rows(dk_ptr + start, offs_n, (dk * scale).to(dk_ptr.dtype.element_ty), offs_n < L, D, BLOCK_D)
+    store_rows(dv_ptr + start, offs_n, dv.to(dv_ptr.dtype.element_ty), offs_n < L, D, BLOCK_D)
+
+
+@triton.jit
+def prefix_grad_prefix_kernel(
+    # pointers
+    q_ptr, prefix_k_ptr, prefix_v_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dk_ptr, dv_ptr,
+    # sizes
+    H_KV, S, P, OWNERS, BATCHES, scale, scale_log2,
+    # strides
+    stride_qb, stride_qh, stride_qs, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp,
+    stride_dyb, stride_dyh, stride_dys,
+    # constexprs
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    blocks_n = tl.cdiv(P, BLOCK_N)
+    pid_n, rest = tl.program_id(0) % blocks_n, tl.program_id(0) // blocks_n
+    h, rest = (rest % H_KV).to(tl.int64), rest // H_KV
+    # A prefix of its own for each batch row has OWNERS = B and BATCHES = 1; a shared one the reverse.
+    owner, split = (rest % OWNERS).to(tl.int64), (rest // OWNERS).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_head = prefix_k_ptr + owner * stride_pkb + h * stride_pkh
+    v_head = prefix_v_ptr + owner * stride_pvb + h * stride_pvh
+    k = load_rows(k_head, offs_n, stride_pkp, P, True, D, BLOCK_D)
+    v = load_rows(v_head, offs_n, stride_pvp, P, True, D, BLOCK_D)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    blocks_m = tl.cdiv(GROUP * S, BLOCK_M)
+    span = tl.cdiv(BATCHES * blocks_m, SPLIT)
+    first = split.to(tl.int32) * span
+    for item in range(first, min(first + span, BATCHES * blocks_m)):
+        b = owner + item // blocks_m
+        head_rows = (b * H_KV + h) * GROUP * S
+        dk, dv = _add_block(
+            k, v, dk, dv, q_ptr + b * stride_qb + h * GROUP * stride_qh,
+            dy_ptr + b * stride_dyb + h * GROUP * stride_dyh,
+            top_ptr + head_rows, total_ptr + head_rows, delta_ptr + head_rows,
+            item % blocks_m, offs_n, S, 0, scale_log2, stride_qh, stride_qs, stride_dyh, stride_dys,
+            False, EXACT, PRECISION, GROUP, D, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
+
+    start = ((split * OWNERS + owner) * H_KV + h) * P * D
+    store_rows(dk_ptr + start, offs_n, dk * scale, offs_n < P, D, BLOCK_D)
+    store_rows(dv_ptr + start, offs_n, dv, offs_n < P, D, BLOCK_D)
+
+
+def delta(problem: PrefixAttentionProblem, y: Tensor, dy: Tensor, config: DeltaConfig) -> Tensor:
+    """Launch delta = sum over D of dy * y and return it, (B, H, S) float32."""
+    out = torch.empty(y.shape[:3], dtype=torch.float32, device=y.device)
+
+    prefix_delta_kernel[(triton.cdiv(problem.s, config.BLOCK_M) * problem.b * problem.h,)](
+        y, dy, out, problem.h, problem.s, *y.stride()[:3], *dy.stride()[:3], D=problem.d, **asdict(config)
+    )  # fmt: skip
+    return out
+
+
+def grad_q(problem: PrefixAttentionProblem, inputs: Inputs, rows: Rows, config: GradQConfig) -> Tensor:
+    """Launch dq and return it, (B, H, S, D) in q's dtype."""
+    q, k, v, prefix_k, prefix_v, _ = inputs
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    valid, valid_strides = mask_bytes(inputs)
+
+    blocks_m = triton.cdiv(problem.group * problem.s, config.BLOCK_M)
+    prefix_grad_q_kernel[(blocks_m * problem.b * problem.h_kv,)](
+        q, k, v, prefix_k, prefix_v, valid, rows.dy, *rows.stats, rows.delta, dq,
+        problem.h_kv, problem.s, problem.l, problem.p, problem.shift, problem.scale, problem.scale_log2,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *prefix_strides(prefix_k), *prefix_strides(prefix_v), *valid_strides, *rows.dy.stride()[:3],
+        CAUSAL=problem.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=problem.group,
+        D=problem.d, **asdict(config),
+    )  # fmt: skip
+    return dq
+
+
+def grad_kv(
+    problem: PrefixAttentionProblem, inputs: Inputs, rows: Rows, config: GradKeysConfig
+) -> tuple[Tensor, Tensor]:
+    """Launch dk and dv and return them, (B, H_kv, L, D) in q's dtype."""
+    q, k, v = inputs[:3]
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    valid, valid_strides = mask_bytes(inputs)
+
+    prefix_grad_kv_kernel[(triton.cdiv(problem.l, config.BLOCK_N) * problem.b * problem.h_kv,)](
+        q, k, v, valid, rows.dy, *rows.stats, rows.delta, dk, dv,
+        problem.h_kv, problem.s, problem.l, problem.shift, problem.scale, problem.scale_log2,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *valid_strides, *rows.dy.stride()[:3],
+        CAUSAL=problem.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=problem.group,
+        D=problem.d, **asdict(config),
+    )  # fmt: skip
+    return dk, dv
+
+
+def grad_prefix(
+    problem: PrefixAttentionProblem, inputs: Inputs, rows: Rows, config: GradPrefixConfig
+) -> tuple[Tensor, Tensor]:
+    """Launch dprefix_k and dprefix_v and return them in the prefix's shape and the dtype it was given in."""
+    q, prefix_k, prefix_v = inputs.q, inputs.prefix_k, inputs.prefix_v
+    owners, batches = (1, problem.b) if problem.shared else (problem.b, 1)
+    size = (config.SPLIT, *prefix_k.shape)
+    dk, dv = (torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2))
+
+    programs = triton.cdiv(problem.p, config.BLOCK_N) * problem.h_kv * owners * config.SPLIT
+    prefix_grad_prefix_kernel[(programs,)](
+        q, prefix_k, prefix_v, rows.dy, *rows.stats, rows.delta, dk, dv,
+        problem.h_kv, problem.s, problem.p, owners, batches, problem.scale, problem.scale_log2,
+        *q.stride()[:3], *prefix_strides(prefix_k), *prefix_strides(prefix_v), *rows.dy.stride()[:3],
+        EXACT=problem.prefix_dtype != problem.dtype, PRECISION=dot_precision(q.dtype), GROUP=problem.group,
+        D=problem.d, **asdict(config),
+    )  # fmt: skip
+    return _summed(dk, problem.prefix_dtype), _summed(dv, problem.prefix_dtype)
+
+
+def _summed(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add partial sums in their order; torch's sum over the first dimension has no atomics."""
+    return (partials[0] if partials.shape[0] == 1 else partials.sum(0)).to(dtype)

@@ -1,0 +1,47 @@
+"""The torch backend, on any device: torch's fused attention where that is faster and as exact, blocks elsewhere.
+
+Which pass takes which is ``config.torch_config``'s choice. Neither keeps statistics: both backward passes work from the
+arguments alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels.prefix import torch_blocks, torch_fused
+from peft_kernels.prefix.kernels.config import torch_config
+from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
+
+
+def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return y (B, H, S, D) and statistics of no elements."""
+    run = {
+        "blocks": torch_blocks.forward,
+        "ranges": torch_fused.forward_in_ranges,
+        "fused": torch_fused.forward,
+    }[torch_config(problem).forward]
+    return run(problem, inputs), torch.empty(0, dtype=problem.wide_dtype, device=problem.device)
+
+
+def backward(
+    problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor | None, stats: Tensor, dy: Tensor, needs: Needs
+) -> Gradients:
+    """Return the gradients that ``needs`` asks for."""
+    run = {"blocks": torch_blocks.backward, "fused": torch_fused.backward}[torch_config(problem).backward]
+    return run(problem, inputs, dy, needs)
+
+
+def _never(problem: PrefixAttentionProblem | None = None) -> None:
+    return None
+
+
+IMPLEMENTATION = Implementation(
+    name="torch",
+    why_not_environment=_never,
+    why_not=_never,
+    why_not_auto=_never,
+    forward=forward,
+    backward=backward,
+)

@@ -1,0 +1,91 @@
+"""Capability record of the Triton backend, and the order of its launches. Imports the kernels only to launch them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core import triton_tools
+from peft_kernels._core.device import hardware
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels.prefix.kernels import config
+from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
+
+# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
+VERIFIED_ARCHS: frozenset[int] = frozenset()
+
+_LARGEST_HEAD = 256
+
+
+def why_not(problem: PrefixAttentionProblem) -> str | None:
+    """Reason why the kernels cannot run this problem, or None."""
+    reason = triton_tools.why_not_device(problem.device)
+    if reason is not None:
+        return reason
+    if problem.dtype == torch.float64:
+        return "its kernels accumulate in float32, and q is float64"
+    if problem.d > _LARGEST_HEAD:
+        return f"a head must have at most {_LARGEST_HEAD} dimensions, got {problem.d}"
+    # Rows of a group are walked together, and programs are numbered by one index. Each number is compared on its own:
+    # in a compiled graph the largest of them would tie the graph to which one that is.
+    for number in (problem.b * problem.h * problem.s, problem.b * problem.h_kv * problem.l, problem.p):
+        if number >= triton_tools.INDEX_LIMIT:
+            return f"queries and keys of all heads and batch rows must number less than 2^31, got {number}"
+    return None
+
+
+def why_not_auto(problem: PrefixAttentionProblem) -> str | None:
+    """Reason why ``auto`` passes over the kernels although they run, or None."""
+    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
+
+
+def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return y (B, H, S, D) and stats (2, B, H, S) float32."""
+    from peft_kernels.prefix.kernels import triton_fwd
+
+    chosen = config.forward_config(problem, hardware(problem.device))
+    return triton_fwd.attend(problem, inputs, chosen, config.merge_config(problem, chosen.SPLIT))
+
+
+def backward(
+    problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor, stats: Tensor, dy: Tensor, needs: Needs
+) -> Gradients:
+    """Return the gradients that ``needs`` asks for."""
+    from peft_kernels.prefix.kernels import triton_bwd
+
+    chip = hardware(problem.device)
+    delta = triton_bwd.delta(problem, y, dy, config.delta_config(problem))
+    rows = triton_bwd.Rows(inputs.q, dy, stats, delta)
+    dq = dk = dv = dprefix_k = dprefix_v = None
+    if needs.q:
+        dq = triton_bwd.grad_q(problem, inputs, rows, config.grad_q_config(problem, chip))
+    if (needs.k or needs.v) and problem.l > 0:
+        dk, dv = triton_bwd.grad_kv(problem, inputs, rows, config.grad_kv_config(problem, chip))
+    if (needs.prefix_k or needs.prefix_v) and problem.p > 0:
+        dprefix_k, dprefix_v = triton_bwd.grad_prefix(problem, inputs, rows, config.grad_prefix_config(problem, chip))
+    return Gradients(
+        q=dq,
+        k=_asked(needs.k, dk, inputs.k),
+        v=_asked(needs.v, dv, inputs.v),
+        prefix_k=_asked(needs.prefix_k, dprefix_k, inputs.prefix_k, problem.prefix_dtype),
+        prefix_v=_asked(needs.prefix_v, dprefix_v, inputs.prefix_v, problem.prefix_dtype),
+    )
+
+
+def _asked(need: bool, gradient: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """A gradient that is asked for; that of a tensor without keys has no elements and no launch."""
+    if not need:
+        return None
+    if gradient is None:
+        return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
+    return gradient
+
+
+IMPLEMENTATION = Implementation(
+    name="triton",
+    why_not_environment=triton_tools.why_not_environment,
+    why_not=why_not,
+    why_not_auto=why_not_auto,
+    forward=forward,
+    backward=backward,
+)

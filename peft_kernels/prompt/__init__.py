@@ -1,0 +1,26 @@
+"""Prompt tuning: learned prompts in front of token embeddings, for one prompt or an ensemble, as one write.
+
+    y[n B + b] = [prompts[n]; tokens[b]]          prompts (N, P, D), tokens (B, L, D), y (N B, P + L, D)
+
+Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691.
+
+| backend | runs where           | dtypes                | status                                                    |
+| torch   | any device           | fp32, bf16, fp16, fp64 | tested on CPU                                             |
+| triton  | CUDA, sm_80 and newer | fp32, bf16, fp16      | tested in Triton's interpreter and compiled for sm_80, 89, |
+|        |                      |                       | 90, 100; run by no GPU yet: not in `auto`                 |
+
+Map, top to bottom:
+    problem.py      the tensors of a call, the facts backends decide on, every check
+    config.py       block sizes, chosen by pure functions
+    torch_impl.py   the torch backend
+    triton_fwd.py   kernel `gather` and its launcher                                            (y)
+    triton_bwd.py   kernel `sum` and its launcher                                               (both gradients)
+    triton_impl.py  what Triton can run, and the order of its launches
+    op.py           the function, autograd, torch.library
+    module.py       PromptEmbedding, PromptEnsemble
+"""
+
+from peft_kernels.prompt.module import PromptEmbedding, PromptEnsemble
+from peft_kernels.prompt.op import prompt_tuning
+
+__all__ = ["PromptEmbedding", "PromptEnsemble", "prompt_tuning"]

@@ -1,0 +1,60 @@
+"""Capability record of the Triton backend, and the order of its launches. Imports the kernels only to launch them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core import triton_tools
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels.prompt.kernels import config
+from peft_kernels.prompt.problem import Gradients, Needs, PromptTuningProblem
+
+# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
+VERIFIED_ARCHS: frozenset[int] = frozenset()
+
+
+def why_not(problem: PromptTuningProblem) -> str | None:
+    """Reason why the kernels cannot run this problem, or None."""
+    reason = triton_tools.why_not_device(problem.device)
+    if reason is not None:
+        return reason
+    if problem.dtype == torch.float64:
+        return "its sums are float32, and tokens is float64"
+    largest = max(problem.n * problem.b * (problem.p + problem.l), problem.d)
+    if largest >= triton_tools.INDEX_LIMIT:
+        return f"positions of all rows, and dimensions, must number less than 2^31, got {largest}"
+    return None
+
+
+def why_not_auto(problem: PromptTuningProblem) -> str | None:
+    """Reason why ``auto`` passes over the kernels although they run, or None."""
+    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
+
+
+def forward(problem: PromptTuningProblem, prompts: Tensor, tokens: Tensor) -> Tensor:
+    """Return y (N B, P + L, D) in the tokens' dtype."""
+    from peft_kernels.prompt.kernels import triton_fwd
+
+    return triton_fwd.gather(problem, prompts, tokens, config.gather_config(problem.d))
+
+
+def backward(problem: PromptTuningProblem, dy: Tensor, needs: Needs) -> Gradients:
+    """Return the gradients that ``needs`` asks for."""
+    from peft_kernels.prompt.kernels import triton_bwd
+
+    chosen = config.sum_config(problem.d)
+    return Gradients(
+        prompts=triton_bwd.sum_over_batch(problem, dy, chosen) if needs.prompts else None,
+        tokens=triton_bwd.sum_over_prompts(problem, dy, chosen) if needs.tokens else None,
+    )
+
+
+IMPLEMENTATION = Implementation(
+    name="triton",
+    why_not_environment=triton_tools.why_not_environment,
+    why_not=why_not,
+    why_not_auto=why_not_auto,
+    forward=forward,
+    backward=backward,
+)

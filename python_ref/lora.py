@@ -1,0 +1,154 @@
+"""LoRA linear (Hu et al. 2021, arXiv:2106.09685, section 4.1): equations, their derivatives by hand, and eager torch.
+
+    x' = where(mask, x, 0) / (1 - q)     inverted dropout on the low-rank branch's input, q the effective probability
+    S  = x' A^T
+    y  = x W^T + bias + s S B^T
+
+x (..., K), W (N, K), A (r, K), B (N, r), bias (N,), y (..., N); sizes with leading dimensions are flattened to M rows.
+The derivation of ``backward`` is in docs/design/lora.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LEVELS = 1 << 16  # a decision is a 16-bit draw
+_ROUNDS = 7
+_WORD = 0xFFFFFFFF
+
+
+class Gradients(NamedTuple):
+    """Gradients of every input of ``forward``."""
+
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor
+
+
+def effective_dropout(p: float) -> float:
+    """The probability that 16-bit draws realise for a requested one: the nearest multiple of 2^-16 below 1.
+
+    Raises:
+        ValueError: p is not in [0, 1).
+    """
+    return _threshold(p) / _LEVELS
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return y (..., N) and S (..., r), in the dtype of the arguments.
+
+    Args:
+        dropout_mask: bool (M, K), True where an element of the flattened x is kept; None drops nothing.
+        dropout_p: requested probability, which fixes the factor of the kept elements.
+    """
+    s = _dropped(x, dropout_mask, dropout_p) @ lora_a.transpose(0, 1)
+    y = x @ weight.transpose(0, 1) + scale * (s @ lora_b.transpose(0, 1))
+    return (y if bias is None else y + bias), s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    dropout_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Gradients:
+    """Return the gradients of sum(dy * y); arguments as in ``forward``, dy (..., N)."""
+    m = math.prod(x.shape[:-1])
+    rows, flat_x = dy.reshape(m, weight.shape[0]), x.reshape(m, weight.shape[1])
+    dropped = _dropped(flat_x, dropout_mask, dropout_p)
+    s = dropped @ lora_a.transpose(0, 1)
+    ds = scale * (rows @ lora_b)
+    dx = rows @ weight + _dropped(ds @ lora_a, dropout_mask, dropout_p)
+    return Gradients(
+        x=dx.reshape(x.shape),
+        weight=rows.transpose(0, 1) @ flat_x,
+        lora_a=ds.transpose(0, 1) @ dropped,
+        lora_b=scale * (rows.transpose(0, 1) @ s),
+        bias=rows.sum(0),
+    )
+
+
+def eager(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """What PEFT's LoRA layer computes in the arguments' own dtypes, op by op; the yardstick of the error budget.
+
+    x is cast to the adapters' dtype, and the sum back to the base product's. Arguments as in ``forward``.
+    """
+    result = F.linear(x, weight, bias)
+    branch = x.to(lora_a.dtype)
+    if dropout_mask is not None:
+        # nn.Dropout on a CPU rounds the factor to the dtype before it multiplies; so does this, on every device.
+        noise = dropout_mask.reshape(x.shape).to(branch.dtype).div_(1.0 - effective_dropout(dropout_p))
+        branch = branch * noise
+    update = F.linear(F.linear(branch, lora_a), lora_b) * scale
+    return (result + update).to(result.dtype)
+
+
+def dropout_mask(seed: int, rows: int, cols: int, p: float) -> Tensor:
+    """The keep-mask of a seed, bool (rows, cols), one element after another in Python integers.
+
+    Philox4x32 with 7 rounds (Salmon et al., SC'11): key = seed, counter = (column // 8, row low, row high, 0); column c
+    takes the 16-bit half c % 8 of the output words, low half first, and is kept when that half reaches the threshold.
+    """
+    limit = _threshold(p)
+    mask = torch.empty(rows, cols, dtype=torch.bool)
+    for row in range(rows):
+        for group in range((cols + 7) // 8):
+            words = _philox((group, row & _WORD, row >> 32, 0), seed % 2**64)
+            for lane in range(min(8, cols - 8 * group)):
+                mask[row, 8 * group + lane] = (words[lane // 2] >> (16 * (lane % 2))) & 0xFFFF >= limit
+    return mask
+
+
+def _threshold(p: float) -> int:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+    return min(int(p * _LEVELS + 0.5), _LEVELS - 1)
+
+
+def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    if mask is None:
+        return x
+    # Selected, not multiplied: a dropped inf is zero, where inf * 0 would be nan.
+    return torch.where(mask.reshape(x.shape), x, 0.0) / (1.0 - effective_dropout(p))
+
+
+def _philox(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _WORD, key >> 32
+    for _ in range(_ROUNDS):
+        product_0, product_1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (product_1 >> 32) ^ c1 ^ k0, product_1 & _WORD, (product_0 >> 32) ^ c3 ^ k1, product_0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3

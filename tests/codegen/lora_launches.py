@@ -1,0 +1,74 @@
+"""The LoRA linear launches that are compiled ahead of time: forward, backward; dtypes, ranks, paths, alignments."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from peft_kernels.lora.kernels import config
+from peft_kernels.lora.linear import triton_impl
+from peft_kernels.lora.linear.problem import Inputs, Needs, describe
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def launches() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Name and action of each case; a name is `dtype/adapter dtype/r/p/path/K`."""
+    for r, p in itertools.product((16, 64, 512), (0.0, 0.1)):
+        yield _case(BF16, FP32, r, p, "fused", 4096)
+    for r, p in itertools.product((16, 64), (0.0, 0.1)):
+        yield _case(BF16, FP32, r, p, "cublas", 4096)
+        yield _case(BF16, BF16, r, p, "fused", 4096)
+    for dtype, p in itertools.product((FP16, FP32), (0.0, 0.1)):
+        yield _case(dtype, FP32, 16, p, "cublas", 4096)
+    yield _case(FP16, FP32, 16, 0.1, "fused", 4096)
+    yield _case(FP16, FP32, 64, 0.0, "fused", 4096)
+    yield _case(FP32, FP32, 16, 0.1, "fused", 4096)
+    # Rows that are no multiple of 16 bytes keep the copy engine out.
+    yield _case(BF16, FP32, 16, 0.1, "fused", 4095)
+
+
+def _case(
+    dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: config.Path, k: int
+) -> tuple[str, Callable[[], None]]:
+    short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+    name = f"{short[dtype]}/{short[adapter]}/r{r}/p{p}/{path}/K{k}"
+    return name, functools.partial(_launch, dtype, adapter, r, p, path, k)
+
+
+def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: config.Path, k: int) -> None:
+    m, n = 8192, k
+    make = functools.partial(torch.empty, device="meta")
+    inputs = Inputs(
+        x=make(m, k, dtype=dtype),
+        weight=make(n, k, dtype=dtype),
+        lora_a=make(r, k, dtype=adapter),
+        lora_b=make(n, r, dtype=adapter),
+        scale=0.5,
+        bias=make(n, dtype=dtype),
+        seed=make((), dtype=torch.int64) if p else None,
+    )
+    problem = describe(*inputs[:6], p, inputs.seed)
+    chosen = config.base_product_path
+    config.base_product_path = lambda *_: path
+    try:
+        _, s = triton_impl.forward(problem, inputs)
+        dy = make(m, n, dtype=dtype)
+        triton_impl.backward(problem, inputs, s, dy, Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=True))
+    finally:
+        config.base_product_path = chosen
+
+
+def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
+    """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
+    dtype, _, _, _, _, k = launch.split("/")
+    if dtype == "fp32":
+        # Without TF32, float32 products have no tensor core.
+        return ("FFMA",)
+    if kernel != "lora_gemm_kernel" or arch < 90:
+        return ("HMMA|HGMMA|UTCHMMA",)
+    product = "HGMMA" if arch < 100 else "UTCHMMA"
+    return (product, "UTMALDG", "UTMASTG") if k == "K4096" else (product,)

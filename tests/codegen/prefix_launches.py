@@ -1,0 +1,100 @@
+"""The prefix attention launches that are compiled ahead of time: forward, backward; dtypes, heads, masks, decoding."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from peft_kernels.prefix import triton_impl
+from peft_kernels.prefix.problem import Inputs, Needs, describe
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+H, H_KV = 32, 8
+
+
+def launches() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Name and action of each case; a name is `dtype/prefix dtype/D/mask/S/L/P`."""
+    for d, causal in itertools.product((64, 128, 256), (True, False)):
+        yield _case(BF16, BF16, d, causal)
+    for causal in (True, False):
+        yield _case(FP32, FP32, 128, causal)
+    yield _case(FP32, FP32, 64, True)
+    yield _case(FP32, FP32, 256, True)
+    yield _case(FP16, FP32, 128, True)
+    yield _case(BF16, FP32, 64, True)
+    yield _case(BF16, FP32, 128, True)
+    yield _case(BF16, FP32, 256, True)
+    # Heads that are no power of two, padding, a prefix of one small block, and one query.
+    yield _case(BF16, BF16, 80, True)
+    yield _case(BF16, BF16, 96, False, padded=True)
+    yield _case(BF16, BF16, 128, True, padded=True)
+    yield _case(BF16, FP32, 128, True, p=16)
+    # Few queries: keys are split between programs, and their parts merged.
+    yield _case(BF16, BF16, 128, True, s=1, l=4096)
+    yield _case(FP16, FP32, 64, False, padded=True, s=1, l=4096)
+    yield _case(BF16, BF16, 256, True, padded=True, s=8, l=4096)
+    yield _case(FP32, FP32, 80, True, s=1, l=4096)
+    yield _case(BF16, BF16, 32, True)
+
+
+def _case(
+    dtype: torch.dtype,
+    prefix: torch.dtype,
+    d: int,
+    causal: bool,
+    *,
+    padded: bool = False,
+    s: int = 2048,
+    l: int = 2048,  # noqa: E741
+    p: int = 64,
+) -> tuple[str, Callable[[], None]]:
+    short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+    mask = ("causal" if causal else "full") + ("+padding" if padded else "")
+    name = f"{short[dtype]}/{short[prefix]}/D{d}/{mask}/S{s}/L{l}/P{p}"
+    return name, functools.partial(_launch, dtype, prefix, d, causal, padded, s, l, p)
+
+
+def _launch(
+    dtype: torch.dtype,
+    prefix: torch.dtype,
+    d: int,
+    causal: bool,
+    padded: bool,
+    s: int,
+    l: int,  # noqa: E741
+    p: int,
+) -> None:
+    make = functools.partial(torch.empty, device="meta")
+    given = make(H_KV, p, d, dtype=prefix)
+    inputs = Inputs(
+        q=make(1, H, s, d, dtype=dtype),
+        k=make(1, H_KV, l, d, dtype=dtype),
+        v=make(1, H_KV, l, d, dtype=dtype),
+        prefix_k=given.to(dtype),
+        prefix_v=given.to(dtype),
+        key_padding_mask=make(1, l, dtype=torch.bool) if padded else None,
+    )
+    problem = describe(*inputs[:3], given, given, causal, None, inputs.key_padding_mask)
+    y, stats = triton_impl.forward(problem, inputs)
+    if s > 8:
+        triton_impl.backward(problem, inputs, y, stats, make(1, H, s, d, dtype=dtype), Needs(*[True] * 5))
+
+
+def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
+    """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
+    if kernel == "prefix_delta_kernel":
+        return ()
+    if kernel == "prefix_merge_kernel":
+        # Sums of parts in order, and no product.
+        return ("LDG", "FFMA")
+    dtype, _, _, _, s, _, _ = launch.split("/")
+    if dtype == "fp32":
+        # Without TF32, float32 products have no tensor core.
+        return ("FFMA",)
+    if s in ("S1", "S8") or arch < 90:
+        # A block of fewer than 64 rows does not fill Hopper's instruction.
+        return ("HMMA",) if arch < 100 else ("HMMA|UTCHMMA",)
+    return ("HGMMA|HMMA",) if arch < 100 else ("HMMA|UTCHMMA",)

@@ -1,0 +1,74 @@
+"""The CUDA backend on CPU tensors: launchers as they are, device bodies in the emulator."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_kernels._core import cuda_tools, extension
+from peft_kernels.lora.linear import problem
+from tests.lora import simt_decode
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> EmulatedExtension:
+    """Put the stand-in where the extension is asked for, and let CPU tensors pass for a GPU's."""
+    stand_in = EmulatedExtension()
+
+    @contextlib.contextmanager
+    def stream_of(device: torch.device) -> Iterator[int]:
+        yield 0
+
+    monkeypatch.setattr(extension, "load", lambda: stand_in)
+    monkeypatch.setattr(cuda_tools, "why_not_device", lambda device, minimum_arch: None)
+    monkeypatch.setattr(cuda_tools, "stream_of", stream_of)
+    monkeypatch.setattr(problem, "_can_be_launched_on", lambda x: True)
+    return stand_in
+
+
+class EmulatedExtension:
+    """Stands for the extension: its decode_forward reads and writes the CPU's memory at the addresses it is given, and
+    computes by the device body in the emulator."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.lora_linear = SimpleNamespace(decode_workspace=self.workspace, decode_forward=self.forward)
+
+    @staticmethod
+    def workspace(m: int, n: int, k: int, r: int, splits: int, down_splits: int) -> tuple[int, int]:
+        down, base = -(-r // 64), -(-n // 64)
+        flags = down * down_splits + base * splits
+        return flags, 8 * flags + (flags - down - base) * m * 64 * 4
+
+    def forward(self, **call: Any) -> None:
+        self.calls.append(call)
+        m, n, k, r = (call[name] for name in ("m", "n", "k", "r"))
+        dtype, adapter = getattr(torch, call["dtype"]), getattr(torch, call["adapter_dtype"])
+        b_strides = call["b_strides"]
+        inputs = {
+            "x": _memory(call["x"], (m, k), (call["x_stride"], 1), dtype),
+            "weight": _memory(call["weight"], (n, k), (call["weight_stride"], 1), dtype),
+            "lora_a": _memory(call["lora_a"], (r, k), (call["a_stride"], 1), adapter),
+            "lora_b": _memory(call["lora_b"], (n, r), b_strides, adapter),
+            "bias": _memory(call["bias"], (n,), (call["bias_stride"],), dtype) if call["bias"] else None,
+            "scale": _memory(call["scale"], (1,), (1,), torch.float32) if call["scale"] else None,
+        }
+        taken = ("m", "n", "k", "r", "splits", "down_splits", "grid", "x_stride", "weight_stride", "a_stride")
+        arguments = {name: call[name] for name in (*taken, "bias_stride", "scale_value")}
+        arguments |= {"b_stride_n": b_strides[0], "b_stride_r": b_strides[1], "repeat_nonce": 0, "zero_flags": 0}
+        y, s = simt_decode.run_on(dtype, adapter, inputs, arguments, schedules=1, first_seed=len(self.calls))
+        for name, value in (("y", y), ("s", s)):
+            ctypes.memmove(call[name], value.data_ptr(), value.numel() * value.element_size())
+
+
+def _memory(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The elements from the first to the last that a strided tensor at an address reaches."""
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    content = ctypes.string_at(address, (last + 1) * dtype.itemsize)
+    return torch.frombuffer(bytearray(content), dtype=dtype)

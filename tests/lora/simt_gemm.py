@@ -1,0 +1,164 @@
+"""The Hopper GEMM's device body in the emulator: its program, and how to run a problem on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.lora.cases import Case, Tensors
+from tests.simt import build
+
+PROGRAM = r"""
+#include "lora/gemm_sm90_arguments.h"
+
+using namespace peft_kernels;
+using namespace peft_kernels::lora;
+
+// The flags are poisoned once and then keep what the schedule before has left; each schedule has a nonce of its own.
+template <typename Config>
+void test(const simt::Arguments& arguments) {
+  simt::Buffer x = arguments.input("x"), w = arguments.input("w"), down = arguments.input("down");
+  simt::Buffer up = arguments.input("up"), bias = arguments.input("bias"), scale = arguments.input("scale");
+  GemmParams params = {};
+  params.m = arguments.integer("m");
+  params.n = arguments.integer("n");
+  params.k = arguments.integer("k");
+  params.r = arguments.integer("r");
+  const auto rows = static_cast<size_t>(params.m);
+  simt::Buffer y("y", 2 * rows * static_cast<size_t>(params.n)), s("s", 4 * rows * static_cast<size_t>(params.r));
+  simt::Buffer flags("flags", 8 * static_cast<size_t>(gemm_flags(params.m)));
+  simt::Buffer s_half("s_half", 2 * rows * static_cast<size_t>(Config::kRank));
+  flags.poison();
+
+  params.x = x.data();
+  params.w = w.data();
+  params.down = down.data();
+  params.up = up.data();
+  params.bias = bias.data();
+  params.scale = scale.data<const float>();
+  params.y = y.data();
+  params.s = s.data<float>();
+  params.flags = flags.data<uint64_t>();
+  params.s_half = s_half.data();
+  params.x_stride = arguments.integer("x_stride");
+  params.w_stride = arguments.integer("w_stride");
+  params.down_stride = arguments.integer("down_stride");
+  params.up_stride = arguments.integer("up_stride");
+  params.y_stride = params.n;
+  params.scale_value = static_cast<float>(arguments.number("scale_value"));
+  params.dtype = Config::kType == HalfType::kBf16 ? Dtype::kBfloat16 : Dtype::kFloat16;
+  params.backward = Config::kTransposed;
+  check_gemm_params(params);
+
+  simt::run_schedules(arguments, {&x, &w, &down, &up, &bias, &scale}, {&y, &s}, [&](uint64_t seed) {
+    params.nonce = 0x9E3779B97F4A7C15u + seed;
+    s_half.poison();
+    const GemmArguments device = gemm_arguments<Config>(params);
+
+    simt::Config config;
+    config.grid = {static_cast<unsigned>(std::min(arguments.integer("grid"), device.order.count()))};
+    config.block = {Config::kThreads};
+    config.shared_bytes = sizeof(GemmShared<Config>);
+    config.seed = seed;
+    simt::launch(config, [&] { gemm<Config>(device, *static_cast<GemmShared<Config>*>(simt::shared_memory())); });
+    flags.check();
+    s_half.check();
+  });
+}
+
+TESTS
+
+int main(int argc, char** argv) {
+  return simt::main_of(argc, argv, [](const simt::Arguments& arguments) {
+    tests.at(arguments.text("config"))(arguments);
+  });
+}
+"""
+
+# What a kernel is compiled for: dtype, padded rank, direction. Not all sixteen, for the time that compiling takes.
+CONFIGS = (
+    ("kBf16", 16, "kForward"),
+    ("kBf16", 64, "kForward"),
+    ("kFp16", 32, "kForward"),
+    ("kFp16", 128, "kForward"),
+    ("kBf16", 16, "kBackward"),
+    ("kBf16", 128, "kBackward"),
+    ("kFp16", 32, "kBackward"),
+    ("kFp16", 64, "kBackward"),
+)
+
+
+def program(text: str = PROGRAM) -> Path:
+    """The compiled program, with a test for each of CONFIGS."""
+    entries = ", ".join(
+        f'{{"{name(*config)}", test<GemmConfig<HalfType::{config[0]}, {config[1]}, Direction::{config[2]}>>}}'
+        for config in CONFIGS
+    )
+    tests = f"const std::map<std::string, void (*)(const simt::Arguments&)> tests = {{{entries}}};"
+    return build.build(text.replace("TESTS", tests))
+
+
+def name(kind: str, rank: int, direction: str) -> str:
+    return f"{kind}-{rank}-{direction}"
+
+
+def forward(case: Case, tensors: Tensors, grid: int, schedules: int) -> tuple[Tensor, Tensor]:
+    """y (M, N) and S (M, r) float32 by the emulated kernel."""
+    x, weight, lora_a, lora_b, bias = tensors
+    operands = {"x": x, "w": weight, "down": lora_a, "up": lora_b}
+    config = name(_kind(case), padded_rank(case.r), "kForward")
+    return run(program(), config, operands, bias, case, (case.m, case.n, case.k), grid, schedules)
+
+
+def backward(case: Case, tensors: Tensors, dy: Tensor, grid: int, schedules: int) -> tuple[Tensor, Tensor]:
+    """dX (M, K) and dS (M, r) float32 by the emulated kernel."""
+    operands = {"x": dy, "w": tensors.weight, "down": tensors.lora_b, "up": tensors.lora_a}
+    config = name(_kind(case), padded_rank(case.r), "kBackward")
+    return run(program(), config, operands, None, case, (case.m, case.k, case.n), grid, schedules)
+
+
+def run(
+    compiled: Path,
+    config: str,
+    operands: dict[str, Tensor],
+    bias: Tensor | None,
+    case: Case,
+    sizes: tuple[int, int, int],
+    grid: int,
+    schedules: int,
+) -> tuple[Tensor, Tensor]:
+    """y and S of one product; what lies between the operands' rows is nan and must not matter."""
+    stored = {key: _in_rows_of_8(matrix) for key, matrix in operands.items()}
+    m, n, k = sizes
+    got = build.run(
+        compiled,
+        {**stored, "bias": bias},
+        {"y": ((m, n), case.dtype), "s": ((m, case.r), torch.float32)},
+        schedules=schedules,
+        config=config,
+        grid=grid,
+        m=m,
+        n=n,
+        k=k,
+        r=case.r,
+        scale_value=case.scale,
+        **{f"{key}_stride": matrix.shape[1] for key, matrix in stored.items()},
+    )
+    return got["y"], got["s"]
+
+
+def padded_rank(r: int) -> int:
+    return next(rank for rank in (16, 32, 64, 128) if r <= rank)
+
+
+def _kind(case: Case) -> str:
+    return "kBf16" if case.dtype == torch.bfloat16 else "kFp16"
+
+
+def _in_rows_of_8(matrix: Tensor) -> Tensor:
+    rows, cols = matrix.shape
+    stored = torch.full((rows, (cols + 7) // 8 * 8), float("nan"), dtype=matrix.dtype)
+    stored[:, :cols] = matrix
+    return stored

@@ -1,0 +1,69 @@
+"""The pure functions that choose configs: bounds that hold for every problem, and the branches' edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_kernels._core.device import Hardware
+from peft_kernels.lora.kernels import config
+
+HARDWARE = [
+    Hardware(arch=80, sm_count=108),
+    Hardware(arch=89, sm_count=142),
+    Hardware(arch=90, sm_count=132),
+    Hardware(arch=100, sm_count=148),
+]
+# Bytes that a block may take: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+sizes, ranks = st.integers(1, 1 << 20), st.integers(1, 512)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+chips = st.sampled_from(HARDWARE)
+
+
+@given(sizes, sizes, ranks, dtypes, st.booleans(), chips)
+def test_blocks_cover_and_splits_are_never_empty(m, k, r, dtype, exact, hardware):
+    down = config.down_config(m, k, r, dtype, exact, hardware)
+    assert down.BLOCK_R * -(-r // down.BLOCK_R) >= r
+    assert 1 <= down.SPLIT_K <= max(1, -(-k // down.BLOCK_K))
+    grad = config.grad_down_config(m, k, r, dtype, exact, hardware)
+    assert 1 <= grad.SPLIT_M <= -(-m // grad.BLOCK_M)
+    for chosen in (down, grad):
+        for size in (chosen.BLOCK_M, chosen.BLOCK_K, chosen.BLOCK_R):
+            assert size >= 16 and size & (size - 1) == 0, "tl.dot needs powers of two, at least 16"
+        assert chosen.BLOCK_K % 8 == 0, "the mask is drawn for eight columns at a time"
+
+
+@given(ranks, dtypes, st.booleans(), st.booleans(), chips)
+def test_gemm_stages_fit_shared_memory(r, dtype, has_dropout, aligned, hardware):
+    chosen = config.gemm_config(r, dtype, has_dropout, aligned, hardware)
+    stage = (chosen.BLOCK_M + chosen.BLOCK_N) * chosen.BLOCK_K * dtype.itemsize
+    assert stage * chosen.num_stages <= SHARED_MEMORY[hardware.arch]
+    assert not chosen.USE_TMA or (aligned and hardware.arch >= 90)
+
+
+@given(sizes, sizes, st.integers(1, 32), dtypes, st.booleans(), chips)
+def test_one_pass_over_dy_holds_all_ranks(m, n, r, dtype, exact, hardware):
+    assert config.reads_dy_once(r)
+    assert r <= config.grad_up_config(m, n, r, dtype, exact, hardware).BLOCK_R
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "aligned", "expected"),
+    [
+        (8192, 4096, 4096, torch.bfloat16, True, "fused"),
+        (8192, 4096, 4097, torch.bfloat16, True, "cublas"),
+        (8192, 4096, 4096, torch.bfloat16, False, "cublas"),
+        (8192, 4096, 4096, torch.float32, True, "cublas"),
+        (16, 4096, 4096, torch.bfloat16, True, "cublas"),
+    ],
+)
+def test_base_product_path(m, n, k, dtype, aligned, expected):
+    assert config.base_product_path(m, n, k, dtype, aligned, HARDWARE[2]) == expected
+
+
+@given(st.integers(1, 1 << 24), st.sampled_from(["cpu", "cuda"]))
+def test_torch_blocks_have_rows(width, device_type):
+    assert config.torch_rows_per_block(width, device_type) >= 1

@@ -1,0 +1,256 @@
+"""The Hopper GEMM's launcher: what it refuses, what it hands to the extension and copies before, all gradients. On a
+CPU the device body runs in the emulator; tests marked gpu run the kernel itself."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels._core import extension
+from peft_kernels._core.device import Hardware, hardware
+from peft_kernels.lora.linear import cuda_gemm, problem
+from python_ref import compare
+from tests.lora import emulated_extension, simt_gemm
+from tests.lora.cases import Case, Tensors, check_budget, make, make_exact, output_gradient, run_oracle
+from tests.lora.test_csrc_gemm import BACKWARD, FORWARD
+from tests.lora.test_cuda_backend import _by_cuda
+
+CPU = torch.device("cpu")
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+class EmulatedGemm:
+    """gemm_sm90 and gemm_workspace on the CPU's memory, by the device body in the emulator."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    @staticmethod
+    def workspace(m: int, r: int) -> tuple[int, int]:
+        flags = 2 * -(-m // 128)
+        return flags, 8 * flags + 2 * m * simt_gemm.padded_rank(r)
+
+    def launch(self, **call: Any) -> None:
+        self.calls.append(call)
+        dtype, m, n, k, r = getattr(torch, call["dtype"]), call["m"], call["n"], call["k"], call["r"]
+        back = call["backward"]
+        shapes = {"x": (m, k), "w": (k, n) if back else (n, k), "down": (k, r) if back else (r, k)}
+        shapes["up"] = (r, n) if back else (n, r)
+        operands = {name: _memory(call[name], shape, call[f"{name}_stride"], dtype) for name, shape in shapes.items()}
+        bias = _memory(call["bias"], (1, n), n, dtype)[0] if call["bias"] else None
+        scale = call["scale_value"] if not call["scale"] else ctypes.c_float.from_address(call["scale"]).value
+        case = Case(m=m, n=n, k=k, r=r, dtype=dtype, scale=scale)
+        kind = "kBf16" if dtype == BF16 else "kFp16"
+        config = simt_gemm.name(kind, simt_gemm.padded_rank(r), "kBackward" if back else "kForward")
+        results = simt_gemm.run(simt_gemm.program(), config, operands, bias, case, (m, n, k), grid=3, schedules=1)
+        for name, value in zip(("y", "s"), results, strict=True):
+            ctypes.memmove(call[name], value.data_ptr(), value.numel() * value.element_size())
+
+
+def _memory(address: int, shape: tuple[int, int], stride: int, dtype: torch.dtype) -> Tensor:
+    rows, cols = shape
+    content = ctypes.string_at(address, ((rows - 1) * stride + cols) * dtype.itemsize)
+    return torch.frombuffer(bytearray(content), dtype=dtype).as_strided(shape, (stride, 1))
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedGemm:
+    gemm, stand_in = EmulatedGemm(), emulated_extension.install(monkeypatch)
+    stand_in.lora.gemm_sm90 = gemm.launch
+    stand_in.lora.gemm_workspace = gemm.workspace
+    return gemm
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(m=140, n=264, k=72, r=16, dtype=BF16),
+        Case(m=140, n=264, k=72, r=3, dtype=BF16, layout="expanded", bias=False),
+        Case(m=33, n=72, k=136, r=27, dtype=FP16),
+    ],
+    ids=str,
+)
+def test_all_gradients(emulated: EmulatedGemm, case: Case) -> None:
+    check_budget(case, CPU, _by_cuda)
+    assert [call["backward"] for call in emulated.calls[:2]] == [False, True]
+
+
+@pytest.mark.cpu_only
+def test_copies_and_strides(emulated: EmulatedGemm) -> None:
+    """Wider rows of x and W as they are; B of an odd rank, every second element of a bias, a strided dY by a copy."""
+    case = Case(m=24, n=72, k=64, r=9, dtype=BF16)
+    tensors, dy = make_exact(case, CPU)
+    wide = torch.randn(24, 80, dtype=BF16)
+    wide[:, 8:72] = tensors.x
+    x = wide[:, 8:72].requires_grad_()
+    weight = torch.cat((tensors.weight, tensors.weight[:, :16]), dim=1)[:, :64]
+    bias = torch.stack((tensors.bias, tensors.bias + 1), dim=1)[:, 0]
+    scale = torch.tensor(case.scale, dtype=torch.float64)
+    y = pk.lora_linear(x, weight, tensors.lora_a, tensors.lora_b, scale, bias, backend="cuda")
+    (dx,) = torch.autograd.grad(y, x, dy.t().contiguous().t())
+    expected = run_oracle(case, tensors, dy)
+    assert torch.equal(y.double(), expected.y)
+    assert torch.equal(dx.double(), expected.x)
+    forward, backward = emulated.calls
+    assert (forward["x_stride"], forward["w_stride"], forward["up_stride"]) == (80, 80, 16)
+    assert (backward["x_stride"], backward["w_stride"], backward["down_stride"]) == (72, 80, 16)
+    assert forward["nonce"] != backward["nonce"]
+
+
+@pytest.mark.cpu_only
+def test_gradients_that_nobody_asks_for(emulated: EmulatedGemm) -> None:
+    """Without dX there is no launch in the backward pass."""
+    case = Case(m=24, n=72, k=64, r=8, dtype=BF16)
+    x, weight, lora_a, lora_b, bias = make(case, CPU)
+    leaves = lora_a.requires_grad_(), lora_b.requires_grad_()
+    y = pk.lora_linear(x, weight, *leaves, case.scale, bias, backend="cuda")
+    torch.autograd.grad(y, leaves, output_gradient(case, CPU))
+    assert [call["backward"] for call in emulated.calls] == [False]
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "it takes bfloat16 and float16, x is torch.float32"),
+        ({"adapter_dtype": torch.float32}, "does not round adapters of torch.float32"),
+        ({"p": 0.1}, "without passing registers that could mask it"),
+        ({"r": 129}, "up to rank 128, got 129"),
+        ({"n": 68}, "N = 68 is no multiple of 8"),
+        ({"k": 68}, "K = 68 is no multiple of 8"),
+        ({"layout": "columns"}, "rows are strided or off 16-byte boundaries"),
+    ],
+    ids=str,
+)
+def test_refusals(change: dict[str, Any], reason: str) -> None:
+    case = dataclasses.replace(Case(m=40, n=72, k=64, r=4, dtype=BF16), **change)
+    tensors = make(case, CPU)
+    with pytest.raises(pk.UnsupportedError, match=rf"'cuda' cannot run this problem: .*gemm: .*{reason}.*'auto' can$"):
+        pk.lora_linear(*tensors[:4], dropout_p=case.p, backend="cuda")
+
+
+@pytest.mark.cpu_only
+def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(m=40, n=72, k=64, r=4, dtype=BF16)
+    described = problem.describe(*make(case, CPU)[:4], 1.0, None, 0.0, None)
+    monkeypatch.setattr(cuda_gemm, "hardware", lambda device: Hardware(arch=100, sm_count=148))
+    assert "sm_90a's instructions, cpu is sm_100" in (cuda_gemm.why_not(described) or "")
+
+
+@pytest.fixture
+def built() -> ModuleType:
+    reason = extension.why_not_importable()
+    if reason is not None:
+        pytest.skip(reason)  # tests/core/test_extension.py fails where it could have been built
+    return extension.load()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("m", [1, 128, 129, 5000])
+@pytest.mark.parametrize("r", [1, 16, 17, 64, 65, 128])
+def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
+    assert built.lora.gemm_workspace(m=m, r=r) == EmulatedGemm.workspace(m, r)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"m": 0}, "must be positive and below 2\\^31 - 1023, got 0"),
+        ({"k": 2**31}, "must be positive and below 2\\^31 - 1023, got 2147483648"),
+        ({"r": 129}, "takes ranks up to 128, got 129"),
+        ({"n": 68}, "n must be a multiple of 8"),
+        ({"bias": 2}, "bias on a 4-byte boundary"),
+        ({"x_stride": 68}, "those of x are 68 elements apart, for 64 columns"),
+        ({"w": 24}, "those of w are"),
+        ({"down_stride": 56}, "those of down are 56 elements apart, for 64 columns"),
+        ({"up_stride": 4}, "those of up are 4 elements apart"),
+        ({"dtype": "float32"}, "takes bfloat16 or float16"),
+        ({"multiprocessors": 0}, "multiprocessors must be positive, got 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_the_extension(built: ModuleType, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built.lora.gemm_sm90(**{**ARGUMENTS, **wrong})
+
+
+@pytest.mark.cpu_only
+def test_launch_without_a_device_says_so(built: ModuleType) -> None:
+    if built.why_no_device() is None:
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(RuntimeError, match="cudaGetDevice for lora_linear's gemm_sm90 failed: cudaError"):
+        built.lora.gemm_sm90(**ARGUMENTS)
+
+
+ARGUMENTS: dict[str, Any] = {
+    **dict.fromkeys(("x", "w", "down", "up", "bias", "y", "s", "workspace"), 16),
+    "scale": 0,
+    "scale_value": 1.0,
+    "nonce": 1,
+    "x_stride": 64,
+    "w_stride": 64,
+    "down_stride": 64,
+    "up_stride": 8,
+    "m": 40,
+    "n": 72,
+    "k": 64,
+    "r": 3,
+    "dtype": "bfloat16",
+    "backward": False,
+    "multiprocessors": 132,
+    "stream": 0,
+}
+
+
+def _on_the_gpu(case: Case, device: torch.device) -> Tensors:
+    if hardware(device).arch != cuda_gemm.ARCH:
+        pytest.skip(f"the kernel is for sm_{cuda_gemm.ARCH}")
+    return make(case, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("case", [case for case, _ in (*FORWARD, *BACKWARD) if case.m > 16], ids=str)
+def test_error_budget_on_the_gpu(case: Case, device: torch.device) -> None:
+    _on_the_gpu(case, device)
+    check_budget(case, device, _by_cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("r", [16, 128])
+def test_same_bits_on_the_gpu(r: int, device: torch.device) -> None:
+    """Many tiles a block, and row blocks that end in one row."""
+    case = Case(m=8193, n=4096, k=1024, r=r, dtype=BF16)
+    tensors = _on_the_gpu(case, device)
+    call = functools.partial(pk.lora_linear, *tensors[:4], case.scale, tensors.bias, backend="cuda")
+    first = call()
+    for _ in range(50):
+        compare.assert_bitwise_equal("y", call(), first)
+
+
+@pytest.mark.gpu
+def test_graph_replays_on_the_gpu(device: torch.device) -> None:
+    """Each replay must compute again: flags of the replay before may not count."""
+    case = Case(m=640, n=1024, k=1024, r=16, dtype=BF16, bias=False)
+    x, weight, lora_a, lora_b, _ = _on_the_gpu(case, device)
+    call = functools.partial(pk.lora_linear, x, weight, lora_a, lora_b, backend="cuda")
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    for seed in range(20):
+        x.copy_(make(case, device, seed).x)
+        graph.replay()
+        compare.assert_bitwise_equal("y", y, call())
