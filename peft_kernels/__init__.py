@@ -2,6 +2,7 @@
 
 from peft_kernels._core.dispatch import use_backend
 from peft_kernels._core.errors import UnsupportedError
+from peft_kernels._core.explain import explain
 from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
 from peft_kernels.integrations import apply, revert
 from peft_kernels.lora import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
@@ -20,6 +21,7 @@ __all__ = [
     "UnsupportedError",
     "apply",
     "bottleneck_adapter",
+    "explain",
     "insert_adapters",
     "lora_linear",
     "lora_linear_dropout_mask",

@@ -38,13 +38,8 @@ def collect() -> dict[str, Any]:
         "libraries": {name: _attempt(_version, name) for name in _LIBRARIES},
         "triton_import": _attempt(_import, "triton"),
         "extension": _attempt(_extension),
-        "families": {family: _attempt(_family, family) for family in families()},
+        "operators": _attempt(_operators),
     }
-
-
-def families() -> list[str]:
-    """Names of the kernel families: the subpackages with a ``problem.py``. Imports nothing."""
-    return sorted(path.parent.name for path in _PACKAGE.glob("*/problem.py"))
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -156,9 +151,14 @@ def _extension() -> dict[str, Any]:
     return report
 
 
-def _family(family: str) -> dict[str, Any]:
-    implementations = importlib.import_module(f"peft_kernels.{family}.op").IMPLEMENTATIONS
-    return {each.name: _attempt(_implementation, each) for each in implementations}
+def _operators() -> dict[str, Any]:
+    """For each operator and backend: available, or why not. Importing the package declares them."""
+    from peft_kernels._core.operator import OPERATORS
+
+    return {
+        name: {each.name: _attempt(_implementation, each) for each in operator.implementations}
+        for name, operator in sorted(OPERATORS.items())
+    }
 
 
 def _implementation(implementation: Any) -> str:

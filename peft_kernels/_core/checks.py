@@ -1,51 +1,162 @@
 """Argument checks whose messages name the tensor, what it must be and what it was.
 
-Every check raises ValueError, never asserts, and is called from a family's ``problem.py`` alone.
+The tensors of an operator stand in one table. Letters bind sizes from its first row to its last, and each tensor is
+held against the letters that are bound when its turn comes. Every check raises ValueError, never asserts, and is called
+from an operator's ``problem.py`` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-def is_tensor(family: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{family}: {name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def floating(family: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
-    if tensor.dtype not in allowed:
-        raise ValueError(f"{family}: {name} must have one of the dtypes {_names(allowed)}, got {tensor.dtype}")
+Sizes = dict[str, Any]
 
 
-def same_dtype(family: str, name: str, tensor: Tensor, other_name: str, *allowed: torch.dtype) -> None:
-    if tensor.dtype not in allowed:
-        choice = " or ".join(str(dtype) for dtype in dict.fromkeys(allowed))
-        raise ValueError(f"{family}: {name} must have the dtype of {other_name} ({choice}), got {tensor.dtype}")
+@dataclass(frozen=True)
+class Row:
+    """What one tensor must be.
+
+    Attributes:
+        name: of the argument.
+        forms: of its shape, such as "... K", or "H P D | B H P D"; "..." is any number of dimensions.
+        dtype_of: the argument whose dtype it has; "" where it is itself the first, or its dtype is checked elsewhere.
+        or_float32: whether it may be float32 beside half precision.
+        optional: whether it may be None.
+        meanings: what letters are that another tensor bound, such as {"K": "weight's in-features"}.
+        then: what else the sizes must be, once it is bound: sizes -> what is wrong, or None.
+    """
+
+    name: str
+    forms: str
+    dtype_of: str = ""
+    or_float32: bool = False
+    optional: bool = False
+    meanings: Mapping[str, str] | None = None
+    then: Callable[[Sizes], str | None] | None = None
+
+    @cached_property
+    def letters(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(form.split()) for form in self.forms.split("|"))
+
+    def bind(self, shape: torch.Size, sizes: Sizes) -> str | None:
+        """Bind the letters that are free; return what is wrong with the shape, or None."""
+        for letters in self.letters:
+            if letters[0] == "...":
+                count = len(letters) - 1
+                split = len(shape) - count
+                if split >= 0 and self._fit((*letters[1:], "..."), (*shape[split:], shape[:split]), sizes):
+                    return None
+                return self._wrong(letters, shape, sizes)
+            if len(letters) == len(shape):
+                return None if self._fit(letters, shape, sizes) else self._wrong(letters, shape, sizes)
+        return self._wrong(self.letters[0], shape, sizes)
+
+    def _fit(self, letters: tuple[str, ...], shape: tuple[Any, ...], sizes: Sizes) -> bool:
+        fits = True
+        for letter, size in zip(letters, shape, strict=True):
+            fits = sizes.setdefault(letter, size) == size and fits
+        return fits
+
+    def _wrong(self, letters: tuple[str, ...], shape: torch.Size, sizes: Sizes) -> str:
+        """In numbers where all letters are bound; where the first dimensions are free, the last one in numbers."""
+        if all(letter in sizes for letter in letters):
+            expected = [size for each in letters for size in (sizes[each] if each == "..." else [sizes[each]])]
+            return f"must be {_form(letters)} = {_numbers(expected)}, got {_numbers(shape)}"
+        if letters[0] == "..." and len(shape) > 0:
+            last, meaning = letters[-1], (self.meanings or {}).get(letters[-1], "")
+            return f"must be {_form(letters)} with {last} = {sizes[last]}, {meaning}, got {_numbers(shape)}"
+        got = f"a tensor of shape {_numbers(shape)}" if len(shape) > 0 else "a 0-d tensor"
+        return f"must be {' or '.join(map(_form, self.letters))}, got {got}"
 
 
-def same_device(family: str, name: str, tensor: Tensor, other_name: str, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{family}: {name} must be on the device of {other_name} ({device}), got {tensor.device}")
+@dataclass(frozen=True)
+class Table:
+    """The tensors of an operator, in the order in which their letters bind.
+
+    Attributes:
+        operator: name for messages.
+        first: the argument whose dtype and device the others are held against.
+        rows: of all tensors.
+    """
+
+    operator: str
+    first: str
+    rows: tuple[Row, ...]
+
+    def check(self, call: Any) -> Sizes:
+        """Check the tensors of a call and return the sizes of the letters.
+
+        Raises:
+            ValueError: naming the argument, what it must be and what it was.
+        """
+        sizes: Sizes = {}
+        there = []
+        for row in self.rows:
+            tensor = getattr(call, row.name)
+            if isinstance(tensor, Tensor):
+                there.append((row, tensor))
+            elif tensor is not None or not row.optional:
+                raise ValueError(f"{self.operator}: {row.name} must be a torch.Tensor, got {type(tensor).__name__}")
+        for row, tensor in there:
+            wrong = row.bind(tensor.shape, sizes)
+            if wrong is not None:
+                raise ValueError(f"{self.operator}: {row.name} {wrong}")
+            wrong = row.then(sizes) if row.then is not None else None
+            if wrong is not None:
+                raise ValueError(f"{self.operator}: {wrong}")
+        first = getattr(call, self.first)
+        if first.dtype not in FLOATING:
+            names = ", ".join(map(str, FLOATING))
+            raise ValueError(f"{self.operator}: {self.first} must have one of the dtypes {names}, got {first.dtype}")
+        for row, tensor in there:
+            if row.dtype_of and tensor.dtype != getattr(call, row.dtype_of).dtype:
+                self._check_float32(row, tensor, getattr(call, row.dtype_of))
+            if tensor.device != first.device:
+                raise ValueError(
+                    f"{self.operator}: {row.name} must be on the device of {self.first} ({first.device}), "
+                    f"got {tensor.device}"
+                )
+        return sizes
+
+    def _check_float32(self, row: Row, tensor: Tensor, like: Tensor) -> None:
+        mixes = row.or_float32 and like.dtype in (torch.bfloat16, torch.float16)
+        if not (mixes and tensor.dtype == torch.float32):
+            other = f"{row.dtype_of}, or float32 beside half precision," if row.or_float32 else row.dtype_of
+            choice = f"{like.dtype} or {torch.float32}" if mixes else str(like.dtype)
+            raise ValueError(
+                f"{self.operator}: {row.name} must have the dtype of {other} ({choice}), got {tensor.dtype}"
+            )
 
 
-def shape(family: str, name: str, tensor: Tensor, symbols: str, expected: Sequence[int]) -> None:
-    """``symbols`` is the shape in letters, such as "(r, K)"; ``expected`` is the same shape in numbers."""
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{family}: {name} must be {symbols} = {_tuple(expected)}, got {_tuple(tensor.shape)}")
+def scalar(operator: str, name: str, value: object) -> None:
+    """A float, or a 0-d floating tensor."""
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and value.is_floating_point():
+            return
+        got = f"{value.dtype} {tuple(value.shape)}"
+    elif isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        return
+    else:
+        got = type(value).__name__
+    raise ValueError(f"{operator}: {name} must be a float or a 0-d floating tensor, got {got}")
 
 
-def dims(family: str, name: str, tensor: Tensor, symbols: str, ndim: int) -> None:
-    if tensor.dim() != ndim:
-        raise ValueError(f"{family}: {name} must be {symbols}, got a tensor of shape {_tuple(tensor.shape)}")
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums, and of what lies between two products, on every backend: never below float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype) for dtype in dtypes)
+def _form(letters: tuple[str, ...]) -> str:
+    return f"({', '.join(letters)}{',' if len(letters) == 1 else ''})"
 
 
-def _tuple(sizes: Sequence[int]) -> str:
-    return "(" + ", ".join(str(int(size)) for size in sizes) + ("," if len(sizes) == 1 else "") + ")"
+def _numbers(sizes: Any) -> str:
+    return f"({', '.join(str(int(size)) for size in sizes)}{',' if len(sizes) == 1 else ''})"

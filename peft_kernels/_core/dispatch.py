@@ -6,12 +6,17 @@ never falls back, and ``auto`` that ends on torch on a CUDA tensor says once why
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft_kernels._core.errors import UnsupportedError
@@ -19,35 +24,60 @@ from peft_kernels._core.errors import UnsupportedError
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
 
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+_log = logging.getLogger("peft_kernels")
+_said: set[tuple[str, ...]] = set()
+
 _forced: ContextVar[str | None] = ContextVar("peft_kernels_backend", default=None)
-_warned: set[tuple[str, str]] = set()
+# The open use_backend blocks of all threads, the innermost last: the threads that were there before, and the backend.
+_blocks: list[tuple[frozenset[threading.Thread], str]] = []
+
+
+class _Traced(threading.local):
+    """What of the above torch.compile can guard: it knows no ContextVar."""
+
+    block: str | None = None
+
+
+_traced = _Traced()
+_open_blocks: tuple[str, ...] = ()
+
+
+def _never(problem: Any = None) -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """What one backend of one family can do.
+    """What one backend of one operator can do.
 
     Attributes:
         name: "torch", "triton" or "cuda".
+        forward, backward: the operator's own signature, the same for all its implementations.
         why_not_environment: reason why it cannot run in this process at all, or None.
-        why_not: reason why it cannot run this problem, or None; implies the environment's reason.
+        why_not: reason why it cannot run this problem, or None; implies the environment's reason. A value of the
+            problem stands at the end of a reason, after ", got", so that a warning can leave it out.
         why_not_auto: reason why ``auto`` passes over it although it can run (never verified on this GPU), or None.
-        forward, backward: the family's own signature, the same for all its implementations.
+        path: which of its ways it takes for a problem that it can run, in words; "" where there is one.
         borrows: backends whose functions do what this one has no kernels for.
     """
 
     name: str
-    why_not_environment: Callable[[], str | None]
-    why_not: Callable[[Any], str | None]
-    why_not_auto: Callable[[Any], str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    why_not_environment: Callable[[], str | None] = _never
+    why_not: Callable[[Any], str | None] = _never
+    why_not_auto: Callable[[Any], str | None] = _never
+    path: Callable[[Any], str] = lambda problem: ""
     borrows: tuple[str, ...] = ()
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Force a backend inside a ``with`` block.
+
+    It holds in this thread or task, and in threads that are started while the block is open and open none of their own.
+    A call that torch.compile traced in the block is traced again outside of it.
 
     Args:
         backend: "torch", "triton" or "cuda"; "auto" undoes an outer block.
@@ -62,11 +92,21 @@ def use_backend(backend: str) -> Iterator[None]:
         ...     pk.lora_linear(x, w, a, b).shape
         torch.Size([2, 3])
     """
-    token = _forced.set(_checked(backend, "use_backend"))
+    block = (frozenset(threading.enumerate()), _checked(backend, "use_backend"))
+    token, outer = _forced.set(backend), _traced.block
+    _blocks.append(block)
+    _note_blocks(backend)
     try:
         yield
     finally:
         _forced.reset(token)
+        _blocks.remove(block)
+        _note_blocks(outer)
+
+
+def _note_blocks(inside: str | None) -> None:
+    global _open_blocks
+    _traced.block, _open_blocks = inside, tuple(name for _, name in _blocks)
 
 
 def requested_backend(backend: str | None) -> str:
@@ -74,38 +114,70 @@ def requested_backend(backend: str | None) -> str:
     if backend is not None:
         return _checked(backend, "backend")
     inside = _forced.get()
+    if inside is None and _blocks:
+        thread = threading.current_thread()
+        inside = next((name for before, name in reversed(_blocks) if thread not in before), None)
     if inside is not None:
         return inside
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
-def choose(family: str, implementations: Sequence[Implementation], problem: Any, backend: str) -> Implementation:
+def backend_of_graph(backend: str | None) -> str:
+    """The same while a graph is traced; reads what torch.compile can guard, so that another block is traced again."""
+    return _constant(backend, _traced.block, _open_blocks)
+
+
+def _constant(backend: str | None, *guarded: object) -> str:
+    return requested_backend(backend)
+
+
+# What torch.compiler.assume_constant_result does; but that imports torch's compiler, and Triton with it.
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def select_backend(
+    operator: str, implementations: Sequence[Implementation], problem: Any, backend: str
+) -> Implementation:
     """Pick the implementation for a problem.
 
     Args:
-        family: name for messages.
+        operator: name for messages.
         implementations: in the order ``auto`` tries them; the last is torch and refuses nothing.
-        problem: the family's problem description; has ``device``.
+        problem: the operator's problem description; has ``device``.
         backend: as ``requested_backend`` returns it.
 
     Raises:
         UnsupportedError: a forced backend cannot run the problem.
     """
     if backend != "auto":
-        return _choose_forced(family, implementations, problem, backend)
+        return _select_forced(operator, implementations, problem, backend)
     refusals: list[str] = []
     for implementation in implementations:
         reason = implementation.why_not(problem) or implementation.why_not_auto(problem)
         if reason is None:
-            if refusals and implementation.name == "torch" and problem.device.type == "cuda":
-                _warn_once(family, refusals)
+            if refusals:
+                _say_once(operator, implementation, refusals, problem)
             return implementation
         refusals.append(f"{implementation.name}: {reason}")
-    raise UnsupportedError(f"{family}: no backend can run this problem ({'; '.join(refusals)})")
+    raise UnsupportedError(f"{operator}: no backend can run this problem ({'; '.join(refusals)})")
 
 
-def _choose_forced(
-    family: str, implementations: Sequence[Implementation], problem: Any, backend: str
+def explain_backend(operator: str, implementations: Sequence[Implementation], problem: Any, backend: str) -> str:
+    """Describe the choice that ``select_backend`` makes, and why it passed over the others; a line each."""
+    chosen = select_backend(operator, implementations, problem, backend)
+    path = chosen.path(problem)
+    lines = [f"{operator}: {chosen.name}{f', {path}' if path else ''}"]
+    if backend != "auto":
+        lines.append(f"  backend={backend!r} is forced")
+        return "\n".join(lines)
+    before = implementations[: implementations.index(chosen)]
+    lines += [f"  {each.name}: {each.why_not(problem) or each.why_not_auto(problem)}" for each in before]
+    lines += [f"  {each.name}: comes after" for each in implementations[len(before) + 1 :]]
+    return "\n".join(lines)
+
+
+def _select_forced(
+    operator: str, implementations: Sequence[Implementation], problem: Any, backend: str
 ) -> Implementation:
     for implementation in implementations:
         if implementation.name == backend:
@@ -113,10 +185,10 @@ def _choose_forced(
             if reason is None:
                 return implementation
             raise UnsupportedError(
-                f"{family}: backend '{backend}' cannot run this problem: {reason}; backend='torch' or 'auto' can"
+                f"{operator}: backend '{backend}' cannot run this problem: {reason}; backend='torch' or 'auto' can"
             )
     has = ", ".join(implementation.name for implementation in implementations)
-    raise UnsupportedError(f"{family}: there is no '{backend}' implementation of it; it has: {has}")
+    raise UnsupportedError(f"{operator}: there is no '{backend}' implementation of it; it has: {has}")
 
 
 def _checked(backend: str, source: str) -> str:
@@ -125,8 +197,23 @@ def _checked(backend: str, source: str) -> str:
     return backend
 
 
-def _warn_once(family: str, refusals: list[str]) -> None:
-    text = "; ".join(refusals)
-    if (family, text) not in _warned:
-        _warned.add((family, text))
-        warnings.warn(f"{family}: runs on the torch backend ({text})", stacklevel=4)
+def _say_once(operator: str, implementation: Implementation, refusals: list[str], problem: Any) -> None:
+    """Log a choice that was not made before; warn where it leaves a GPU to the torch backend."""
+    rules = tuple(re.sub(r",? got [^;]*", "", refusal) for refusal in refusals)
+    key = (operator, implementation.name, problem.device.type, *rules)
+    if key in _said:
+        return
+    _said.add(key)
+    text = f"{operator}: runs on the {implementation.name} backend ({'; '.join(rules)})"
+    _log.debug("%s", text)
+    if implementation.name == "torch" and problem.device.type == "cuda":
+        warnings.warn(text, stacklevel=_levels_to_the_caller())
+
+
+def _levels_to_the_caller() -> int:
+    """The ``stacklevel`` at which ``_say_once`` points at the first line outside of this package and of torch."""
+    torch_folder = str(Path(sys.modules["torch"].__file__ or "").parent)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, torch_folder)):
+        frame, level = frame.f_back, level + 1
+    return level

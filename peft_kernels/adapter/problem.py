@@ -12,20 +12,40 @@ from torch import Tensor
 from peft_kernels._core import checks
 from peft_kernels.adapter.kernels.activations import ACTIVATIONS
 
-FAMILY = "bottleneck_adapter"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NAME = "bottleneck_adapter"
+
+TENSORS = checks.Table(
+    NAME,
+    "x",
+    (
+        checks.Row(
+            "down_weight",
+            "r K",
+            dtype_of="x",
+            or_float32=True,
+            then=lambda sizes: None if sizes["r"] else "down_weight must be (r, K) with a bottleneck r >= 1, got r = 0",
+        ),
+        checks.Row("x", "... K", meanings={"K": "down_weight's in-features"}),
+        checks.Row("up_weight", "N r", dtype_of="down_weight"),
+        checks.Row("down_bias", "r", dtype_of="down_weight", optional=True),
+        checks.Row("up_bias", "N", dtype_of="down_weight", optional=True),
+        checks.Row("residual", "... N", dtype_of="x", or_float32=True, optional=True),
+    ),
+)
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call, ``x`` and ``residual`` flattened to two dimensions.
+    """The arguments of one call.
 
     Attributes:
-        x: (M, K), any strides.
+        x: (..., K), any strides; (M, K) where an implementation takes it.
         down_weight: (r, K), in x's dtype or float32, as nn.Linear stores it.
         up_weight: (N, r), in down_weight's dtype.
         down_bias: (r,) in down_weight's dtype, or None.
         up_bias: (N,) in down_weight's dtype, or None.
-        residual: (M, N), in x's dtype or float32, any strides; None where the problem is serial or has none.
+        residual: as x, with N, in x's dtype or float32; None where x is the residual or there is none.
+        serial: whether x is the residual.
+        activation: a name of ``ACTIVATIONS``.
         scale: float, or a 0-d tensor on x's device.
     """
 
@@ -35,6 +55,8 @@ class Inputs(NamedTuple):
     down_bias: Tensor | None
     up_bias: Tensor | None
     residual: Tensor | None
+    serial: bool
+    activation: str
     scale: float | Tensor
 
 
@@ -100,92 +122,32 @@ class BottleneckAdapterProblem:
 
     @property
     def wide_dtype(self) -> torch.dtype:
-        """Of z and dz on every backend: never below float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        """Of z and dz on every backend."""
+        return checks.wide_dtype(self.dtype)
 
 
-def describe(
-    x: Tensor,
-    down_weight: Tensor,
-    up_weight: Tensor,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    residual: Tensor | None,
-    serial: bool,
-    activation: str,
-    scale: float | Tensor,
-) -> BottleneckAdapterProblem:
-    """Check the arguments of a call and describe it. Where ``serial``, x is the residual and ``residual`` is None.
+def make_problem(call: Inputs) -> BottleneckAdapterProblem:
+    """Check the arguments of a call and describe it.
 
     Raises:
         ValueError: naming the argument, what it must be and what it was.
     """
-    _check_tensors(x, down_weight, up_weight, down_bias, up_bias)
-    n, r = up_weight.shape
-    if serial or residual is not None:
-        _check_residual(x if residual is None else residual, x, n)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{FAMILY}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    _check_scale(scale)
+    x, residual = call.x, call.residual
+    sizes = TENSORS.check(call)
+    if call.serial and sizes["K"] != sizes["N"]:
+        TENSORS.check(call._replace(residual=x))  # names the residual
+    if call.activation not in ACTIVATIONS:
+        raise ValueError(f"{NAME}: activation must be one of {', '.join(ACTIVATIONS)}, got {call.activation!r}")
+    checks.scalar(NAME, "scale", call.scale)
     return BottleneckAdapterProblem(
-        m=math.prod(x.shape[:-1]),
-        n=n,
-        k=x.shape[-1],
-        r=r,
+        m=math.prod(sizes["..."]),
+        n=sizes["N"],
+        k=sizes["K"],
+        r=sizes["r"],
         dtype=x.dtype,
-        adapter_dtype=down_weight.dtype,
+        adapter_dtype=call.down_weight.dtype,
         out_dtype=x.dtype if residual is None else residual.dtype,
-        serial=serial,
-        activation=activation,
+        serial=call.serial,
+        activation=call.activation,
         device=x.device,
     )
-
-
-def _check_tensors(
-    x: Tensor, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor | None, up_bias: Tensor | None
-) -> None:
-    adapter = [("down_weight", down_weight), ("up_weight", up_weight)]
-    adapter += [(name, bias) for name, bias in (("down_bias", down_bias), ("up_bias", up_bias)) if bias is not None]
-    for name, tensor in [("x", x), *adapter]:
-        checks.is_tensor(FAMILY, name, tensor)
-    if x.dim() == 0:
-        raise ValueError(f"{FAMILY}: x must be (..., K), got a 0-d tensor")
-    checks.dims(FAMILY, "down_weight", down_weight, "(r, K)", 2)
-    r, k = down_weight.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"{FAMILY}: x must be (..., K) with K = {k}, down_weight's in-features, got {tuple(x.shape)}")
-    if r == 0:
-        raise ValueError(f"{FAMILY}: down_weight must be (r, K) with a bottleneck r >= 1, got r = 0")
-    checks.dims(FAMILY, "up_weight", up_weight, "(N, r)", 2)
-    n = up_weight.shape[0]
-    checks.shape(FAMILY, "up_weight", up_weight, "(N, r)", (n, r))
-    if down_bias is not None:
-        checks.shape(FAMILY, "down_bias", down_bias, "(r,)", (r,))
-    if up_bias is not None:
-        checks.shape(FAMILY, "up_bias", up_bias, "(N,)", (n,))
-
-    checks.floating(FAMILY, "x", x, DTYPES)
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    checks.same_dtype(FAMILY, "down_weight", down_weight, "x, or float32", x.dtype, wide)
-    for name, tensor in adapter[1:]:
-        checks.same_dtype(FAMILY, name, tensor, "down_weight", down_weight.dtype)
-    for name, tensor in adapter:
-        checks.same_device(FAMILY, name, tensor, "x", x.device)
-
-
-def _check_residual(residual: Tensor, x: Tensor, n: int) -> None:
-    checks.is_tensor(FAMILY, "residual", residual)
-    checks.shape(FAMILY, "residual", residual, "(..., N), x's leading dimensions and N,", (*x.shape[:-1], n))
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    checks.same_dtype(FAMILY, "residual", residual, "x, or float32", x.dtype, wide)
-    checks.same_device(FAMILY, "residual", residual, "x", x.device)
-
-
-def _check_scale(scale: float | Tensor) -> None:
-    if isinstance(scale, Tensor):
-        if scale.dim() != 0 or not scale.is_floating_point():
-            raise ValueError(
-                f"{FAMILY}: scale must be a float or a 0-d floating tensor, got {scale.dtype} {tuple(scale.shape)}"
-            )
-    elif not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        raise ValueError(f"{FAMILY}: scale must be a float or a 0-d floating tensor, got {type(scale).__name__}")

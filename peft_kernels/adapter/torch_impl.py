@@ -135,15 +135,4 @@ def _column_sums(problem: BottleneckAdapterProblem, dy: Tensor) -> Tensor:
     return total
 
 
-def _never(problem: BottleneckAdapterProblem | None = None) -> None:
-    return None
-
-
-IMPLEMENTATION = Implementation(
-    name="torch",
-    why_not_environment=_never,
-    why_not=_never,
-    why_not_auto=_never,
-    forward=forward,
-    backward=backward,
-)
+IMPLEMENTATION = Implementation("torch", forward, backward)

@@ -1,34 +1,23 @@
-"""The public function, its autograd, and its registration with torch.library. The only file that knows autograd.
-
-Eager calls go through ``_PrefixAttention``; compiled ones through the operators ``peft_kernels::prefix`` and
-``peft_kernels::prefix_backward``. Both end in ``_forward`` and ``_backward``.
-"""
+"""The public function, and the declaration that makes it an operator."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from peft_kernels._core import library
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
-from peft_kernels._core.dispatch import Implementation, choose, requested_backend
-from peft_kernels._core.graph import is_recorded
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.operator import Operator
 from peft_kernels.prefix import torch_impl, triton_impl
 from peft_kernels.prefix.problem import (
-    FAMILY,
+    NAME,
     Gradients,
     Inputs,
     Needs,
     PrefixAttentionProblem,
     default_scale,
-    describe,
+    make_problem,
 )
-
-# In the order that `auto` tries them; the last one runs everything.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION)
 
 
 def prefix_attention(
@@ -61,8 +50,8 @@ def prefix_attention(
         key_padding_mask (B, L): bool, True where a key of the sequence may be attended to; None is everywhere. Masked
             keys and values must be finite.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
-            PEFT_KERNELS_BACKEND, then chooses. A compiled call keeps what was in force when it was traced, and a
-            backward pass has its forward pass's.
+            PEFT_KERNELS_BACKEND, then chooses. A backward pass has its forward
+            pass's.
 
     Returns:
         y (B, H, S, D) in q's dtype; under autocast in the dtype that F.scaled_dot_product_attention would give.
@@ -93,42 +82,18 @@ def prefix_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         prefix_k, prefix_v = (p if p.dtype == torch.float32 else p.to(dtype) for p in (prefix_k, prefix_v))
 
-    if torch.compiler.is_compiling():
-        factor = default_scale(q.shape[-1]) if scale is None else scale
-        y, _ = torch.ops.peft_kernels.prefix_attention(
-            q, k, v, prefix_k, prefix_v, causal, factor, key_padding_mask, _backend_of_graph(backend)
-        )
-        return y
-    problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
-    if not is_recorded():
-        inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
-        return _forward(problem, inputs, _implementation(problem, backend))[0]
-    return _PrefixAttention.apply(problem, backend, q, k, v, prefix_k, prefix_v, key_padding_mask)
-
-
-def _backend_of_graph(backend: str | None) -> str:
-    """The backend in force while a graph is traced: what the forward pass keeps is for its own backward pass alone."""
-    return requested_backend(backend)
-
-
-# What torch.compiler.assume_constant_result does; but that imports torch's compiler, and Triton with it.
-_backend_of_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _implementation(problem: PrefixAttentionProblem, backend: str | None) -> Implementation:
-    chosen = choose(FAMILY, IMPLEMENTATIONS, problem, requested_backend(backend))
-    # Without a query or a key there is nothing to launch; the torch backend knows what is left.
-    return torch_impl.IMPLEMENTATION if problem.is_empty else chosen
+    if scale is None and isinstance(q, Tensor):
+        scale = default_scale(q.shape[-1] if q.dim() else 1)
+    return OPERATOR(Inputs(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask), backend)
 
 
 def _as_backends_take(problem: PrefixAttentionProblem, inputs: Inputs) -> Inputs:
-    return Inputs(
+    return inputs._replace(
         q=_contiguous_rows(inputs.q),
         k=_contiguous_rows(inputs.k),
         v=_contiguous_rows(inputs.v),
         prefix_k=_contiguous_rows(inputs.prefix_k.to(problem.dtype)),
         prefix_v=_contiguous_rows(inputs.prefix_v.to(problem.dtype)),
-        key_padding_mask=inputs.key_padding_mask,
     )
 
 
@@ -136,170 +101,42 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-def _statistics_shape(problem: PrefixAttentionProblem, implementation: Implementation) -> tuple[int, ...]:
-    """Of what a forward pass keeps beside y; the torch backend keeps neither."""
-    return (0,) if implementation.name == "torch" else (2, problem.b, problem.h, problem.s)
-
-
-def _kept(y: Tensor, stats: Tensor) -> tuple[Tensor | None, Tensor]:
-    """What of a forward pass's results its backward pass reads."""
-    return (y if stats.dim() > 1 else None), stats
-
-
-def _forward(problem: PrefixAttentionProblem, inputs: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
+def _forward(problem: PrefixAttentionProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
     with without_autocast(problem.device.type):
-        y, stats = implementation.forward(problem, _as_backends_take(problem, inputs))
+        y, stats = implementation.forward(problem, _as_backends_take(problem, call))
     return y, stats
 
 
 def _backward(
     problem: PrefixAttentionProblem,
-    inputs: Inputs,
+    call: Inputs,
     kept: tuple[Tensor | None, Tensor],
     dy: Tensor,
     needs: Needs,
     implementation: Implementation,
 ) -> Gradients:
     with without_autocast(problem.device.type):
-        taken = _as_backends_take(problem, inputs)
+        taken = _as_backends_take(problem, call)
         gradients: Gradients = implementation.backward(problem, taken, *kept, _contiguous_rows(dy), needs)
     return gradients
 
 
-class _PrefixAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        problem: PrefixAttentionProblem,
-        backend: str | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prefix_k: Tensor,
-        prefix_v: Tensor,
-        key_padding_mask: Tensor | None,
-    ) -> Tensor:
-        inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
-        implementation = _implementation(problem, backend)
-        y, stats = _forward(problem, inputs, implementation)
-        # Another backend may be in force when the backward pass runs; the statistics are this one's.
-        ctx.problem, ctx.implementation = problem, implementation
-        ctx.save_for_backward(*inputs, *_kept(y, stats))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, y, stats = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[2:7])
-        grads = _backward(ctx.problem, Inputs(*inputs), (y, stats), dy, needs, ctx.implementation)
-        return None, None, *grads, None
+def _results(problem: PrefixAttentionProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
+    # The torch backend keeps no statistics, and then y is not read either.
+    shape = (0,) if implementation.name == "torch" else (2, problem.b, problem.h, problem.s)
+    return call.q.new_empty(call.q.shape), call.q.new_empty(shape, dtype=problem.wide_dtype)
 
 
-def _operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    causal: bool,
-    scale: float,
-    key_padding_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
-    inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
-    return _forward(problem, inputs, _implementation(problem, backend))
-
-
-def _operator_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    causal: bool,
-    scale: float,
-    key_padding_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
-    shape = _statistics_shape(problem, _implementation(problem, backend))
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=problem.wide_dtype)
-
-
-def _operator_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    causal: bool,
-    scale: float,
-    key_padding_mask: Tensor | None,
-    y: Tensor | None,
-    stats: Tensor,
-    needs: list[bool],
-    backend: str,
-) -> Gradients:
-    problem = describe(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask)
-    inputs = Inputs(q, k, v, prefix_k, prefix_v, key_padding_mask)
-    return _backward(problem, inputs, (y, stats), dy, Needs(*needs), _implementation(problem, backend))
-
-
-def _operator_backward_fake(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    causal: bool,
-    scale: float,
-    key_padding_mask: Tensor | None,
-    y: Tensor | None,
-    stats: Tensor,
-    needs: list[bool],
-    backend: str,
-) -> Gradients:
-    # Not empty_like, which would keep the strides of a transposed or expanded input.
-    like = (q, k, v, prefix_k, prefix_v)
-    return Gradients(
-        *(tensor.new_empty(tensor.shape) if need else None for tensor, need in zip(like, needs, strict=True))
-    )
-
-
-_COMMON = (
-    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, bool causal, float scale, Tensor? key_padding_mask"
+OPERATOR = Operator(
+    name=NAME,
+    call=Inputs,
+    needs=Needs,
+    implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
+    make_problem=make_problem,
+    forward=_forward,
+    backward=_backward,
+    results=_results,
+    reads=lambda needs: (*Inputs._fields, "y", "stats"),
+    kept=("y", "stats"),
+    keep=lambda y, stats: (y if stats.dim() > 1 else None, stats),
 )
-_FORWARD = library.define(
-    f"prefix_attention({_COMMON}, str backend) -> (Tensor, Tensor)",
-    _operator,
-    _operator_fake,
-)
-library.define(
-    f"prefix_attention_backward(Tensor dy, {_COMMON}, Tensor? y, Tensor stats, bool[] needs, str backend)"
-    " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    _operator_backward,
-    _operator_backward_fake,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.causal, ctx.scale, key_padding_mask, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, key_padding_mask, *_kept(*output))
-
-
-def _registered_backward(ctx: Any, dy: Tensor | None, dstats: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 9
-    *tensors, key_padding_mask, y, stats = ctx.saved_tensors
-    grads = torch.ops.peft_kernels.prefix_attention_backward(
-        dy, *tensors, ctx.causal, ctx.scale, key_padding_mask, y, stats, list(ctx.needs_input_grad[:5]), ctx.backend
-    )
-    return *grads, None, None, None, None
-
-
-library.register_autograd(_FORWARD, _registered_backward, _setup_context)

@@ -11,18 +11,39 @@ from torch import Tensor
 
 from peft_kernels._core import checks
 
-FAMILY = "prefix_attention"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HALF = (torch.bfloat16, torch.float16)
+NAME = "prefix_attention"
+
+
+def _wrong_heads(sizes: checks.Sizes) -> str | None:
+    h, h_kv = sizes["H"], sizes["H_kv"]
+    if h_kv > 0 and h % h_kv == 0:
+        return None
+    return f"H_kv, k's heads, must divide H = {h}, q's heads, got {h_kv}"
+
+
+TENSORS = checks.Table(
+    NAME,
+    "q",
+    (
+        checks.Row("q", "B H S D"),
+        checks.Row("k", "B H_kv L D", dtype_of="q"),
+        checks.Row("v", "B H_kv L D", dtype_of="q", then=_wrong_heads),
+        checks.Row("prefix_k", "H_kv P D | B H_kv P D", dtype_of="q", or_float32=True),
+        checks.Row("prefix_v", "H_kv P D | B H_kv P D", dtype_of="prefix_k"),
+        checks.Row("key_padding_mask", "B L", optional=True),
+    ),
+)
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call, as backends get them.
+    """The arguments of one call.
 
     Attributes:
-        q: (B, H, S, D), contiguous last dimension, as in all of them.
+        q: (B, H, S, D); the last dimension is contiguous where an implementation takes it, as in all of them.
         k, v: (B, H_kv, L, D), in q's dtype.
-        prefix_k, prefix_v: (H_kv, P, D) or (B, H_kv, P, D), in q's dtype.
+        prefix_k, prefix_v: (H_kv, P, D) or (B, H_kv, P, D), in q's dtype where an implementation takes them.
+        causal: whether a query sees only what is not after it.
+        scale: factor of the products of queries and keys.
         key_padding_mask: bool (B, L), True where a key may be attended to; or None.
     """
 
@@ -31,6 +52,8 @@ class Inputs(NamedTuple):
     v: Tensor
     prefix_k: Tensor
     prefix_v: Tensor
+    causal: bool
+    scale: float
     key_padding_mask: Tensor | None
 
 
@@ -107,91 +130,45 @@ class PrefixAttentionProblem:
 
     @property
     def wide_dtype(self) -> torch.dtype:
-        """Of scores, weights and sums, on every backend: never below float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        """Of scores, weights and sums, on every backend."""
+        return checks.wide_dtype(self.dtype)
 
 
-def describe(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    causal: bool,
-    scale: float | None,
-    key_padding_mask: Tensor | None,
-) -> PrefixAttentionProblem:
+def make_problem(call: Inputs) -> PrefixAttentionProblem:
     """Check the arguments of a call and describe it.
 
     Raises:
         ValueError: naming the argument, what it must be and what it was.
     """
-    _check_shapes(q, k, v, prefix_k, prefix_v)
-    _check_dtypes_and_devices(q, k, v, prefix_k, prefix_v)
-    if key_padding_mask is not None:
-        _check_mask(key_padding_mask, k)
-    if not isinstance(causal, bool):
-        raise ValueError(f"{FAMILY}: causal must be a bool, got {causal!r}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise ValueError(f"{FAMILY}: scale must be a float or None, got {type(scale).__name__}")
-    b, h, s, d = q.shape
+    q, mask = call.q, call.key_padding_mask
+    sizes = TENSORS.check(call)
+    if call.prefix_v.dim() != call.prefix_k.dim():
+        got = tuple(call.prefix_v.shape)
+        raise ValueError(f"{NAME}: prefix_v must be {tuple(call.prefix_k.shape)} as prefix_k is, got {got}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{NAME}: key_padding_mask must be torch.bool, True = attend, got {mask.dtype}")
+    if not isinstance(call.causal, bool):
+        raise ValueError(f"{NAME}: causal must be a bool, got {call.causal!r}")
+    if isinstance(call.scale, bool) or not isinstance(call.scale, (int, float, torch.SymFloat)):
+        raise ValueError(f"{NAME}: scale must be a float or None, got {type(call.scale).__name__}")
     return PrefixAttentionProblem(
-        b=b,
-        h=h,
-        h_kv=k.shape[1],
-        s=s,
-        l=k.shape[2],
-        p=prefix_k.shape[-2],
-        d=d,
+        b=sizes["B"],
+        h=sizes["H"],
+        h_kv=sizes["H_kv"],
+        s=sizes["S"],
+        l=sizes["L"],
+        p=sizes["P"],
+        d=sizes["D"],
         dtype=q.dtype,
-        prefix_dtype=prefix_k.dtype,
+        prefix_dtype=call.prefix_k.dtype,
         device=q.device,
-        causal=causal,
-        scale=default_scale(d) if scale is None else scale,
-        shared=prefix_k.dim() == 3,
-        padded=key_padding_mask is not None,
+        causal=call.causal,
+        scale=call.scale,
+        shared=call.prefix_k.dim() == 3,
+        padded=mask is not None,
     )
 
 
 def default_scale(d: int) -> float:
     """1 / sqrt(D), as F.scaled_dot_product_attention takes it."""
     return float(max(d, 1) ** -0.5)
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        checks.is_tensor(FAMILY, name, tensor)
-    checks.dims(FAMILY, "q", q, "(B, H, S, D)", 4)
-    checks.dims(FAMILY, "k", k, "(B, H_kv, L, D)", 4)
-    b, h, _, d = q.shape
-    h_kv, length = k.shape[1], k.shape[2]
-    checks.shape(FAMILY, "k", k, "(B, H_kv, L, D)", (b, h_kv, length, d))
-    checks.shape(FAMILY, "v", v, "(B, H_kv, L, D)", (b, h_kv, length, d))
-    if h_kv == 0 or h % h_kv:
-        raise ValueError(f"{FAMILY}: H_kv, k's heads, must divide H = {h}, q's heads, got {h_kv}")
-    if prefix_k.dim() not in (3, 4):
-        shape = tuple(prefix_k.shape)
-        raise ValueError(f"{FAMILY}: prefix_k must be (H_kv, P, D) or (B, H_kv, P, D), got a tensor of shape {shape}")
-    own = prefix_k.dim() == 4
-    symbols, size = ("(B, H_kv, P, D)", (b,)) if own else ("(H_kv, P, D)", ())
-    checks.shape(FAMILY, "prefix_k", prefix_k, symbols, (*size, h_kv, prefix_k.shape[-2], d))
-    checks.shape(FAMILY, "prefix_v", prefix_v, symbols, prefix_k.shape)
-
-
-def _check_dtypes_and_devices(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
-    checks.floating(FAMILY, "q", q, DTYPES)
-    checks.same_dtype(FAMILY, "k", k, "q", q.dtype)
-    checks.same_dtype(FAMILY, "v", v, "q", q.dtype)
-    masters = torch.float32 if q.dtype in _HALF else q.dtype
-    checks.same_dtype(FAMILY, "prefix_k", prefix_k, "q, or float32 beside half precision", q.dtype, masters)
-    checks.same_dtype(FAMILY, "prefix_v", prefix_v, "prefix_k", prefix_k.dtype)
-    for name, tensor in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        checks.same_device(FAMILY, name, tensor, "q", q.device)
-
-
-def _check_mask(mask: Tensor, k: Tensor) -> None:
-    checks.is_tensor(FAMILY, "key_padding_mask", mask)
-    if mask.dtype != torch.bool:
-        raise ValueError(f"{FAMILY}: key_padding_mask must be torch.bool, True = attend, got {mask.dtype}")
-    checks.shape(FAMILY, "key_padding_mask", mask, "(B, L)", (k.shape[0], k.shape[2]))
-    checks.same_device(FAMILY, "key_padding_mask", mask, "q", k.device)

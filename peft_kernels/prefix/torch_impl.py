@@ -33,15 +33,4 @@ def backward(
     return run(problem, inputs, dy, needs)
 
 
-def _never(problem: PrefixAttentionProblem | None = None) -> None:
-    return None
-
-
-IMPLEMENTATION = Implementation(
-    name="torch",
-    why_not_environment=_never,
-    why_not=_never,
-    why_not_auto=_never,
-    forward=forward,
-    backward=backward,
-)
+IMPLEMENTATION = Implementation("torch", forward, backward)

@@ -54,7 +54,7 @@ class PromptEmbedding(nn.Module):
 
     def forward(self, token_embeddings: Tensor) -> Tensor:
         """Map token_embeddings (B, L, D) to (B, P + L, D)."""
-        return prompt_tuning(self.weight[None], token_embeddings)
+        return prompt_tuning(token_embeddings, self.weight[None])
 
     def extra_repr(self) -> str:
         return f"num_tokens={self.num_tokens}, embedding_dim={self.embedding_dim}"
@@ -94,7 +94,7 @@ class PromptEnsemble(nn.Module):
     def forward(self, token_embeddings: Tensor) -> Tensor:
         """Map token_embeddings (B, L, D) to (N * B, P + L, D), prompt by prompt."""
         weights = [cast("Tensor", prompt.weight) for prompt in self.prompts]
-        return prompt_tuning(torch.stack(weights), token_embeddings)
+        return prompt_tuning(token_embeddings, torch.stack(weights))
 
     def vote(self, logits: Tensor) -> Tensor:
         """Return the class (B,) that most prompts choose; ties go to the higher mean probability, then the lower index.

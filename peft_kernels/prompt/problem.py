@@ -10,23 +10,42 @@ from torch import Tensor
 
 from peft_kernels._core import checks
 
-FAMILY = "prompt_tuning"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HALF = (torch.bfloat16, torch.float16)
+NAME = "prompt_tuning"
+
+TENSORS = checks.Table(
+    NAME,
+    "token_embeddings",
+    (
+        checks.Row("token_embeddings", "B L D"),
+        checks.Row("prompts", "N P D", dtype_of="token_embeddings", or_float32=True),
+    ),
+)
+
+
+class Inputs(NamedTuple):
+    """The arguments of one call.
+
+    Attributes:
+        token_embeddings: (B, L, D), any strides.
+        prompts: (N, P, D), in the tokens' dtype, or float32 beside half precision.
+    """
+
+    token_embeddings: Tensor
+    prompts: Tensor
 
 
 class Needs(NamedTuple):
     """Which gradients a backward pass is asked for."""
 
+    token_embeddings: bool
     prompts: bool
-    tokens: bool
 
 
 class Gradients(NamedTuple):
     """Gradients of one call, None where not asked for; shapes and dtypes are those of the arguments."""
 
+    token_embeddings: Tensor | None
     prompts: Tensor | None
-    tokens: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -52,8 +71,8 @@ class PromptTuningProblem:
 
     @property
     def wide_dtype(self) -> torch.dtype:
-        """Of sums: never below float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        """Of sums."""
+        return checks.wide_dtype(self.dtype)
 
     @property
     def is_empty(self) -> bool:
@@ -61,21 +80,21 @@ class PromptTuningProblem:
         return 0 in (self.n, self.b, self.d) or self.p + self.l == 0
 
 
-def describe(prompts: Tensor, tokens: Tensor) -> PromptTuningProblem:
+def make_problem(call: Inputs) -> PromptTuningProblem:
     """Check the arguments of a call and describe it.
 
     Raises:
         ValueError: naming the argument, what it must be and what it was.
     """
-    checks.is_tensor(FAMILY, "prompts", prompts)
-    checks.is_tensor(FAMILY, "tokens", tokens)
-    checks.dims(FAMILY, "tokens", tokens, "(B, L, D)", 3)
-    checks.dims(FAMILY, "prompts", prompts, "(N, P, D)", 3)
-    b, length, d = tokens.shape
-    n, p, _ = prompts.shape
-    checks.shape(FAMILY, "prompts", prompts, "(N, P, D)", (n, p, d))
-    checks.floating(FAMILY, "tokens", tokens, DTYPES)
-    masters = torch.float32 if tokens.dtype in _HALF else tokens.dtype
-    checks.same_dtype(FAMILY, "prompts", prompts, "tokens, or float32 beside half precision", tokens.dtype, masters)
-    checks.same_device(FAMILY, "prompts", prompts, "tokens", tokens.device)
-    return PromptTuningProblem(n, b, p, length, d, tokens.dtype, prompts.dtype, tokens.device)
+    tokens, prompts = call
+    sizes = TENSORS.check(call)
+    return PromptTuningProblem(
+        n=sizes["N"],
+        b=sizes["B"],
+        p=sizes["P"],
+        l=sizes["L"],
+        d=sizes["D"],
+        dtype=tokens.dtype,
+        prompt_dtype=prompts.dtype,
+        device=tokens.device,
+    )

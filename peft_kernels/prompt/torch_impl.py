@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.prompt.problem import Gradients, Needs, PromptTuningProblem
+from peft_kernels.prompt.problem import Gradients, Inputs, Needs, PromptTuningProblem
 
 
-def forward(problem: PromptTuningProblem, prompts: Tensor, tokens: Tensor) -> Tensor:
+def forward(problem: PromptTuningProblem, inputs: Inputs) -> Tensor:
     """Return y (N B, P + L, D) in the tokens' dtype."""
+    tokens, prompts = inputs
     n, b, p = problem.n, problem.b, problem.p
     y = torch.empty(n, b, p + problem.l, problem.d, dtype=problem.dtype, device=problem.device)
     y[:, :, :p] = prompts[:, None]
@@ -31,19 +32,10 @@ def backward(problem: PromptTuningProblem, dy: Tensor, needs: Needs) -> Gradient
     wide = problem.wide_dtype
     return Gradients(
         prompts=apart[:, :, : problem.p].sum(1, dtype=wide).to(problem.prompt_dtype) if needs.prompts else None,
-        tokens=apart[:, :, problem.p :].sum(0, dtype=wide).to(problem.dtype) if needs.tokens else None,
+        token_embeddings=apart[:, :, problem.p :].sum(0, dtype=wide).to(problem.dtype)
+        if needs.token_embeddings
+        else None,
     )
 
 
-def _never(problem: PromptTuningProblem | None = None) -> None:
-    return None
-
-
-IMPLEMENTATION = Implementation(
-    name="torch",
-    why_not_environment=_never,
-    why_not=_never,
-    why_not_auto=_never,
-    forward=forward,
-    backward=backward,
-)
+IMPLEMENTATION = Implementation("torch", forward, backward)

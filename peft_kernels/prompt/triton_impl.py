@@ -8,7 +8,7 @@ from torch import Tensor
 from peft_kernels._core import triton_tools
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels.prompt.kernels import config
-from peft_kernels.prompt.problem import Gradients, Needs, PromptTuningProblem
+from peft_kernels.prompt.problem import Gradients, Inputs, Needs, PromptTuningProblem
 
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
 VERIFIED_ARCHS: frozenset[int] = frozenset()
@@ -32,11 +32,11 @@ def why_not_auto(problem: PromptTuningProblem) -> str | None:
     return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
 
 
-def forward(problem: PromptTuningProblem, prompts: Tensor, tokens: Tensor) -> Tensor:
+def forward(problem: PromptTuningProblem, inputs: Inputs) -> Tensor:
     """Return y (N B, P + L, D) in the tokens' dtype."""
     from peft_kernels.prompt.kernels import triton_fwd
 
-    return triton_fwd.gather(problem, prompts, tokens, config.gather_config(problem.d))
+    return triton_fwd.gather(problem, inputs.prompts, inputs.token_embeddings, config.gather_config(problem.d))
 
 
 def backward(problem: PromptTuningProblem, dy: Tensor, needs: Needs) -> Gradients:
@@ -46,7 +46,7 @@ def backward(problem: PromptTuningProblem, dy: Tensor, needs: Needs) -> Gradient
     chosen = config.sum_config(problem.d)
     return Gradients(
         prompts=triton_bwd.sum_over_batch(problem, dy, chosen) if needs.prompts else None,
-        tokens=triton_bwd.sum_over_prompts(problem, dy, chosen) if needs.tokens else None,
+        token_embeddings=triton_bwd.sum_over_prompts(problem, dy, chosen) if needs.token_embeddings else None,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 import threading
 import warnings
@@ -14,7 +13,7 @@ import torch
 import peft_kernels as pk
 from peft_kernels._core import dispatch
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.info import families
+from peft_kernels._core.operator import OPERATORS, Operator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ def _implementation(name: str, why_not: str | None = None, why_not_auto: str | N
 
 
 def _choose(backend: str, *implementations: Implementation, device: str = "cpu") -> str:
-    return dispatch.choose("family", implementations, Problem(torch.device(device)), backend).name
+    return dispatch.select_backend("family", implementations, Problem(torch.device(device)), backend).name
 
 
 def test_auto_takes_the_first_without_a_reason() -> None:
@@ -64,7 +63,7 @@ def test_nothing_runs() -> None:
 
 
 def test_warns_once_where_a_gpu_idles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_said", set())
     implementations = _implementation("triton", "M is odd"), _implementation("torch")
     with pytest.warns(UserWarning, match=r"family: runs on the torch backend \(triton: M is odd\)"):
         _choose("auto", *implementations, device="cuda")
@@ -95,13 +94,86 @@ def test_block_ends_where_it_raises() -> None:
     assert dispatch._forced.get() is None
 
 
-def test_block_is_of_its_thread() -> None:
-    seen = []
+def test_block_holds_in_threads_that_it_starts() -> None:
+    seen: dict[str, str] = {}
+    before, go = threading.Event(), threading.Event()
+
+    def ask(name: str) -> None:
+        if name == "before":
+            before.set()
+            go.wait(10)
+        seen[name] = dispatch.requested_backend(None)
+        if name == "outer":
+            with pk.use_backend("triton"):
+                seen["its own"] = dispatch.requested_backend(None)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("before", "outer", "inner")]
+    threads[0].start()
+    before.wait(10)
     with pk.use_backend("torch"):
-        thread = threading.Thread(target=lambda: seen.append(dispatch._forced.get()))
-        thread.start()
-        thread.join()
-    assert seen == [None]
+        threads[1].start()
+        threads[1].join()
+        with pk.use_backend("cuda"):
+            threads[2].start()
+            threads[2].join()
+        go.set()
+        threads[0].join()
+    assert seen == {"before": "auto", "outer": "torch", "its own": "triton", "inner": "cuda"}
+    assert not dispatch._blocks
+
+
+def test_compiled_call_is_traced_again_in_another_block() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: pk.prompt_tuning(x, x), fullgraph=True, backend="aot_eager")
+    x = torch.ones(1, 2, 3)
+    assert pk.explain(compiled, x).startswith("prompt_tuning: torch\n  triton: ")
+    for _ in range(2):
+        # torch.compile raises an exception of its own, with ours in its text.
+        with pk.use_backend("cuda"), pytest.raises(Exception, match="no 'cuda' implementation"):
+            compiled(x)
+        with pk.use_backend("torch"):
+            assert "'torch' is forced" in pk.explain(compiled, x)
+        compiled(x)
+
+
+def test_warning_has_no_sizes_and_points_at_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_said", set())
+    with pytest.warns(UserWarning, match="takes at most 16 tokens") as seen:
+        for m in range(17, 60):
+            reason = f"decode: it takes at most 16 tokens, got {m}; gemm: N must be a multiple of 8, got {m}"
+            _choose("auto", _implementation("cuda", reason), _implementation("torch"), device="cuda")
+    (warning,) = seen
+    assert str(warning.message).endswith("(cuda: decode: it takes at most 16 tokens; gemm: N must be a multiple of 8)")
+    assert warning.filename == __file__
+
+
+def test_each_choice_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(dispatch, "_said", set())
+    with caplog.at_level("DEBUG", logger="peft_kernels"):
+        for reason in ("M is odd, got 3", "M is odd, got 5", "M is large"):
+            _choose("auto", _implementation("triton", reason), _implementation("torch"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "family: runs on the torch backend (triton: M is odd)",
+        "family: runs on the torch backend (triton: M is large)",
+    ]
+
+
+def test_explain_names_backend_path_and_refusals() -> None:
+    fast = dataclasses.replace(_implementation("triton"), path=lambda problem: "fused")
+    implementations = _implementation("cuda", "no GPU"), fast, _implementation("torch")
+    text = dispatch.explain_backend("family", implementations, Problem(torch.device("cpu")), "auto")
+    assert text.splitlines() == ["family: triton, fused", "  cuda: no GPU", "  torch: comes after"]
+
+
+def test_explain_counts_and_leaves_the_generator_alone() -> None:
+    layer = pk.FusedLoRALinear(4, 3, r=2, lora_dropout=0.5)
+    state = torch.get_rng_state()
+    text = pk.explain(lambda x: layer(layer(x)[:, :1].expand(-1, 4)), torch.ones(2, 4))
+    assert text.startswith("2 x lora_linear: torch\n")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert pk.explain(abs, -1) == "nothing of peft_kernels was called"
+    refused = pk.explain(pk.prompt_tuning, torch.ones(1, 1, 1), torch.ones(1, 1, 1), backend="cuda")
+    assert refused.startswith("refused: prompt_tuning: there is no 'cuda'")
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,12 +184,11 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.requested_backend(None)
 
 
-@pytest.mark.parametrize("family", families())
-def test_what_is_borrowed_is_declared(family: str) -> None:
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
+def test_what_is_borrowed_is_declared(operator: Operator) -> None:
     """A record names the backends whose code its own calls, and no others."""
-    implementations = importlib.import_module(f"peft_kernels.{family}.op").IMPLEMENTATIONS
-    names = [implementation.name for implementation in implementations]
-    for implementation in implementations:
+    names = [implementation.name for implementation in operator.implementations]
+    for implementation in operator.implementations:
         module = sys.modules[implementation.forward.__module__]
         imported = {name for name in names if f"{name}_impl" in vars(module)}
         assert imported - {implementation.name} == set(implementation.borrows)

@@ -30,11 +30,11 @@ def test_json_names_every_family_and_backend() -> None:
     result = _run("-m", "peft_kernels.info", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert set(report["families"]) == set(info.families())
-    for backends in report["families"].values():
+    assert set(report["operators"]) == {"bottleneck_adapter", "lora_linear", "prefix_attention", "prompt_tuning"}
+    for backends in report["operators"].values():
         assert backends["torch"] == info.AVAILABLE
         assert all(isinstance(answer, str) and answer for answer in backends.values())
-    assert report["families"]["lora_linear"]["cuda"].endswith("; what it has no kernels for is done by torch")
+    assert report["operators"]["lora_linear"]["cuda"].endswith("; what it has no kernels for is done by torch")
 
 
 def test_text_shows_reasons() -> None:

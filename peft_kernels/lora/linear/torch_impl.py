@@ -133,15 +133,4 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float | Tensor
     out.addmm_(left.to(out.dtype), right.to(out.dtype), alpha=scale)
 
 
-def _never(problem: LoraLinearProblem | None = None) -> None:
-    return None
-
-
-IMPLEMENTATION = Implementation(
-    name="torch",
-    why_not_environment=_never,
-    why_not=_never,
-    why_not_auto=_never,
-    forward=forward,
-    backward=backward,
-)
+IMPLEMENTATION = Implementation("torch", forward, backward)

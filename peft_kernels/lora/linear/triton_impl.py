@@ -41,7 +41,7 @@ def why_not_auto(problem: LoraLinearProblem) -> str | None:
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r) float32."""
     launches = _Launches.of(problem, inputs)
-    x, weight, lora_a, lora_b, scale, bias, _ = inputs
+    x, weight, lora_a, lora_b, scale, bias, *_ = inputs
     s = launches.down(x, lora_a, problem.keep_scale, launches.draw)
     return launches.product(x, weight, (s, lora_b, scale), bias, NONE), s
 
@@ -49,7 +49,7 @@ def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
     launches = _Launches.of(problem, inputs)
-    x, weight, lora_a, lora_b, scale, _, _ = inputs
+    x, weight, lora_a, lora_b, scale, *_ = inputs
     ds, db, dbias = launches.grad_up(dy, s, lora_b, scale, needs)
     dx = da = None
     if ds is not None and needs.x:

@@ -1,0 +1,178 @@
+"""An operator with its gradients, from one declaration.
+
+Eager calls go through an ``autograd.Function`` around a direct launch, which costs a third of a dispatched operator;
+compiled ones through what registration.py makes of the same declaration. Both routes end in the same two functions of
+the family, and a backward pass runs on the backend of its forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_kernels._core import registration
+from peft_kernels._core.dispatch import (
+    Implementation,
+    backend_of_graph,
+    explain_backend,
+    requested_backend,
+    select_backend,
+)
+from peft_kernels._core.explain import note
+from peft_kernels._core.graph import is_recorded
+from peft_kernels._core.signature import Signature
+
+OPERATORS: dict[str, Operator] = {}
+"""All that were declared, by name."""
+
+
+@dataclass(eq=False)
+class Operator:
+    """What a family declares.
+
+    Attributes:
+        name: of the public function, and of the registered operator.
+        call: NamedTuple of the arguments, in the order of the schema; signature.py has the types that it may have.
+        needs: NamedTuple of a bool for each argument that can have a gradient, under the argument's name; of a tuple of
+            bools where the argument is a tuple of tensors.
+        implementations: in the order that ``auto`` tries them; the last one runs everything, and all that is empty.
+        make_problem: checks a call and returns its problem, which has ``device`` and ``is_empty``.
+        forward: (problem, call, implementation) -> results: y, or all of several, and then what ``kept`` names.
+        backward: (problem, call, kept, dy, needs, implementation) -> a gradient, or None, for each of ``needs``; those
+            of a tuple of tensors are a tuple. What it does not read of ``call`` and kept may be None.
+        results: (problem, call, implementation) -> empty tensors like ``forward``'s.
+        reads: needs -> names of the tensors, among arguments and kept results, that ``backward`` reads for them.
+        kept: names of the results that are there for ``backward`` alone.
+        keep: (y, *kept results) -> what is kept in their place; y itself is at hand without another tensor.
+        activations: arguments that nothing holds but a call's graph. A compiled backward pass has those that it reads
+            and empty tensors in the place of the others; it always has all other arguments.
+        passes: an argument whose gradient is dy itself, which no registered operator may return.
+        several: whether y is a tuple.
+    """
+
+    name: str
+    call: type[Any]
+    needs: type[Any]
+    implementations: tuple[Implementation, ...]
+    make_problem: Callable[[Any], Any]
+    forward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., Sequence[Any]]
+    results: Callable[..., tuple[Any, ...]]
+    reads: Callable[[Any], Iterable[str]]
+    kept: tuple[str, ...] = ()
+    keep: Callable[..., tuple[Tensor | None, ...]] = lambda y, *kept: kept
+    activations: tuple[str, ...] = ()
+    passes: str | None = None
+    several: bool = False
+    signature: Signature = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.signature = Signature.of(self.call)
+        self.plan = lru_cache(maxsize=1024)(self._plan)
+        self._eager = _eager(self)
+        self._operator = registration.register(self)
+        OPERATORS[self.name] = self
+
+    def __call__(self, call: Any, backend: str | None) -> Any:
+        """Run a call on a backend; None is the one in force."""
+        if torch.compiler.is_compiling():
+            return self.visible(self._operator(*self.signature.flat(call), backend_of_graph(backend)))
+        problem = self.make_problem(call)
+        implementation = self.select(problem, requested_backend(backend))
+        self.note(problem, backend)
+        if not is_recorded():
+            return self.visible(self.forward(problem, call, implementation))
+        return self._eager.apply(problem, implementation, *self.signature.leaves(call))
+
+    def select(self, problem: Any, backend: str) -> Implementation:
+        """The implementation for a problem; with nothing to compute there is nothing to launch."""
+        chosen = select_backend(self.name, self.implementations, problem, backend)
+        return self.implementations[-1] if problem.is_empty else chosen
+
+    def note(self, problem: Any, backend: str | None) -> None:
+        """Tell ``explain`` of a call."""
+        note(lambda: explain_backend(self.name, self.implementations, problem, requested_backend(backend)))
+
+    def visible(self, results: Sequence[Any]) -> Any:
+        """Of ``forward``'s results those that the caller sees."""
+        return tuple(results[: len(results) - len(self.kept)]) if self.several else results[0]
+
+    def _plan(self, needed: tuple[bool, ...], lengths: tuple[int, ...]) -> _Plan:
+        """What follows from which leaves need a gradient."""
+        signature = self.signature
+        leaves = signature.positions(lengths)
+        needs = self.needs(*(signature.select(leaves[name], needed) for name in self.needs._fields))
+        places = tuple(place for name in self.needs._fields for place in signature.all_of(leaves[name]))
+        reads = frozenset(self.reads(needs)) if any(needed[place] for place in places) else frozenset()
+        read = (name for name in leaves if name in reads or signature.is_scalar(name))
+        saved = tuple(place for name in read for place in signature.all_of(leaves[name]))
+        passes = None if self.passes is None else next(iter(signature.all_of(leaves[self.passes])))
+        return _Plan(needs, reads, saved, places, passes if passes is not None and needed[passes] else None)
+
+    def keeps(self, results: Sequence[Any], reads: Iterable[str]) -> tuple[Tensor | None, ...]:
+        """Of ``forward``'s results those that ``backward`` reads."""
+        first = len(results) - len(self.kept)
+        kept = self.keep(results[0], *results[first:])
+        return tuple(value if name in reads else None for name, value in zip(self.kept, kept, strict=True))
+
+
+class _Plan(NamedTuple):
+    """What follows from which leaves need a gradient.
+
+    Attributes:
+        needs: the operator's own form of it.
+        reads: as the operator says.
+        saved: positions of the leaves that ``backward`` reads.
+        places: positions of the leaves that ``needs`` names, in its order.
+        passes: position of the leaf whose gradient is dy, where it is asked for.
+    """
+
+    needs: Any
+    reads: frozenset[str]
+    saved: tuple[int, ...]
+    places: tuple[int, ...]
+    passes: int | None
+
+
+def _eager(operator: Operator) -> type[torch.autograd.Function]:
+    signature = operator.signature
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, problem: Any, implementation: Implementation, lengths: Any, *leaves: Any) -> Any:
+            results = operator.forward(problem, signature.from_leaves(lengths, leaves), implementation)
+            if any(ctx.needs_input_grad):
+                ctx.plan = operator.plan(ctx.needs_input_grad[3:], lengths)
+                ctx.problem, ctx.implementation, ctx.lengths = problem, implementation, lengths
+                # What is no tensor stays beside those that are saved.
+                ctx.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                saved = (leaves[place] if ctx.leaves[place] is None else None for place in ctx.plan.saved)
+                ctx.save_for_backward(*saved, *operator.keeps(results, ctx.plan.reads))
+                ctx.set_materialize_grads(not operator.several)
+            return operator.visible(results)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+            plan, leaves, saved = ctx.plan, ctx.leaves, ctx.saved_tensors
+            gradients: list[Tensor | None] = [None] * len(leaves)
+            incoming = dy if operator.several else dy[0]
+            if any(signature.spread(plan.needs)) and any(each is not None for each in dy):
+                for place, leaf in zip(plan.saved, saved, strict=False):
+                    leaves[place] = leaves[place] if leaf is None else leaf
+                call, kept = signature.from_leaves(ctx.lengths, leaves), saved[len(plan.saved) :]
+                found = operator.backward(ctx.problem, call, kept, incoming, plan.needs, ctx.implementation)
+                for place, gradient in zip(plan.places, signature.spread(found), strict=True):
+                    gradients[place] = gradient
+            if plan.passes is not None:
+                gradients[plan.passes] = dy[0]
+            return None, None, None, *gradients
+
+    Eager.__name__ = Eager.__qualname__ = "".join(part.capitalize() for part in operator.name.split("_"))
+    return Eager
