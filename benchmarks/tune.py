@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     families = discover()
     options = _parser(sorted(families)).parse_args(arguments)
     family = families[options.family]
-    config = importlib.import_module(f"peft_kernels.{family.name}.config")
+    # A family's benchmarks are a module of its folder's name.
+    folder = family.make_inputs.__module__.rpartition(".")[2]
+    config = importlib.import_module(f"peft_kernels.{folder}.kernels.config")
     choices = candidates.tunables(config)
     if options.function not in choices:
         raise SystemExit(f"{config.__name__} has no function {options.function!r} to tune; it has {', '.join(choices)}")
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(families: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=families)
-    parser.add_argument("function", help="of the family's config.py, such as gemm_config or base_product_path")
+    parser.add_argument("function", help="of the family's config.py, such as product_config or base_product_path")
     parser.add_argument("--prune", type=int, choices=sorted(aot.HARDWARE), metavar="ARCH", help="compile only")
     parser.add_argument("--changes", type=int, default=2, help="fields in which a candidate may differ (default 2)")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the records")

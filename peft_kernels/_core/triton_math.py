@@ -16,6 +16,14 @@ def load_scalar(value, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
+def split_range(index, size, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """Start and end of a range of whole blocks, one of SPLITS that share out a reduction over ``size``."""
+    span = tl.cdiv(tl.cdiv(size, BLOCK), SPLITS) * BLOCK
+    first = index * span
+    return first, min(first + span, size)
+
+
+@triton.jit
 def dot(a, b, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b, where one operand may be float32 and the other half precision.
 
@@ -29,7 +37,7 @@ def dot(a, b, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     elif a.dtype == tl.float32:
         if not EXACT:
             return tl.dot(a.to(b.dtype), b, acc)
-        high, middle, low = _pieces(a, b.dtype)
+        high, middle, low = split_float32(a, b.dtype)
         other = b if b.dtype == tl.bfloat16 else b.to(tl.float32)
         acc = tl.dot(low, other, acc, input_precision="tf32")
         acc = tl.dot(middle, other, acc, input_precision="tf32")
@@ -37,7 +45,7 @@ def dot(a, b, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     else:
         if not EXACT:
             return tl.dot(a, b.to(a.dtype), acc)
-        high, middle, low = _pieces(b, a.dtype)
+        high, middle, low = split_float32(b, a.dtype)
         other = a if a.dtype == tl.bfloat16 else a.to(tl.float32)
         acc = tl.dot(other, low, acc, input_precision="tf32")
         acc = tl.dot(other, middle, acc, input_precision="tf32")
@@ -45,7 +53,7 @@ def dot(a, b, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _pieces(value, OTHER: tl.constexpr):
+def split_float32(value, OTHER: tl.constexpr):
     """Three addends of a float32 value, the largest first, each with few enough bits to multiply with dtype OTHER."""
     high = _leading_bits(value, OTHER)
     rest = value - high.to(tl.float32)

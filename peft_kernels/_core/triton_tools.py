@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import device as devices
+from peft_kernels._core.device import Hardware
 
 MINIMUM_ARCH = 80
 MINIMUM_VERSION = (3, 6)  # the oldest that the kernels were compiled with
@@ -73,7 +74,7 @@ def why_not_verified(device: torch.device, verified_archs: frozenset[int]) -> st
 
 
 def tma_can_read(matrix: Tensor) -> bool:
-    """Whether a matrix meets the copy engine's rules: contiguous rows; base and row stride multiples of 16 bytes."""
+    """Whether a matrix meets TMA's rules: contiguous rows; base and row stride multiples of 16 bytes."""
     rows, cols = matrix.shape
     stride = matrix.stride(0)
     return (
@@ -91,5 +92,19 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def sum_partials(partials: Tensor) -> Tensor:
+    """Add partial sums in their order; torch's sum over the first dimension has no atomics."""
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+
+
 def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def split_count(blocks: int, tiles: int, hardware: Hardware) -> int:
+    """Ranges that a reduction over ``blocks`` falls into, for a program per multiprocessor beside ``tiles``."""
+    return max(1, min(blocks, hardware.sm_count // tiles))

@@ -18,10 +18,10 @@ Map, top to bottom:
     problem.py             the tensors of a call, the facts backends decide on, every check
     config.py              tile sizes and paths, chosen by pure functions
     torch_impl.py          the torch backend
-    triton_activations.py  the activations and their slopes in a kernel's registers
+    triton_activations.py  the activations and their derivatives in a kernel's registers
     triton_products.py     the two products as device functions: into the bottleneck and out of it
-    triton_fwd.py          kernels `adapter_forward`, `adapter_down`, `adapter_up`, launchers   (z, y; also dz, dx)
-    triton_bwd.py          kernels `adapter_grad_input`, `adapter_grad_weight`, launchers       (dz, dx; dW, db)
+    triton_fwd.py          `bottleneck`, `narrow_product`, `wide_product`                       (z, y; also dz, dx)
+    triton_bwd.py          `bottleneck_grad`, `reduce_rows`                                     (dz, dx; dW, db)
     triton_impl.py         what Triton can run, and the order of its launches
     cuda_impl.py           what the CUDA kernel can run, and its launch; csrc/adapter has the kernel
     op.py                  the public function, autograd, torch.library

@@ -43,12 +43,12 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
     residual = x if problem.serial else inputs.residual
     precisions = launches.precisions(problem.out_dtype)
     if launches.is_fused():
-        return launches.fwd.forward(
+        return launches.fwd.bottleneck(
             x, (wd, wu), (bd, bu), residual, scale, problem.activation, problem.out_dtype, precisions,
-            launches.fused(x, problem.out_dtype),
+            launches.bottleneck_config(x, problem.out_dtype),
         )  # fmt: skip
-    z = launches.down(x, wd, bd, 1.0, None)
-    return launches.up(z, wu.t(), bu, residual, scale, problem.activation, problem.out_dtype), z
+    z = launches.narrow_product(x, wd, bd, 1.0, None)
+    return launches.wide_product(z, wu.t(), bu, residual, scale, problem.activation, problem.out_dtype), z
 
 
 def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
@@ -57,12 +57,12 @@ def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: T
     dtype = problem.adapter_dtype
     dx = dwd = dbd = dwu = dbu = None
     if needs.dz:
-        dx, dz = launches.grad_input(inputs, z, dy, needs.x)
+        dx, dz = launches.bottleneck_grad(inputs, z, dy, needs.x)
         dbd = dz.sum(0).to(dtype) if needs.down_bias else None
         if needs.down_weight:
-            dwd, _ = launches.grad_weight(inputs.x, dz, 1.0, "identity", t_first=False, needs_sums=False)
+            dwd, _ = launches.reduce_rows(inputs.x, dz, 1.0, "identity", t_first=False, needs_sums=False)
     if needs.up_weight or needs.up_bias:
-        dwu, dbu = launches.grad_weight(dy, z, inputs.scale, problem.activation, t_first=True, needs_sums=needs.up_bias)
+        dwu, dbu = launches.reduce_rows(dy, z, inputs.scale, problem.activation, t_first=True, needs_sums=needs.up_bias)
     return Gradients(
         x=dx,
         down_weight=None if dwd is None else dwd.to(dtype),
@@ -90,12 +90,12 @@ class _Launches(NamedTuple):
         """Whether both products of a direction run in one launch."""
         return config.product_path(self.problem.m, self.problem.r, self.hardware) == "fused"
 
-    def fused(self, t: Tensor, out_dtype: torch.dtype) -> config.FusedConfig:
+    def bottleneck_config(self, t: Tensor, out_dtype: torch.dtype) -> config.BottleneckConfig:
         """The config of a fused launch whose first product reads t, and whose second writes ``out_dtype``."""
         m, r, adapter_dtype = self.problem.m, self.problem.r, self.problem.adapter_dtype
         # Rows of the other matrices are as long, or as ragged; a wrong guess costs time, no correctness.
         aligned = triton_tools.tma_can_read(t)
-        return config.fused_config(m, r, t.dtype, adapter_dtype, out_dtype, aligned, self.hardware)
+        return config.bottleneck_config(m, r, t.dtype, adapter_dtype, out_dtype, aligned, self.hardware)
 
     def precisions(self, out_dtype: torch.dtype) -> tuple[bool, str, str]:
         """Whether float32 weights keep their bits, and what float32 products into and out of the bottleneck may do.
@@ -105,14 +105,15 @@ class _Launches(NamedTuple):
         strict = triton_tools.dot_precision(self.problem.adapter_dtype)
         return self.problem.is_mixed, strict, strict if out_dtype == torch.float32 else "tf32"
 
-    def down(
-        self, t: Tensor, w: Tensor, bias: Tensor | None, factor: float | Tensor, slope_at: tuple[str, Tensor] | None
+    def narrow_product(
+        self, t: Tensor, w: Tensor, bias: Tensor | None, factor: float | Tensor, grad_at: tuple[str, Tensor] | None
     ) -> Tensor:
         """factor * (t w^T + bias) [* act'(z)], float32."""
-        chosen = config.down_config(t.shape[0], t.shape[1], w.shape[0], t.dtype, self.problem.is_mixed, self.hardware)
-        return self.fwd.down(t, w, bias, factor, slope_at, self.precisions(torch.float32), chosen)
+        (m, c), r = t.shape, w.shape[0]
+        chosen = config.narrow_product_config(m, c, r, t.dtype, self.problem.is_mixed, self.hardware)
+        return self.fwd.narrow_product(t, w, bias, factor, grad_at, self.precisions(torch.float32), chosen)
 
-    def up(
+    def wide_product(
         self,
         u: Tensor,
         w: Tensor,
@@ -123,29 +124,32 @@ class _Launches(NamedTuple):
         out_dtype: torch.dtype,
     ) -> Tensor:
         """residual + factor * (act(u) w + bias)."""
-        chosen = config.up_config(u.shape[0], u.shape[1], self.problem.dtype, self.problem.is_mixed, self.hardware)
-        return self.fwd.up(u, w, bias, residual, factor, activation, out_dtype, self.precisions(out_dtype), chosen)
+        m, r = u.shape
+        chosen = config.wide_product_config(m, r, self.problem.dtype, self.problem.is_mixed, self.hardware)
+        return self.fwd.wide_product(
+            u, w, bias, residual, factor, activation, out_dtype, self.precisions(out_dtype), chosen
+        )
 
-    def grad_input(self, inputs: Inputs, z: Tensor, dy: Tensor, needs_dx: bool) -> tuple[Tensor | None, Tensor]:
+    def bottleneck_grad(self, inputs: Inputs, z: Tensor, dy: Tensor, needs_dx: bool) -> tuple[Tensor | None, Tensor]:
         """dx, and dz float32."""
         problem, wd, wu = self.problem, inputs.down_weight, inputs.up_weight
         if self.is_fused():
-            return self.bwd.grad_input(
+            return self.bwd.bottleneck_grad(
                 dy, (wd if needs_dx else None, wu), z, inputs.scale, problem.activation, problem.serial, problem.dtype,
-                self.precisions(problem.dtype), self.fused(dy, problem.dtype),
+                self.precisions(problem.dtype), self.bottleneck_config(dy, problem.dtype),
             )  # fmt: skip
-        dz = self.down(dy, wu.t(), None, inputs.scale, (problem.activation, z))
+        dz = self.narrow_product(dy, wu.t(), None, inputs.scale, (problem.activation, z))
         if not needs_dx:
             return None, dz
-        return self.up(dz, wd, None, dy if problem.serial else None, 1.0, "identity", problem.dtype), dz
+        return self.wide_product(dz, wd, None, dy if problem.serial else None, 1.0, "identity", problem.dtype), dz
 
-    def grad_weight(
+    def reduce_rows(
         self, t: Tensor, u: Tensor, factor: float | Tensor, activation: str, t_first: bool, needs_sums: bool
     ) -> tuple[Tensor, Tensor | None]:
         """factor * act(u)^T t, or its transpose, and factor * sum t; float32."""
-        problem = self.problem
-        chosen = config.grad_config(t.shape[0], t.shape[1], u.shape[1], t.dtype, problem.is_mixed, self.hardware)
-        return self.bwd.grad_weight(
+        problem, (m, c), r = self.problem, t.shape, u.shape[1]
+        chosen = config.reduce_rows_config(m, c, r, t.dtype, problem.is_mixed, self.hardware)
+        return self.bwd.reduce_rows(
             t, u, factor, activation, t_first, needs_sums, problem.adapter_dtype, self.precisions(torch.float32), chosen
         )
 

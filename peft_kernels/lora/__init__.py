@@ -21,8 +21,8 @@ Map, top to bottom:
     dropout.py         which elements are dropped: one recipe of bits for all backends
     config.py          tile sizes and paths, chosen by pure functions
     torch_impl.py      the torch backend
-    triton_fwd.py      kernels `down`, `gemm`, `up` and their launchers      (S, y; also dS and dX)
-    triton_bwd.py      kernels `grad_up`, `grad_down` and their launchers    (dS, dB, dbias; dA)
+    triton_fwd.py      `narrow_product`, `product`, `add_rank_product`                     (S, y; also dS and dX)
+    triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                                  (dS, dB, dbias; dA)
     triton_dropout.py  the mask, recomputed in a kernel's registers
     triton_impl.py     what Triton can run, and the order of its launches
     cuda_workspace.py  memory and nonces of launches whose blocks wait for each other

@@ -23,7 +23,7 @@ VARIANTS = ("torch", "triton-fused", "triton-split")
 # What is added to the branch: nothing, x itself, another tensor, another tensor in float32.
 RESIDUALS = ("none", "x", "tensor", "wide")
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity")
+ACTIVATIONS = tuple(oracle.ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _varied(index: int, case: Case) -> Case:
     """Activations, residuals and biases take turns, in steps that bring each together with every dtype and shape."""
     return replace(
         case,
-        activation=ACTIVATIONS[index % 8],
+        activation=ACTIVATIONS[index % len(ACTIVATIONS)],
         residual=RESIDUALS[(index + index // 5) % 4],
         down_bias=index % 3 != 0,
         up_bias=index % 4 != 0,
@@ -142,18 +142,22 @@ GRID = (
 # For the CUDA kernel, each with a cluster: clusters of every size, with rows that fill their 64 and that do not; widths
 # below, at and above 64; chunks of columns that are full or not, several a CTA, or none; more stages of weights than
 # there are tiles, and fewer.
-CUDA_GRID = (
-    (Case(m=70, k=136, r=24, dtype=torch.bfloat16, residual="x", activation="relu"), 1),
-    (Case(m=129, k=200, n=72, r=3, dtype=torch.float16, residual="tensor", activation="gelu"), 2),
-    (Case(m=64, k=64, n=600, r=64, dtype=torch.bfloat16, residual="tensor", activation="gelu_tanh", up_bias=False), 4),
-    (Case(m=1, k=520, r=1, dtype=torch.float16, residual="x", activation="silu"), 8),
-    (Case(m=5, k=1032, n=200, r=128, dtype=torch.bfloat16, residual="none", activation="tanh", down_bias=False), 8),
-    (Case(m=63, k=264, r=65, dtype=torch.float16, residual="x", activation="sigmoid"), 2),
-    (Case(m=65, k=8, n=8, r=8, dtype=torch.bfloat16, residual="none", activation="leaky_relu"), 1),
-    (Case(m=200, k=256, r=128, dtype=torch.float16, residual="x", activation="identity", scale=-3.0), 4),
+_CUDA_SHAPES = (
+    (Case(m=70, k=136, r=24, dtype=torch.bfloat16, residual="x"), 1),
+    (Case(m=129, k=200, n=72, r=3, dtype=torch.float16, residual="tensor"), 2),
+    (Case(m=64, k=64, n=600, r=64, dtype=torch.bfloat16, residual="tensor", up_bias=False), 4),
+    (Case(m=1, k=520, r=1, dtype=torch.float16, residual="x"), 8),
+    (Case(m=5, k=1032, n=200, r=128, dtype=torch.bfloat16, residual="none", down_bias=False), 8),
+    (Case(m=63, k=264, r=65, dtype=torch.float16, residual="x"), 2),
+    (Case(m=65, k=8, n=8, r=8, dtype=torch.bfloat16, residual="none"), 1),
+    (Case(m=200, k=256, r=128, dtype=torch.float16, residual="x", scale=-3.0), 4),
     (Case(m=40, k=328, n=520, r=100, dtype=torch.bfloat16, residual="tensor", down_bias=False, up_bias=False), 1),
-    (Case(m=66, k=192, r=16, dtype=torch.bfloat16, residual="x", layout="columns", activation="gelu"), 2),
-    (Case(m=66, k=128, n=192, r=16, dtype=torch.float16, residual="tensor", layout="strided", activation="silu"), 2),
+    (Case(m=66, k=192, r=16, dtype=torch.bfloat16, residual="x", layout="columns"), 2),
+    (Case(m=66, k=128, n=192, r=16, dtype=torch.float16, residual="tensor", layout="strided"), 2),
+)
+CUDA_GRID = tuple(
+    (replace(case, activation=ACTIVATIONS[index % len(ACTIVATIONS)]), cluster)
+    for index, (case, cluster) in enumerate(_CUDA_SHAPES)
 )
 
 

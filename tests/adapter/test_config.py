@@ -28,18 +28,18 @@ def _is_block(size: int) -> bool:
 
 @given(sizes, sizes, widths, dtypes, st.booleans(), chips)
 def test_blocks_are_dot_operands_and_splits_are_never_empty(m, c, r, dtype, exact, hardware):
-    down = config.down_config(m, c, r, dtype, exact, hardware)
-    grad = config.grad_config(m, c, r, dtype, exact, hardware)
-    up = config.up_config(m, r, dtype, exact, hardware)
-    for chosen in (down, grad, up):
+    narrow = config.narrow_product_config(m, c, r, dtype, exact, hardware)
+    reduce = config.reduce_rows_config(m, c, r, dtype, exact, hardware)
+    wide = config.wide_product_config(m, r, dtype, exact, hardware)
+    for chosen in (narrow, reduce, wide):
         assert all(map(_is_block, (chosen.BLOCK_M, chosen.BLOCK_C, chosen.BLOCK_R)))
-    assert 1 <= down.SPLIT_C <= max(1, -(-c // down.BLOCK_C))
-    assert 1 <= grad.SPLIT_M <= -(-m // grad.BLOCK_M)
+    assert 1 <= narrow.SPLIT_C <= max(1, -(-c // narrow.BLOCK_C))
+    assert 1 <= reduce.SPLIT_M <= -(-m // reduce.BLOCK_M)
 
 
 @given(sizes, st.integers(1, 128), dtypes, dtypes, dtypes, st.booleans(), chips)
 def test_fused_block_holds_the_whole_width(m, r, dtype, adapter_dtype, out_dtype, aligned, hardware):
-    chosen = config.fused_config(m, r, dtype, adapter_dtype, out_dtype, aligned, hardware)
+    chosen = config.bottleneck_config(m, r, dtype, adapter_dtype, out_dtype, aligned, hardware)
     assert all(map(_is_block, (chosen.BLOCK_M, chosen.BLOCK_C, chosen.BLOCK_O, chosen.BLOCK_R)))
     assert r <= chosen.BLOCK_R
 
@@ -62,14 +62,14 @@ def test_product_path(m, r, expected):
 
 @pytest.mark.parametrize(("m", "block_m"), [(65536, 64), (8192, 64), (4096, 32), (2048, 16)])
 def test_fused_rows_give_the_multiprocessors_a_block_each(m, block_m):
-    chosen = config.fused_config(m, 64, *[torch.bfloat16] * 3, True, HARDWARE[2])
+    chosen = config.bottleneck_config(m, 64, *[torch.bfloat16] * 3, True, HARDWARE[2])
     assert block_m == chosen.BLOCK_M
 
 
 @given(sizes, st.integers(1, 128), chips)
 def test_fused_path_leaves_no_more_than_a_quarter_idle(m, r, hardware):
     if config.product_path(m, r, hardware) == "fused":
-        chosen = config.fused_config(m, r, *[torch.bfloat16] * 3, True, hardware)
+        chosen = config.bottleneck_config(m, r, *[torch.bfloat16] * 3, True, hardware)
         assert 4 * -(-m // chosen.BLOCK_M) >= 3 * hardware.sm_count
 
 

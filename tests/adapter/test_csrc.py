@@ -166,7 +166,7 @@ def test_two_blocks_share_a_multiprocessor_where_the_config_says_so(program: Pat
 
 
 def test_activations_are_numbered_as_python_lists_them() -> None:
-    header = (CSRC / "bottleneck_adapter" / "activations.h").read_text()
+    header = (CSRC / "adapter" / "activations.h").read_text()
     match = re.search(r"enum class Activation : int \{([^}]*)\}", header)
     assert match is not None
     names = [re.sub(r"(?<!^)(?=[A-Z])", "_", name.strip()[1:]).lower() for name in match[1].split(",")]

@@ -27,7 +27,7 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield _case(FP16, FP32, 16, 0.1, "fused", 4096)
     yield _case(FP16, FP32, 64, 0.0, "fused", 4096)
     yield _case(FP32, FP32, 16, 0.1, "fused", 4096)
-    # Rows that are no multiple of 16 bytes keep the copy engine out.
+    # Rows that are no multiple of 16 bytes keep TMA out.
     yield _case(BF16, FP32, 16, 0.1, "fused", 4095)
 
 
@@ -68,7 +68,7 @@ def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     if dtype == "fp32":
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)
-    if kernel != "lora_gemm_kernel" or arch < 90:
+    if kernel != "product_kernel" or arch < 90:
         return ("HMMA|HGMMA|UTCHMMA",)
     product = "HGMMA" if arch < 100 else "UTCHMMA"
     return (product, "UTMALDG", "UTMASTG") if k == "K4096" else (product,)

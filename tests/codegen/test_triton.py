@@ -1,5 +1,5 @@
-"""Every Triton kernel, compiled ahead of time with its default configs: no spills, shared memory that fits, the copy
-engine and the tensor cores where they belong.
+"""Every Triton kernel, compiled ahead of time with its default configs: no spills, shared memory that fits, TMA and
+the tensor cores where they belong.
 
 Which launches are compiled, and which instructions a kernel must show, is in ``<family>_launches.py``: all of them for
 sm_90, and for each other architecture a third, another one each, since compiling takes a second or two a kernel.

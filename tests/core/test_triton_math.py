@@ -13,8 +13,7 @@ if reason := why_not_environment():
 import triton
 import triton.language as tl
 
-from peft_kernels._core import triton_math
-from peft_kernels._core.triton_math import dot, nearest_tf32, tile_of
+from peft_kernels._core.triton_math import dot, nearest_tf32, split_float32, tile_of
 
 SIDE = 32
 
@@ -28,7 +27,7 @@ def _nearest(in_ptr, out_ptr, BLOCK: tl.constexpr):
 @triton.jit
 def _pieces(in_ptr, out_ptr, OTHER: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    high, middle, low = triton_math._pieces(tl.load(in_ptr + offs), OTHER)
+    high, middle, low = split_float32(tl.load(in_ptr + offs), OTHER)
     tl.store(out_ptr + offs, high.to(tl.float32))
     tl.store(out_ptr + BLOCK + offs, middle.to(tl.float32))
     tl.store(out_ptr + 2 * BLOCK + offs, low.to(tl.float32))

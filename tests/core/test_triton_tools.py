@@ -1,4 +1,4 @@
-"""Host-side questions about Triton: reasons why it cannot run, and what the copy engine can read."""
+"""Host-side questions about Triton: reasons why it cannot run, and what TMA can read."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ DTYPES = (
     (torch.float16, torch.float32),
 )
 
-# Shapes: ragged in every size; aligned for the copy engine, with several tiles; one token; ranks below, at and above a
+# Shapes: ragged in every size; aligned for TMA, with several tiles; one token; ranks below, at and above a
 # block, and beyond one.
 SHAPES = (
     Case(m=37, n=35, k=50, r=5),

@@ -25,20 +25,20 @@ chips = st.sampled_from(HARDWARE)
 
 @given(sizes, sizes, ranks, dtypes, st.booleans(), chips)
 def test_blocks_cover_and_splits_are_never_empty(m, k, r, dtype, exact, hardware):
-    down = config.down_config(m, k, r, dtype, exact, hardware)
-    assert down.BLOCK_R * -(-r // down.BLOCK_R) >= r
-    assert 1 <= down.SPLIT_K <= max(1, -(-k // down.BLOCK_K))
-    grad = config.grad_down_config(m, k, r, dtype, exact, hardware)
-    assert 1 <= grad.SPLIT_M <= -(-m // grad.BLOCK_M)
-    for chosen in (down, grad):
+    narrow = config.narrow_product_config(m, k, r, dtype, exact, hardware)
+    assert narrow.BLOCK_R * -(-r // narrow.BLOCK_R) >= r
+    assert 1 <= narrow.SPLIT_K <= max(1, -(-k // narrow.BLOCK_K))
+    reduce = config.reduce_rows_config(m, k, r, dtype, exact, hardware)
+    assert 1 <= reduce.SPLIT_M <= -(-m // reduce.BLOCK_M)
+    for chosen in (narrow, reduce):
         for size in (chosen.BLOCK_M, chosen.BLOCK_K, chosen.BLOCK_R):
             assert size >= 16 and size & (size - 1) == 0, "tl.dot needs powers of two, at least 16"
         assert chosen.BLOCK_K % 8 == 0, "the mask is drawn for eight columns at a time"
 
 
 @given(ranks, dtypes, st.booleans(), st.booleans(), chips)
-def test_gemm_stages_fit_shared_memory(r, dtype, has_dropout, aligned, hardware):
-    chosen = config.gemm_config(r, dtype, has_dropout, aligned, hardware)
+def test_product_stages_fit_shared_memory(r, dtype, has_dropout, aligned, hardware):
+    chosen = config.product_config(r, dtype, has_dropout, aligned, hardware)
     stage = (chosen.BLOCK_M + chosen.BLOCK_N) * chosen.BLOCK_K * dtype.itemsize
     assert stage * chosen.num_stages <= SHARED_MEMORY[hardware.arch]
     assert not chosen.USE_TMA or (aligned and hardware.arch >= 90)
@@ -47,7 +47,7 @@ def test_gemm_stages_fit_shared_memory(r, dtype, has_dropout, aligned, hardware)
 @given(sizes, sizes, st.integers(1, 32), dtypes, st.booleans(), chips)
 def test_one_pass_over_dy_holds_all_ranks(m, n, r, dtype, exact, hardware):
     assert config.reads_dy_once(r)
-    assert r <= config.grad_up_config(m, n, r, dtype, exact, hardware).BLOCK_R
+    assert r <= config.narrow_and_reduce_config(m, n, r, dtype, exact, hardware).BLOCK_R
 
 
 @pytest.mark.parametrize(

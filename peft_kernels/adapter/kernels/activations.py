@@ -1,7 +1,8 @@
 """The activations of a bottleneck, by name: what every backend, and the oracle beside them, must know.
 
-A slope at a kink is torch's: the left one. gelu is the one with erf, leaky_relu has torch's default slope. The same
-names stand in triton_activations.py and in python_ref/adapter.py; a test compares the three tables.
+A derivative at a kink is torch's: the left one. gelu is the one with erf, leaky_relu has torch's default slope. Another
+activation is one more entry here, in triton_activations.py, in csrc/adapter/activations.h and in python_ref/adapter.py;
+tests compare the four.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from peft_kernels._core.device import Hardware
-from peft_kernels._core.triton_tools import next_power_of_2
+from peft_kernels._core.triton_tools import cdiv, next_power_of_2, split_count
 
 Path = Literal["fused", "split"]
 
@@ -27,7 +27,7 @@ CUDA_MAX_CLUSTER = 8
 
 
 @dataclass(frozen=True)
-class FusedConfig:
+class BottleneckConfig:
     """Both products of a block of rows in one program: the first reduces over BLOCK_C columns at a time, the second
     writes BLOCK_O columns at a time."""
 
@@ -40,8 +40,8 @@ class FusedConfig:
 
 
 @dataclass(frozen=True)
-class DownConfig:
-    """The product that reduces to the bottleneck, alone."""
+class NarrowProductConfig:
+    """The product into the bottleneck, alone."""
 
     BLOCK_M: int
     BLOCK_C: int
@@ -52,8 +52,8 @@ class DownConfig:
 
 
 @dataclass(frozen=True)
-class UpConfig:
-    """The product that leaves the bottleneck, alone."""
+class WideProductConfig:
+    """The product out of the bottleneck, alone."""
 
     BLOCK_M: int
     BLOCK_C: int
@@ -63,7 +63,7 @@ class UpConfig:
 
 
 @dataclass(frozen=True)
-class GradConfig:
+class ReduceRowsConfig:
     """A weight's gradient: a product of (M, r) and (M, C) over the rows."""
 
     BLOCK_M: int
@@ -92,10 +92,10 @@ def product_path(m: int, r: int, hardware: Hardware) -> Path:
         # block of rows that is narrow enough for the registers would read them too often.
         return "split"
     # With fewer blocks of rows than this most multiprocessors would idle, and few would stream all of the weights.
-    return "fused" if 4 * _cdiv(m, _LEAST_ROWS) >= 3 * hardware.sm_count else "split"
+    return "fused" if 4 * cdiv(m, _LEAST_ROWS) >= 3 * hardware.sm_count else "split"
 
 
-def fused_config(
+def bottleneck_config(
     m: int,
     r: int,
     dtype: torch.dtype,
@@ -103,7 +103,7 @@ def fused_config(
     out_dtype: torch.dtype,
     aligned: bool,
     hardware: Hardware,
-) -> FusedConfig:
+) -> BottleneckConfig:
     """As many rows as leave three quarters of the multiprocessors a block: each block reads both weights once.
 
     Args:
@@ -115,7 +115,7 @@ def fused_config(
     # 64 rows of 4096 bfloat16 on 132 multiprocessors are 69 MB, of which an L2 of 50 MB keeps the columns that were
     # read last; the second product begins with these. 128 rows would leave it two fifths.
     block_m = 64
-    while block_m > _LEAST_ROWS and 4 * _cdiv(m, block_m) < 3 * hardware.sm_count:
+    while block_m > _LEAST_ROWS and 4 * cdiv(m, block_m) < 3 * hardware.sm_count:
         block_m //= 2
     # Columns at a time: as many as ahead-of-time compiles show no spill for. In a product without tensor cores a thread
     # holds whole operands; unaligned matrices are loaded in two-byte pieces, each with an address of its own.
@@ -128,7 +128,7 @@ def fused_config(
     block_o = 128 if aligned and (adapter_dtype != float32 or block_r == 16) else 64
     if adapter_dtype == float32 and (out_dtype == float32 or block_r > 64):
         block_o = 32
-    return FusedConfig(
+    return BottleneckConfig(
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         BLOCK_O=block_o,
@@ -138,7 +138,9 @@ def fused_config(
     )
 
 
-def down_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> DownConfig:
+def narrow_product_config(
+    m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware
+) -> NarrowProductConfig:
     """A tile per multiprocessor: rows are halved, then the reduction is split, until there is one.
 
     Args:
@@ -147,26 +149,25 @@ def down_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardwar
     # The pieces of a float32 weight's tile live in registers beside it.
     block_r = min(64 if exact else 128, max(16, next_power_of_2(r)))
     block_m = 128 if dtype != torch.float32 and not exact else 64
-    while block_m > _LEAST_ROWS and _cdiv(m, block_m) * _cdiv(r, block_r) < hardware.sm_count:
+    while block_m > _LEAST_ROWS and cdiv(m, block_m) * cdiv(r, block_r) < hardware.sm_count:
         block_m //= 2
     block_c = 32 if dtype == torch.float32 or exact else 64
-    programs = _cdiv(m, block_m) * _cdiv(r, block_r)
-    return DownConfig(
+    return NarrowProductConfig(
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         BLOCK_R=block_r,
-        SPLIT_C=max(1, min(_cdiv(c, block_c) // 4, hardware.sm_count // programs)),
+        SPLIT_C=split_count(cdiv(c, block_c) // 4, cdiv(m, block_m) * cdiv(r, block_r), hardware),
         num_warps=4 if block_m <= 32 else 8,
         num_stages=3,
     )
 
 
-def up_config(m: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> UpConfig:
+def wide_product_config(m: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> WideProductConfig:
     """The width is walked in blocks, so that any takes the same registers."""
     block_m = 64
     while block_m > _LEAST_ROWS and block_m >= 2 * m:
         block_m //= 2
-    return UpConfig(
+    return WideProductConfig(
         BLOCK_M=block_m,
         BLOCK_C=64 if dtype == torch.float32 or exact else 128,
         BLOCK_R=min(32, max(16, next_power_of_2(r))),
@@ -175,7 +176,7 @@ def up_config(m: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardwar
     )
 
 
-def grad_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> GradConfig:
+def reduce_rows_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> ReduceRowsConfig:
     """Rows are split until there is a program per multiprocessor; widths beyond 64 take further programs.
 
     Args:
@@ -186,12 +187,11 @@ def grad_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardwar
     # Rows and warps by ahead-of-time compiles: the others spill somewhere on that architecture.
     wide = dtype == torch.float32 or exact
     block_m = 32 if wide or hardware.arch < 89 else 64
-    tiles = _cdiv(c, block_c) * _cdiv(r, block_r)
-    return GradConfig(
+    return ReduceRowsConfig(
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         BLOCK_R=block_r,
-        SPLIT_M=max(1, min(_cdiv(m, block_m), hardware.sm_count // tiles)),
+        SPLIT_M=split_count(cdiv(m, block_m), cdiv(c, block_c) * cdiv(r, block_r), hardware),
         num_warps=4 if wide and hardware.arch >= 100 else 8,
         num_stages=3,
     )
@@ -203,13 +203,13 @@ def cuda_forward_config(m: int, k: int, n: int, hardware: Hardware) -> CudaForwa
     Args:
         m, k, n: tokens, in-features, out-features.
     """
-    chunks = _cdiv(max(k, n), CUDA_BLOCK)
+    chunks = cdiv(max(k, n), CUDA_BLOCK)
     cluster = 1
     # Eight chunks of x, 64 KB, are what lets two CTAs of a width up to 64 into a multiprocessor's shared memory.
-    while cluster < CUDA_MAX_CLUSTER and _cdiv(chunks, cluster) > 8:
+    while cluster < CUDA_MAX_CLUSTER and cdiv(chunks, cluster) > 8:
         cluster *= 2
     # Assumption: a multiprocessor without a CTA costs more than an exchange with more peers.
-    while cluster < min(CUDA_MAX_CLUSTER, chunks) and _cdiv(m, CUDA_BLOCK) * cluster < hardware.sm_count:
+    while cluster < min(CUDA_MAX_CLUSTER, chunks) and cdiv(m, CUDA_BLOCK) * cluster < hardware.sm_count:
         cluster *= 2
     return CudaForwardConfig(CLUSTER=min(cluster, CUDA_MAX_CLUSTER))
 
@@ -222,7 +222,3 @@ def torch_rows_per_block(width: int, device_type: str) -> int:
     """
     elements = 1 << 17 if device_type == "cpu" else 1 << 24
     return max(1, elements // max(1, width))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

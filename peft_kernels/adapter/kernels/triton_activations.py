@@ -1,4 +1,4 @@
-"""The activations of a bottleneck and their slopes in a kernel's registers; names and equations as in activations.py.
+"""The activations of a bottleneck and their derivatives in a kernel's registers; names as in activations.py.
 
 Values are float32. exp is the only transcendental besides erf: tanh is made of it where it is accurate, of its series
 elsewhere, because Triton's portable functions have no tanh.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LEAKY_SLOPE = tl.constexpr(0.01)
-NAMES = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity")
+from peft_kernels.adapter.kernels.activations import LEAKY_SLOPE
+
+_LEAKY_SLOPE = tl.constexpr(LEAKY_SLOPE)
 
 
 @triton.jit
@@ -29,14 +30,14 @@ def activate(z, NAME: tl.constexpr):
     elif NAME == "sigmoid":
         return _sigmoid(z)
     elif NAME == "leaky_relu":
-        return tl.where(z > 0.0, z, LEAKY_SLOPE * z)
+        return tl.where(z > 0.0, z, _LEAKY_SLOPE * z)
     else:
         tl.static_assert(NAME == "identity", "no activation of this name")
         return z
 
 
 @triton.jit
-def slope(z, NAME: tl.constexpr):
+def activation_grad(z, NAME: tl.constexpr):
     """act'(z), at a kink the left one."""
     if NAME == "relu":
         return tl.where(z <= 0.0, 0.0, 1.0)
@@ -57,7 +58,7 @@ def slope(z, NAME: tl.constexpr):
         s = _sigmoid(z)
         return s * (1.0 - s)
     elif NAME == "leaky_relu":
-        return tl.where(z > 0.0, 1.0, LEAKY_SLOPE)
+        return tl.where(z > 0.0, 1.0, _LEAKY_SLOPE)
     else:
         tl.static_assert(NAME == "identity", "no activation of this name")
         return tl.zeros_like(z) + 1.0

@@ -1,13 +1,14 @@
-"""Bottleneck adapter on Triton: the backward pass. The split path borrows `down` and `up` of triton_fwd.py.
+"""Bottleneck adapter on Triton: the backward pass. The split path borrows the products of triton_fwd.py.
 
 Equation  dz = s (dy Wu) * act'(z);  dx = dz Wd (+ dy, serial) | dWd = dz^T x;  dWu = s dy^T act(z);  dbu = s sum dy
           (derived in docs/design/adapter.md)
 Tensors   dy (M, N), x (M, K), Wd (r, K), Wu (N, r): any strides; z, dz (M, r) float32, contiguous; dx (M, K)
           partial sums float32: dWd (splits, r, K), dWu (splits, N, r), dbu (splits, N)
-Tiles     input: a program owns BLOCK_M rows and makes both products of them | weight: a program owns BLOCK_C columns
-          of dy or x, BLOCK_R of the bottleneck and one of SPLIT_M ranges of rows; partials are summed in a fixed order,
-          so two runs give the same bits
-Bound     input: dy in, dx out; the rows of dy are read again from L2 where it is serial | weight: one read of dy or x
+Tiles     bottleneck_grad: a program owns BLOCK_M rows and makes both products of them
+          reduce_rows: a program owns BLOCK_C columns of dy or x, BLOCK_R of the bottleneck and one of SPLIT_M ranges of
+          rows; partials are summed in a fixed order, so two runs give the same bits
+Bound     bottleneck_grad: dy in, dx out; the rows of dy are read again from L2 where it is serial
+          reduce_rows: one read of dy or x
 Refused   as triton_fwd.py
 """
 
@@ -20,16 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels._core.triton_math import dot, load_scalar
-from peft_kernels.adapter.kernels.config import FusedConfig, GradConfig
-from peft_kernels.adapter.kernels.triton_activations import activate, slope
+from peft_kernels._core.triton_math import dot, load_scalar, split_range
+from peft_kernels._core.triton_tools import sum_partials
+from peft_kernels.adapter.kernels.config import BottleneckConfig, ReduceRowsConfig
+from peft_kernels.adapter.kernels.triton_activations import activate, activation_grad
 from peft_kernels.adapter.kernels.triton_products import into_bottleneck, write_rows
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def adapter_grad_input_kernel(
+def bottleneck_grad_kernel(
     # pointers
     dy_ptr, wu_ptr, wd_ptr, z_ptr, dz_ptr, dx_ptr, factor,
     # sizes
@@ -50,7 +52,7 @@ def adapter_grad_input_kernel(
         EXACT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
     )  # fmt: skip
     dz = dz * load_scalar(factor, FACTOR_IS_TENSOR)
-    dz = dz * slope(tl.load(z_ptr + z_offsets, mask=mask_z, other=0.0), ACTIVATION)
+    dz = dz * activation_grad(tl.load(z_ptr + z_offsets, mask=mask_z, other=0.0), ACTIVATION)
     tl.store(dz_ptr + z_offsets, dz, mask=mask_z)
 
     if NEEDS_DX:
@@ -62,13 +64,13 @@ def adapter_grad_input_kernel(
 
 
 @triton.jit
-def adapter_grad_weight_kernel(
+def reduce_rows_kernel(
     # pointers
-    t_ptr, u_ptr, dw_ptr, sums_ptr, factor,
+    t_ptr, u_ptr, out_ptr, sums_ptr, factor,
     # sizes
     M, C, R,
     # strides
-    stride_tm, stride_tc, stride_um, stride_ws, stride_wr, stride_wc,
+    stride_tm, stride_tc, stride_um, stride_os, stride_or, stride_oc,
     # constexprs
     ACTIVATION: tl.constexpr, NEEDS_SUMS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     OPERAND: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -79,11 +81,10 @@ def adapter_grad_weight_kernel(
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_c, mask_r = offs_c < C, offs_r < R
 
-    span = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT_M) * BLOCK_M
-    first = pid_split * span
-    dw = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    first, last = split_range(pid_split, M, BLOCK_M, SPLIT_M)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sums = tl.zeros((BLOCK_C,), tl.float32)
-    for m in range(first, min(first + span, M), BLOCK_M):
+    for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         rows = offs_m.to(tl.int64)[:, None]
@@ -91,20 +92,20 @@ def adapter_grad_weight_kernel(
         t = tl.load(t_ptr + t_offsets, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         u = tl.load(u_ptr + rows * stride_um + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         # Rows past the end meet zeros of t, so that act(0) need not be zero.
-        dw = dot(tl.trans(activate(u, ACTIVATION).to(OPERAND)), t, dw, EXACT, PRECISION)
+        acc = dot(tl.trans(activate(u, ACTIVATION).to(OPERAND)), t, acc, EXACT, PRECISION)
         if NEEDS_SUMS:
             sums += tl.sum(t.to(tl.float32), axis=0)
 
     scale = load_scalar(factor, FACTOR_IS_TENSOR)
-    dw_rows = dw_ptr + pid_split.to(tl.int64) * stride_ws + offs_r.to(tl.int64)[:, None] * stride_wr
-    dw_tile = dw_rows + offs_c.to(tl.int64)[None, :] * stride_wc
-    tl.store(dw_tile, dw * scale, mask=mask_r[:, None] & mask_c[None, :])
+    out_rows = out_ptr + pid_split.to(tl.int64) * stride_os + offs_r.to(tl.int64)[:, None] * stride_or
+    out_tile = out_rows + offs_c.to(tl.int64)[None, :] * stride_oc
+    tl.store(out_tile, acc * scale, mask=mask_r[:, None] & mask_c[None, :])
     if NEEDS_SUMS:
         # Every program of the bottleneck's blocks has the same sums.
         tl.store(sums_ptr + pid_split.to(tl.int64) * C + offs_c, sums * scale, mask=mask_c & (pid_r == 0))
 
 
-def grad_input(
+def bottleneck_grad(
     dy: Tensor,
     weights: tuple[Tensor | None, Tensor],
     z: Tensor,
@@ -113,13 +114,13 @@ def grad_input(
     serial: bool,
     dx_dtype: torch.dtype,
     precisions: tuple[bool, str, str],
-    config: FusedConfig,
+    config: BottleneckConfig,
 ) -> tuple[Tensor | None, Tensor]:
     """Launch both products of the backward pass at once and return dx (M, K), or None, and dz (M, r) float32.
 
     Args:
         dy: (M, N). weights: Wd (r, K), None where dx is not needed, and Wu (N, r). z: (M, r) float32, contiguous.
-        factor: float or 0-d tensor. serial: whether dx has dy in it. precisions: as in ``triton_fwd.forward``.
+        factor: float or 0-d tensor. serial: whether dx has dy in it. precisions: as in ``triton_fwd.bottleneck``.
     """
     (wd, wu), (exact, precision, out_precision) = weights, precisions
     (m, n), r = dy.shape, z.shape[1]
@@ -127,7 +128,7 @@ def grad_input(
     dz = torch.empty_like(z)
     dx = torch.empty(m, k, dtype=dx_dtype, device=dy.device) if wd is not None else None
 
-    adapter_grad_input_kernel[(triton.cdiv(m, config.BLOCK_M),)](
+    bottleneck_grad_kernel[(triton.cdiv(m, config.BLOCK_M),)](
         dy, wu, wd, z, dz, dx, factor,
         m, n, k, r,
         dy.stride(0), dy.stride(1), wu.stride(0), wu.stride(1), *wd_strides, z.stride(0), k,
@@ -137,7 +138,7 @@ def grad_input(
     return dx, dz
 
 
-def grad_weight(
+def reduce_rows(
     t: Tensor,
     u: Tensor,
     factor: float | Tensor,
@@ -146,7 +147,7 @@ def grad_weight(
     needs_sums: bool,
     operand: torch.dtype,
     precisions: tuple[bool, str, str],
-    config: GradConfig,
+    config: ReduceRowsConfig,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch factor * act(u)^T t and return it float32, with factor * sum of t over rows (C,) if that is needed.
 
@@ -158,20 +159,15 @@ def grad_weight(
     (m, c), r = t.shape, u.shape[1]
     exact, precision, _ = precisions
     shape, strides = ((c, r), (1, r)) if t_first else ((r, c), (c, 1))
-    dw = torch.empty(config.SPLIT_M, *shape, dtype=torch.float32, device=t.device)
+    partials = torch.empty(config.SPLIT_M, *shape, dtype=torch.float32, device=t.device)
     sums = torch.empty(config.SPLIT_M, c, dtype=torch.float32, device=t.device) if needs_sums else None
 
     grid = (triton.cdiv(c, config.BLOCK_C), triton.cdiv(r, config.BLOCK_R), config.SPLIT_M)
-    adapter_grad_weight_kernel[grid](
-        t, u, dw, sums, factor,
+    reduce_rows_kernel[grid](
+        t, u, partials, sums, factor,
         m, c, r,
-        t.stride(0), t.stride(1), u.stride(0), dw.stride(0), *strides,
+        t.stride(0), t.stride(1), u.stride(0), partials.stride(0), *strides,
         ACTIVATION=activation, NEEDS_SUMS=needs_sums, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
         OPERAND=_OPERANDS[operand], EXACT=exact, PRECISION=precision, **asdict(config),
     )  # fmt: skip
-    return _summed(dw), None if sums is None else _summed(sums)
-
-
-def _summed(partials: Tensor) -> Tensor:
-    """Add partial sums in their order; torch's sum over the first dimension has no atomics."""
-    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+    return sum_partials(partials), None if sums is None else sum_partials(sums)

@@ -2,11 +2,12 @@
 
 Equation  z = x Wd^T + bd;  y = residual + s (act(z) Wu^T + bu)     (Houlsby et al. 2019, arXiv:1902.00751)
 Tensors   x (M, K), Wd (r, K), Wu (N, r), residual (M, N): any strides; bd (r,), bu (N,); z (M, r) float32, y (M, N)
-Tiles     adapter: a program owns BLOCK_M rows and makes both products of them | down: a program owns (BLOCK_M, BLOCK_R)
-          of z and one of SPLIT_C ranges of K | up: a program owns a (BLOCK_M, BLOCK_C) tile of y
-Bound     adapter: x in, y out, and the residual where it is not x, whose rows are read again from L2; 4 r M K flops
-          down and up: x twice, and z out and back
-Refused   M, N or K >= 2^31 (offsets are 64-bit, indices are not); float64; adapter: r > BLOCK_R
+Tiles     bottleneck: a program owns BLOCK_M rows and makes both products of them
+          narrow_product: a program owns (BLOCK_M, BLOCK_R) of z and one of SPLIT_C ranges of K
+          wide_product: a program owns a (BLOCK_M, BLOCK_C) tile of y
+Bound     bottleneck: x in, y out, and the residual where it is not x, whose rows are read again from L2; 4 r M K flops
+          narrow_product and wide_product: x twice, and z out and back
+Refused   M, N or K >= 2^31 (offsets are 64-bit, indices are not); float64; bottleneck: r > BLOCK_R
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels._core.triton_math import load_scalar
-from peft_kernels.adapter.kernels.config import DownConfig, FusedConfig, UpConfig
-from peft_kernels.adapter.kernels.triton_activations import activate, slope
+from peft_kernels._core.triton_math import load_scalar, split_range
+from peft_kernels._core.triton_tools import sum_partials
+from peft_kernels.adapter.kernels.config import BottleneckConfig, NarrowProductConfig, WideProductConfig
+from peft_kernels.adapter.kernels.triton_activations import activate, activation_grad
 from peft_kernels.adapter.kernels.triton_products import (
     into_bottleneck,
     load_addends,
@@ -31,7 +33,7 @@ from peft_kernels.adapter.kernels.triton_products import (
 
 
 @triton.jit
-def adapter_forward_kernel(
+def bottleneck_kernel(
     # pointers
     x_ptr, wd_ptr, bd_ptr, wu_ptr, bu_ptr, residual_ptr, z_ptr, y_ptr, factor,
     # sizes
@@ -63,7 +65,7 @@ def adapter_forward_kernel(
 
 
 @triton.jit
-def adapter_down_kernel(
+def narrow_product_kernel(
     # pointers
     t_ptr, w_ptr, bias_ptr, z_ptr, out_ptr, factor,
     # sizes
@@ -71,7 +73,7 @@ def adapter_down_kernel(
     # strides
     stride_tm, stride_tc, stride_wr, stride_wc, stride_zm, stride_os, stride_om,
     # constexprs
-    SLOPE_OF: tl.constexpr, HAS_BIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    GRAD_OF: tl.constexpr, HAS_BIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_C: tl.constexpr,
 ):  # fmt: skip
@@ -81,10 +83,9 @@ def adapter_down_kernel(
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     rows = offs_m.to(tl.int64)[:, None]
 
-    span = tl.cdiv(tl.cdiv(C, BLOCK_C), SPLIT_C) * BLOCK_C
-    first = pid_split * span
+    first, last = split_range(pid_split, C, BLOCK_C, SPLIT_C)
     acc = into_bottleneck(
-        t_ptr, w_ptr, offs_m, offs_r, first, min(first + span, C), M, C, R, stride_tm, stride_tc, stride_wr, stride_wc,
+        t_ptr, w_ptr, offs_m, offs_r, first, last, M, C, R, stride_tm, stride_tc, stride_wr, stride_wc,
         EXACT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
@@ -92,15 +93,15 @@ def adapter_down_kernel(
         bias = tl.load(bias_ptr + offs_r, mask=(offs_r < R) & (pid_split == 0), other=0.0)
         acc += bias.to(tl.float32)[None, :]
     acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
-    if SLOPE_OF is not None:
+    if GRAD_OF is not None:
         # Linear in the partial product, so that it may come before the sum over the ranges.
         z = tl.load(z_ptr + rows * stride_zm + offs_r[None, :], mask=mask, other=0.0)
-        acc = acc * slope(z, SLOPE_OF)
+        acc = acc * activation_grad(z, GRAD_OF)
     tl.store(out_ptr + pid_split.to(tl.int64) * stride_os + rows * stride_om + offs_r[None, :], acc, mask=mask)
 
 
 @triton.jit
-def adapter_up_kernel(
+def wide_product_kernel(
     # pointers
     u_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, factor,
     # sizes
@@ -128,7 +129,7 @@ def adapter_up_kernel(
     store_sum(out_ptr, acc, bias, residual, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_c, M, C, stride_om)
 
 
-def forward(
+def bottleneck(
     x: Tensor,
     weights: tuple[Tensor, Tensor],
     biases: tuple[Tensor | None, Tensor | None],
@@ -137,7 +138,7 @@ def forward(
     activation: str,
     out_dtype: torch.dtype,
     precisions: tuple[bool, str, str],
-    config: FusedConfig,
+    config: BottleneckConfig,
 ) -> tuple[Tensor, Tensor]:
     """Launch both products at once and return y (M, N) in ``out_dtype`` and z (M, r) float32.
 
@@ -152,7 +153,7 @@ def forward(
     z = torch.empty(m, r, dtype=torch.float32, device=x.device)
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
 
-    adapter_forward_kernel[(triton.cdiv(m, config.BLOCK_M),)](
+    bottleneck_kernel[(triton.cdiv(m, config.BLOCK_M),)](
         x, wd, bd, wu, bu, residual, z, y, factor,
         m, n, k, r,
         x.stride(0), x.stride(1), wd.stride(0), wd.stride(1), wu.stride(0), wu.stride(1), *_strides(residual),
@@ -164,39 +165,38 @@ def forward(
     return y, z
 
 
-def down(
+def narrow_product(
     t: Tensor,
     w: Tensor,
     bias: Tensor | None,
     factor: float | Tensor,
-    slope_at: tuple[str, Tensor] | None,
+    grad_at: tuple[str, Tensor] | None,
     precisions: tuple[bool, str, str],
-    config: DownConfig,
+    config: NarrowProductConfig,
 ) -> Tensor:
-    """Launch factor * (t w^T + bias), times the slope of an activation at z, and return it (M, r) float32.
+    """Launch factor * (t w^T + bias), times an activation's derivative at z, and return it (M, r) float32.
 
     Args:
         t: (M, C). w: (r, C), any strides. bias: (r,) or None.
-        slope_at: the activation and z (M, r) float32, contiguous; or None.
+        grad_at: the activation and z (M, r) float32, contiguous; or None.
     """
     (m, c), r = t.shape, w.shape[0]
     exact, precision, _ = precisions
-    activation, z = slope_at if slope_at is not None else (None, None)
+    activation, z = grad_at if grad_at is not None else (None, None)
     partials = torch.empty(config.SPLIT_C, m, r, dtype=torch.float32, device=t.device)
 
     grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(r, config.BLOCK_R), config.SPLIT_C)
-    adapter_down_kernel[grid](
+    narrow_product_kernel[grid](
         t, w, bias, z, partials, factor,
         m, c, r,
         t.stride(0), t.stride(1), w.stride(0), w.stride(1), r, partials.stride(0), partials.stride(1),
-        SLOPE_OF=activation, HAS_BIAS=bias is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        GRAD_OF=activation, HAS_BIAS=bias is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
         EXACT=exact, PRECISION=precision, **asdict(config),
     )  # fmt: skip
-    # torch's sum over the first dimension adds in a fixed order, without atomics.
-    return partials[0] if config.SPLIT_C == 1 else partials.sum(0)
+    return sum_partials(partials)
 
 
-def up(
+def wide_product(
     u: Tensor,
     w: Tensor,
     bias: Tensor | None,
@@ -205,7 +205,7 @@ def up(
     activation: str,
     out_dtype: torch.dtype,
     precisions: tuple[bool, str, str],
-    config: UpConfig,
+    config: WideProductConfig,
 ) -> Tensor:
     """Launch residual + factor * (act(u) w + bias) and return it (M, C) in ``out_dtype``.
 
@@ -215,7 +215,7 @@ def up(
     (m, r), c = u.shape, w.shape[1]
     out = torch.empty(m, c, dtype=out_dtype, device=u.device)
 
-    adapter_up_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
+    wide_product_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
         u, w, bias, residual, out, factor,
         m, c, r,
         u.stride(0), w.stride(0), w.stride(1), *_strides(residual), out.stride(0),

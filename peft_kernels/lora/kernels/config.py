@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 
 from peft_kernels._core.device import Hardware
-from peft_kernels._core.triton_tools import next_power_of_2
+from peft_kernels._core.triton_tools import cdiv, next_power_of_2, split_count
 
 Path = Literal["fused", "cublas"]
 
 
 @dataclass(frozen=True)
-class DownConfig:
-    """S = drop(x) A^T."""
+class NarrowProductConfig:
+    """S = drop(x) A^T: a product with few columns."""
 
     BLOCK_M: int
     BLOCK_K: int
@@ -30,8 +30,8 @@ class DownConfig:
 
 
 @dataclass(frozen=True)
-class GemmConfig:
-    """The base product with the low-rank product as its last K step."""
+class ProductConfig:
+    """y = x W^T, with S B^T as its last K step."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -44,7 +44,7 @@ class GemmConfig:
 
 
 @dataclass(frozen=True)
-class UpConfig:
+class AddRankProductConfig:
     """y += S B^T, in place."""
 
     BLOCK_M: int
@@ -55,8 +55,8 @@ class UpConfig:
 
 
 @dataclass(frozen=True)
-class GradUpConfig:
-    """dS, dB and dbias in one pass over dY."""
+class NarrowAndReduceConfig:
+    """dS = dY B, dB = dY^T S and dbias in one pass over dY."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -67,8 +67,8 @@ class GradUpConfig:
 
 
 @dataclass(frozen=True)
-class GradDownConfig:
-    """dA = dS^T drop(x); also dB^T = S^T dY where dY is read twice."""
+class ReduceRowsConfig:
+    """dA = dS^T drop(x), reduced over the rows; also dB^T = S^T dY where dY is read twice."""
 
     BLOCK_M: int
     BLOCK_K: int
@@ -114,7 +114,7 @@ def base_product_path(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool,
     if not aligned:
         # Ahead-of-time compiles of ragged rows show two-byte loads and no asynchronous copy.
         return "cublas"
-    if _cdiv(m, 128) * _cdiv(n, 256) < hardware.sm_count:
+    if cdiv(m, 128) * cdiv(n, 256) < hardware.sm_count:
         # Less than one tile per multiprocessor: cuBLAS splits K there, this kernel does not.
         return "cublas"
     # Assumption, not measured: the fused kernel stays within 9 % of cuBLAS, which is the break-even at K = 4096;
@@ -131,11 +131,13 @@ def reads_dy_once(r: int) -> bool:
     return r <= 32
 
 
-def down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> DownConfig:
+def narrow_product_config(
+    m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware
+) -> NarrowProductConfig:
     """A tile per multiprocessor: rows are halved, then K split, until there is one (assumed: bandwidth needs all)."""
     block_r = min(128, max(16, next_power_of_2(r)))
     block_m = 64
-    while block_m > 16 and _cdiv(m, block_m) < hardware.sm_count:
+    while block_m > 16 and cdiv(m, block_m) < hardware.sm_count:
         block_m //= 2
     # 32 KiB of a float32 operand's tile and its pieces in registers is what 255 registers a thread hold.
     block_k = 128 if block_r <= 32 else 64
@@ -143,19 +145,17 @@ def down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardwar
         block_k //= 2
     # On sm_100 it is the narrow ones that spill with four warps, and the widest with eight (ahead-of-time compiles).
     takes_eight_warps = block_r <= 64 if hardware.arch >= 100 else block_r > 32
-    programs = _cdiv(m, block_m) * _cdiv(r, block_r)
-    split_k = max(1, min(_cdiv(k, block_k) // 4, hardware.sm_count // programs))
-    return DownConfig(
+    return NarrowProductConfig(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
-        SPLIT_K=split_k,
+        SPLIT_K=split_count(cdiv(k, block_k) // 4, cdiv(m, block_m) * cdiv(r, block_r), hardware),
         num_warps=8 if takes_eight_warps else 4,
         num_stages=3,
     )
 
 
-def gemm_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, hardware: Hardware) -> GemmConfig:
+def product_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, hardware: Hardware) -> ProductConfig:
     """Tiles by architecture; sizes are those whose ahead-of-time compile shows no spill (tests/codegen).
 
     Args:
@@ -176,7 +176,7 @@ def gemm_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, ha
         block_n = 64
     if has_dropout and hardware.arch < 90:
         block_n = 64
-    return GemmConfig(
+    return ProductConfig(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -188,9 +188,9 @@ def gemm_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, ha
     )
 
 
-def up_config(r: int, dtype: torch.dtype, hardware: Hardware) -> UpConfig:
+def add_rank_product_config(r: int, dtype: torch.dtype, hardware: Hardware) -> AddRankProductConfig:
     """Wide rows for whole cache lines; the rank is walked in blocks, so any rank takes the same registers."""
-    return UpConfig(
+    return AddRankProductConfig(
         BLOCK_M=64,
         BLOCK_N=64 if dtype == torch.float32 else 128,
         BLOCK_R=min(32, max(16, next_power_of_2(r))),
@@ -199,29 +199,31 @@ def up_config(r: int, dtype: torch.dtype, hardware: Hardware) -> UpConfig:
     )
 
 
-def grad_up_config(m: int, n: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> GradUpConfig:
+def narrow_and_reduce_config(
+    m: int, n: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware
+) -> NarrowAndReduceConfig:
     """Rows are split until there is a program per multiprocessor; ``reads_dy_once`` bounds the rank."""
     block_n = 128
     block_m = 32 if dtype == torch.float32 or _multiplies_pieces(dtype, exact) else 64
-    return GradUpConfig(
+    return NarrowAndReduceConfig(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_R=max(16, next_power_of_2(r)),
-        SPLIT_M=_row_splits(m, block_m, _cdiv(n, block_n), hardware),
+        SPLIT_M=split_count(cdiv(m, block_m), cdiv(n, block_n), hardware),
         num_warps=4 if dtype == torch.float32 and hardware.arch >= 100 else 8,
         num_stages=3,
     )
 
 
-def grad_down_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> GradDownConfig:
-    """As ``grad_up_config``; ranks beyond 64 take further programs, which re-read x from L2."""
+def reduce_rows_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> ReduceRowsConfig:
+    """As ``narrow_and_reduce_config``; ranks beyond 64 take further programs, which re-read x from L2."""
     block_r, block_k = min(64, max(16, next_power_of_2(r))), 128
     block_m = 32 if dtype == torch.float32 or _multiplies_pieces(dtype, exact) else 64
-    return GradDownConfig(
+    return ReduceRowsConfig(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
-        SPLIT_M=_row_splits(m, block_m, _cdiv(k, block_k) * _cdiv(r, block_r), hardware),
+        SPLIT_M=split_count(cdiv(m, block_m), cdiv(k, block_k) * cdiv(r, block_r), hardware),
         num_warps=4 if hardware.arch >= 100 else 8,
         num_stages=3,
     )
@@ -234,19 +236,19 @@ def decode_config(n: int, k: int, r: int, hardware: Hardware) -> DecodeConfig:
     Model, not measured: the time is that of the blocks with most units; a unit costs a round for each chunk that its
     warps load, and two more for its sums, its flags, and what waits for them.
     """
-    chunks, slots = _cdiv(k, DECODE_CHUNK_K), DECODE_BLOCKS_PER_SM * hardware.sm_count
-    tiles, down_tiles = _cdiv(n, DECODE_TILE_ROWS), _cdiv(r, DECODE_TILE_ROWS)
+    chunks, slots = cdiv(k, DECODE_CHUNK_K), DECODE_BLOCKS_PER_SM * hardware.sm_count
+    tiles, down_tiles = cdiv(n, DECODE_TILE_ROWS), cdiv(r, DECODE_TILE_ROWS)
 
     def units(splits: int, down_splits: int) -> int:
         return tiles * splits + down_tiles * down_splits
 
     def rounds(choice: tuple[int, int]) -> int:
         splits, down_splits = choice
-        return _cdiv(units(splits, down_splits), slots) * (_cdiv(_cdiv(chunks, splits), DECODE_WARPS_OF_K) + 2)
+        return cdiv(units(splits, down_splits), slots) * (cdiv(cdiv(chunks, splits), DECODE_WARPS_OF_K) + 2)
 
     # S had better be there before the first tile of W asks for it, so A's units are half as long, unless that takes
     # another wave of blocks. With fewer chunks to a unit than warps, more splits have nothing to share.
-    most = max(1, _cdiv(chunks, DECODE_WARPS_OF_K))
+    most = max(1, cdiv(chunks, DECODE_WARPS_OF_K))
     choices = [(splits, min(factor * splits, chunks)) for splits in range(1, most + 1) for factor in (2, 1)]
     splits, down_splits = min(choices, key=rounds)
     return DecodeConfig(SPLITS=splits, DOWN_SPLITS=down_splits, GRID=min(units(splits, down_splits), slots))
@@ -266,11 +268,3 @@ def torch_rows_per_block(width: int, device_type: str) -> int:
 def _multiplies_pieces(dtype: torch.dtype, exact: bool) -> bool:
     """Whether products are made of three pieces of a float32 operand, which live in registers beside it."""
     return exact and dtype != torch.float32
-
-
-def _row_splits(m: int, block_m: int, tiles: int, hardware: Hardware) -> int:
-    return max(1, min(_cdiv(m, block_m), hardware.sm_count // tiles))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -30,15 +30,15 @@ _LOW = 0xFFFFFFFF
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Draw(NamedTuple):
-    """One dropout: seed (0-d int64, None: nothing is dropped), and what ``threshold`` and ``keep_scale`` return."""
+class Dropout(NamedTuple):
+    """Seed of a mask (0-d int64; None: nothing is dropped), and what ``threshold`` and ``keep_scale`` return."""
 
     seed: Tensor | None
     threshold: int
     keep_scale: float
 
 
-NONE = Draw(seed=None, threshold=0, keep_scale=1.0)
+NO_DROPOUT = Dropout(seed=None, threshold=0, keep_scale=1.0)
 
 
 def threshold(p: float) -> int:

@@ -1,14 +1,16 @@
 """LoRA linear on Triton: the products that make a gradient of a factor, reduced over the tokens.
 
-Equation  grad_up: dS_part = f dY B and dB_part = f dY^T S in one pass over dY, and dbias_part = sum dY
-          grad_down: dA_part = f dS^T drop(x)                      (derived in docs/design/lora.md)
+Equation  narrow_and_reduce: dS_part = f dY B and dB_part = f dY^T S in one pass over dY, and dbias_part = sum dY
+          reduce_rows: out_part = f S^T drop(x); dS for S gives dA, dY for x gives dB^T  (docs/design/lora.md)
 Tensors   dY (M, N), x (M, K), B (N, r): any strides; S, dS (M, r) float32, contiguous
-          partial sums float32: dS (tiles of N, M, r), dB (splits, N, r), dbias (splits, N), dA (splits, r, K)
-Tiles     grad_up: a program owns BLOCK_N columns of dY and one of SPLIT_M ranges of rows | grad_down: likewise of x,
-          and BLOCK_R ranks; partials are then summed in a fixed order, so two runs give the same bits
-Bound     grad_up: one read of dY; its partials move 2 * 4 r (M N / BLOCK_N + SPLIT_M N) bytes more, mostly within L2
-          grad_down: one read of x
-Refused   grad_up: r > BLOCK_R (config.py then takes two passes instead); as triton_fwd.py otherwise
+          partial sums float32: dS (tiles of N, M, r), dB (splits, N, r), dbias (splits, N), out (splits, r, K)
+Tiles     narrow_and_reduce: a program owns BLOCK_N columns of dY and one of SPLIT_M ranges of rows
+          reduce_rows: likewise of x, and BLOCK_R ranks
+          partials are then summed in a fixed order, so two runs give the same bits
+Bound     narrow_and_reduce: one read of dY; its partials move 2 * 4 r (M N / BLOCK_N + SPLIT_M N) bytes more, mostly
+          within L2
+          reduce_rows: one read of x
+Refused   narrow_and_reduce: r > BLOCK_R (config.py then takes two passes instead); as triton_fwd.py otherwise
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels._core.triton_math import dot, load_scalar
-from peft_kernels._core.triton_tools import dot_precision
-from peft_kernels.lora.kernels.config import GradDownConfig, GradUpConfig
-from peft_kernels.lora.kernels.dropout import Draw
+from peft_kernels._core.triton_math import dot, load_scalar, split_range
+from peft_kernels._core.triton_tools import dot_precision, sum_partials
+from peft_kernels.lora.kernels.config import NarrowAndReduceConfig, ReduceRowsConfig
+from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
 
 
 @triton.jit
-def lora_grad_up_kernel(
+def narrow_and_reduce_kernel(
     # pointers
     dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, dbias_ptr, factor,
     # sizes
@@ -49,11 +51,10 @@ def lora_grad_up_kernel(
     b_offsets = offs_n.to(tl.int64)[:, None] * stride_bn + offs_r.to(tl.int64)[None, :] * stride_br
     b = tl.load(b_ptr + b_offsets, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
 
-    span = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT_M) * BLOCK_M
-    first = pid_split * span
+    first, last = split_range(pid_split, M, BLOCK_M, SPLIT_M)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
-    for m in range(first, min(first + span, M), BLOCK_M):
+    for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         rows = offs_m.to(tl.int64)[:, None]
@@ -77,13 +78,13 @@ def lora_grad_up_kernel(
 
 
 @triton.jit
-def lora_grad_down_kernel(
+def reduce_rows_kernel(
     # pointers
-    x_ptr, ds_ptr, da_ptr, seed_ptr, factor,
+    x_ptr, s_ptr, out_ptr, seed_ptr, factor,
     # sizes
     M, K, R, dropout_threshold,
     # strides
-    stride_xm, stride_xk, stride_sm, stride_dap, stride_dar,
+    stride_xm, stride_xk, stride_sm, stride_op, stride_or,
     # constexprs
     HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
@@ -93,34 +94,33 @@ def lora_grad_down_kernel(
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < R
 
-    span = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT_M) * BLOCK_M
-    first = pid_split * span
-    da = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for m in range(first, min(first + span, M), BLOCK_M):
+    first, last = split_range(pid_split, M, BLOCK_M, SPLIT_M)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         rows = offs_m.to(tl.int64)[:, None]
         x_offsets = rows * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
         x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        ds = tl.load(ds_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        s = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if HAS_DROPOUT:
             keep = keep_tile(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, dropout_threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        da = dot(tl.trans(ds), x, da, EXACT, PRECISION)
+        acc = dot(tl.trans(s), x, acc, EXACT, PRECISION)
 
-    da = da * load_scalar(factor, FACTOR_IS_TENSOR)
-    da_rows = da_ptr + pid_split.to(tl.int64) * stride_dap + offs_r.to(tl.int64)[:, None] * stride_dar
-    tl.store(da_rows + offs_k[None, :], da, mask=mask_r[:, None] & mask_k[None, :])
+    acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
+    out_rows = out_ptr + pid_split.to(tl.int64) * stride_op + offs_r.to(tl.int64)[:, None] * stride_or
+    tl.store(out_rows + offs_k[None, :], acc, mask=mask_r[:, None] & mask_k[None, :])
 
 
-def grad_up(
+def narrow_and_reduce(
     dy: Tensor,
     s: Tensor,
     b: Tensor,
     factor: float | Tensor,
     needs: tuple[bool, bool, bool],
     exact: bool,
-    config: GradUpConfig,
+    config: NarrowAndReduceConfig,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch one pass over dy; return dS (M, r), dB (N, r) and dbias (N,), float32, those that ``needs`` asks for.
 
@@ -137,40 +137,36 @@ def grad_up(
     db = empty(config.SPLIT_M, n, r) if needs_db else None
     dbias = empty(config.SPLIT_M, n) if needs_dbias else None
 
-    lora_grad_up_kernel[(tiles_n, config.SPLIT_M)](
+    narrow_and_reduce_kernel[(tiles_n, config.SPLIT_M)](
         dy, s, b, ds, db, dbias, factor,
         m, n, r,
         dy.stride(0), dy.stride(1), s.stride(0), b.stride(0), b.stride(1), m * r, n * r, n,
         NEEDS_DS=needs_ds, NEEDS_DB=needs_db, NEEDS_DBIAS=needs_dbias, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
         EXACT=exact, PRECISION=dot_precision(dy.dtype), **asdict(config),
     )  # fmt: skip
-    return _summed(ds), _summed(db), _summed(dbias)
+    ds, db, dbias = (None if partials is None else sum_partials(partials) for partials in (ds, db, dbias))
+    return ds, db, dbias
 
 
-def grad_down(x: Tensor, ds: Tensor, factor: float | Tensor, draw: Draw, exact: bool, config: GradDownConfig) -> Tensor:
-    """Launch dA = factor * dS^T drop(x) and return dA (r, K) float32.
+def reduce_rows(
+    x: Tensor, s: Tensor, factor: float | Tensor, dropout: Dropout, exact: bool, config: ReduceRowsConfig
+) -> Tensor:
+    """Launch factor * s^T drop(x) and return it (r, K) float32.
 
     Args:
-        x: (M, K). ds: (M, r) float32, contiguous. factor: float or 0-d tensor; holds 1 / (1 - p) where the draw drops.
-        draw: the dropout of x, or ``dropout.NONE``.
-        exact: keep all bits of ds beside a half-precision x.
+        x: (M, K). s: (M, r) float32, contiguous. factor: float or 0-d tensor; holds the dropout's keep_scale.
+        dropout: of x, or ``NO_DROPOUT``.
+        exact: keep all bits of s beside a half-precision x.
     """
-    (m, k), r = x.shape, ds.shape[1]
-    da = torch.empty(config.SPLIT_M, r, k, dtype=torch.float32, device=x.device)
+    (m, k), r = x.shape, s.shape[1]
+    partials = torch.empty(config.SPLIT_M, r, k, dtype=torch.float32, device=x.device)
 
     grid = (triton.cdiv(k, config.BLOCK_K), triton.cdiv(r, config.BLOCK_R), config.SPLIT_M)
-    lora_grad_down_kernel[grid](
-        x, ds, da, draw.seed, factor,
-        m, k, r, draw.threshold,
-        x.stride(0), x.stride(1), ds.stride(0), da.stride(0), da.stride(1),
-        HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor), EXACT=exact,
+    reduce_rows_kernel[grid](
+        x, s, partials, dropout.seed, factor,
+        m, k, r, dropout.threshold,
+        x.stride(0), x.stride(1), s.stride(0), partials.stride(0), partials.stride(1),
+        HAS_DROPOUT=dropout.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor), EXACT=exact,
         PRECISION=dot_precision(x.dtype), **asdict(config),
     )  # fmt: skip
-    return da[0] if config.SPLIT_M == 1 else da.sum(0)
-
-
-def _summed(partials: Tensor | None) -> Tensor | None:
-    """Add partial sums in their order; torch's sum over the first dimension has no atomics."""
-    if partials is None or partials.shape[0] == 1:
-        return None if partials is None else partials[0]
-    return partials.sum(0)
+    return sum_partials(partials)

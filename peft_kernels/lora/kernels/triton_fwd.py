@@ -1,12 +1,14 @@
 """LoRA linear on Triton: the products that make an activation. Also used by the backward pass, with other operands.
 
-Equation  down: S = f drop(x) A^T | gemm: y = x W^T + bias + f drop'(S B^T) | up: y += f drop'(S B^T), in place
+Equation  narrow_product: S = f drop(x) A^T | product: y = x W^T + bias + f drop'(S B^T)
+          add_rank_product: y += f drop'(S B^T), in place
           (Hu et al. 2021, section 4.1; f is the scale or 1 / (1 - p), drop' masks the product instead of x)
 Tensors   x (M, K), W (N, K), A (r, K), B (N, r), bias (N,), y (M, N): any strides; S (M, r) float32, contiguous
-          backward: dS is `down` of dY with B^T for A; dX is `gemm` of dY with W^T for W, dS for S and A^T for B
-Tiles     down: a program owns BLOCK_M rows, BLOCK_R ranks and one of SPLIT_K ranges of K | gemm: persistent
-          programs walk (BLOCK_M, BLOCK_N) tiles | up: a program owns one (BLOCK_M, BLOCK_N) tile
-Bound     down: one read of x | gemm: 2 M N (K + r) flops at the tensor cores' rate | up: one read and one write of y
+          backward: dS is a narrow product of dY with B^T for A; dX a product of dY with W^T for W, dS for S, A^T for B
+Tiles     narrow_product: a program owns BLOCK_M rows, BLOCK_R ranks and one of SPLIT_K ranges of K
+          product: persistent programs walk (BLOCK_M, BLOCK_N) tiles | add_rank_product: a program owns one of them
+Bound     narrow_product: one read of x | product: 2 M N (K + r) flops at the tensor cores' rate
+          add_rank_product: one read and one write of y
 Refused   M, N or K >= 2^31 (offsets are 64-bit, indices are not); float64
 """
 
@@ -21,14 +23,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peft_kernels._core.triton_math import dot, load_scalar, nearest_tf32, tile_of
-from peft_kernels._core.triton_tools import TMA_ALIGNMENT, dot_precision, tma_can_read
-from peft_kernels.lora.kernels.config import DownConfig, GemmConfig, UpConfig
-from peft_kernels.lora.kernels.dropout import Draw
+from peft_kernels._core.triton_math import dot, load_scalar, nearest_tf32, split_range, tile_of
+from peft_kernels._core.triton_tools import TMA_ALIGNMENT, dot_precision, sum_partials, tma_can_read
+from peft_kernels.lora.kernels.config import AddRankProductConfig, NarrowProductConfig, ProductConfig
+from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
 
 
-class LowRank(NamedTuple):
+class RankProduct(NamedTuple):
     """The product factor * s b^T: s (M, r) float32, contiguous; b (N, r), any strides; factor a float or 0-d tensor."""
 
     s: Tensor
@@ -37,7 +39,7 @@ class LowRank(NamedTuple):
 
 
 @triton.jit
-def lora_down_kernel(
+def narrow_product_kernel(
     # pointers
     x_ptr, a_ptr, s_ptr, seed_ptr, factor,
     # sizes
@@ -55,10 +57,9 @@ def lora_down_kernel(
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
 
-    span = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-    first = pid_split * span
+    first, last = split_range(pid_split, K, BLOCK_K, SPLIT_K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(first, min(first + span, K), BLOCK_K):
+    for k in range(first, last, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         x = tl.load(
@@ -104,7 +105,7 @@ def _rank_product(
 
 
 @triton.jit
-def lora_gemm_kernel(
+def product_kernel(
     # pointers, or tensor descriptors of (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K) | (BLOCK_K, BLOCK_N), (BLOCK_M, BLOCK_N)
     x_ptr, w_ptr, y_ptr,
     # pointers
@@ -166,7 +167,7 @@ def lora_gemm_kernel(
 
 
 @triton.jit
-def lora_up_kernel(
+def add_rank_product_kernel(
     # pointers
     y_ptr, s_ptr, b_ptr, seed_ptr, factor,
     # sizes
@@ -193,37 +194,39 @@ def lora_up_kernel(
     tl.store(y_tile, y.to(tl.float32) + product, mask=mask)
 
 
-def down(x: Tensor, a: Tensor, factor: float | Tensor, draw: Draw, exact: bool, config: DownConfig) -> Tensor:
+def narrow_product(
+    x: Tensor, a: Tensor, factor: float | Tensor, dropout: Dropout, exact: bool, config: NarrowProductConfig
+) -> Tensor:
     """Launch S = factor * drop(x) a^T and return S (M, r) float32.
 
     Args:
-        x: (M, K). a: (r, K). factor: float or 0-d tensor; holds 1 / (1 - p) where the draw drops.
-        draw: the dropout of x, or ``dropout.NONE``.
+        x: (M, K). a: (r, K). factor: float or 0-d tensor; holds the dropout's keep_scale.
+        dropout: of x, or ``NO_DROPOUT``.
         exact: keep all bits of a float32 ``a`` beside a half-precision x.
     """
     (m, k), r = x.shape, a.shape[0]
     partials = torch.empty(config.SPLIT_K, m, r, dtype=torch.float32, device=x.device)
 
     grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(r, config.BLOCK_R), config.SPLIT_K)
-    lora_down_kernel[grid](
-        x, a, partials, draw.seed, factor,
-        m, k, r, draw.threshold,
+    narrow_product_kernel[grid](
+        x, a, partials, dropout.seed, factor,
+        m, k, r, dropout.threshold,
         x.stride(0), x.stride(1), a.stride(0), a.stride(1), partials.stride(0), partials.stride(1),
-        HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor), EXACT=exact,
+        HAS_DROPOUT=dropout.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor), EXACT=exact,
         PRECISION=dot_precision(x.dtype), **asdict(config),
     )  # fmt: skip
-    return partials[0] if config.SPLIT_K == 1 else partials.sum(0)
+    return sum_partials(partials)
 
 
-def gemm(
-    x: Tensor, w: Tensor, term: LowRank, bias: Tensor | None, draw: Draw, sm_count: int, config: GemmConfig
+def product(
+    x: Tensor, w: Tensor, term: RankProduct, bias: Tensor | None, dropout: Dropout, sm_count: int, config: ProductConfig
 ) -> Tensor:
     """Launch y = x w^T + bias + factor * drop'(s b^T) and return y (M, N) in x's dtype.
 
     Args:
         x: (M, K). w: (N, K), any strides: a transposed view of a (K, N) matrix is read as it lies.
         term: s, b and factor. bias: (N,) or None.
-        draw: the dropout of the (M, N) product s b^T, or ``dropout.NONE``.
+        dropout: of the (M, N) product s b^T, or ``NO_DROPOUT``.
         sm_count: size of the persistent grid.
     """
     (m, k), n = x.shape, w.shape[0]
@@ -233,12 +236,12 @@ def gemm(
     operands = _descriptors(x, w, y, config) if config.USE_TMA else (x, w, y)
     grid = (min(sm_count, triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)),)
     s, b, factor = term
-    lora_gemm_kernel[grid](
+    product_kernel[grid](
         *operands,
-        s, b, bias, draw.seed, factor,
-        m, n, k, b.shape[1], draw.threshold, draw.keep_scale,
+        s, b, bias, dropout.seed, factor,
+        m, n, k, b.shape[1], dropout.threshold, dropout.keep_scale,
         x.stride(0), x.stride(1), w.stride(0), w.stride(1), y.stride(0), s.stride(0), b.stride(0), b.stride(1),
-        HAS_BIAS=bias is not None, HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        HAS_BIAS=bias is not None, HAS_DROPOUT=dropout.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
         PRECISION=dot_precision(x.dtype), RANK_PRECISION=_rank_precision(x.dtype),
         W_ROWS_ARE_K=rows_are_k, **asdict(config),
     )  # fmt: skip
@@ -246,7 +249,7 @@ def gemm(
 
 
 def has_aligned_rows(x: Tensor, w: Tensor) -> bool:
-    """Whether 16-byte copies, and so the copy engine, can move ``gemm``'s operands and a contiguous (M, N) result."""
+    """Whether 16-byte copies, and so TMA, can move ``product``'s operands and a contiguous (M, N) result."""
     w_rows = w.t() if _rows_are_k(w) else w
     writes = w.shape[0] * x.element_size() % TMA_ALIGNMENT == 0
     return writes and tma_can_read(x) and tma_can_read(w_rows)
@@ -257,7 +260,7 @@ def _rows_are_k(w: Tensor) -> bool:
     return w.stride(0) == 1 and w.stride(1) != 1
 
 
-def _descriptors(x: Tensor, w: Tensor, y: Tensor, config: GemmConfig) -> tuple[TensorDescriptor, ...]:
+def _descriptors(x: Tensor, w: Tensor, y: Tensor, config: ProductConfig) -> tuple[TensorDescriptor, ...]:
     rows_are_k = _rows_are_k(w)
     w_block = [config.BLOCK_K, config.BLOCK_N] if rows_are_k else [config.BLOCK_N, config.BLOCK_K]
     return (
@@ -271,16 +274,16 @@ def _rank_precision(dtype: torch.dtype) -> str:
     return dot_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def add_up(y: Tensor, term: LowRank, draw: Draw, config: UpConfig) -> None:
-    """Launch y += factor * drop'(s b^T), in place; arguments as in ``gemm``, y (M, N) with contiguous rows."""
+def add_rank_product(y: Tensor, term: RankProduct, dropout: Dropout, config: AddRankProductConfig) -> None:
+    """Launch y += factor * drop'(s b^T), in place; arguments as in ``product``, y (M, N) with contiguous rows."""
     m, n = y.shape
     s, b, factor = term
 
     grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N))
-    lora_up_kernel[grid](
-        y, s, b, draw.seed, factor,
-        m, n, b.shape[1], draw.threshold, draw.keep_scale,
+    add_rank_product_kernel[grid](
+        y, s, b, dropout.seed, factor,
+        m, n, b.shape[1], dropout.threshold, dropout.keep_scale,
         y.stride(0), s.stride(0), b.stride(0), b.stride(1),
-        HAS_DROPOUT=draw.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        HAS_DROPOUT=dropout.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
         RANK_PRECISION=_rank_precision(y.dtype), **asdict(config),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from peft_kernels._core import triton_tools
 from peft_kernels._core.device import Hardware, hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels.lora.kernels import config
-from peft_kernels.lora.kernels.dropout import NONE, Draw
+from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
@@ -42,20 +42,20 @@ def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]
     """Return y (M, N) and S (M, r) float32."""
     launches = _Launches.of(problem, inputs)
     x, weight, lora_a, lora_b, scale, bias, *_ = inputs
-    s = launches.down(x, lora_a, problem.keep_scale, launches.draw)
-    return launches.product(x, weight, (s, lora_b, scale), bias, NONE), s
+    s = launches.narrow_product(x, lora_a, problem.keep_scale, launches.dropout)
+    return launches.product(x, weight, (s, lora_b, scale), bias, NO_DROPOUT), s
 
 
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
     launches = _Launches.of(problem, inputs)
     x, weight, lora_a, lora_b, scale, *_ = inputs
-    ds, db, dbias = launches.grad_up(dy, s, lora_b, scale, needs)
+    ds, db, dbias = launches.narrow_and_reduce(dy, s, lora_b, scale, needs)
     dx = da = None
     if ds is not None and needs.x:
-        dx = launches.product(dy, weight.t(), (ds, lora_a.t(), 1.0), None, launches.draw)
+        dx = launches.product(dy, weight.t(), (ds, lora_a.t(), 1.0), None, launches.dropout)
     if ds is not None and needs.lora_a:
-        da = launches.grad_down(x, ds, problem.keep_scale, launches.draw)
+        da = launches.reduce_rows(x, ds, problem.keep_scale, launches.dropout)
     return Gradients(
         x=dx,
         weight=dy.t() @ x if needs.weight else None,
@@ -71,7 +71,7 @@ class _Launches(NamedTuple):
     fwd: ModuleType
     bwd: ModuleType
     hardware: Hardware
-    draw: Draw
+    dropout: Dropout
     exact: bool
 
     @staticmethod
@@ -82,47 +82,49 @@ class _Launches(NamedTuple):
             fwd=triton_fwd,
             bwd=triton_bwd,
             hardware=hardware(problem.device),
-            draw=Draw(inputs.seed, problem.dropout_threshold, problem.keep_scale) if inputs.seed is not None else NONE,
+            dropout=Dropout(inputs.seed, problem.dropout_threshold, problem.keep_scale)
+            if inputs.seed is not None
+            else NO_DROPOUT,
             exact=problem.adapter_dtype != problem.dtype,
         )
 
-    def down(self, x: Tensor, a: Tensor, factor: float | Tensor, draw: Draw) -> Tensor:
+    def narrow_product(self, x: Tensor, a: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
         """factor * drop(x) a^T, float32."""
         (m, k), r = x.shape, a.shape[0]
-        chosen = config.down_config(m, k, r, x.dtype, self.exact, self.hardware)
-        return self.fwd.down(x, a, factor, draw, self.exact, chosen)
+        chosen = config.narrow_product_config(m, k, r, x.dtype, self.exact, self.hardware)
+        return self.fwd.narrow_product(x, a, factor, dropout, self.exact, chosen)
 
     def product(
-        self, x: Tensor, w: Tensor, term: tuple[Tensor, Tensor, float | Tensor], bias: Tensor | None, draw: Draw
+        self, x: Tensor, w: Tensor, term: tuple[Tensor, Tensor, float | Tensor], bias: Tensor | None, dropout: Dropout
     ) -> Tensor:
-        """x w^T + bias + the low-rank term, by the fused kernel or by cuBLAS and one pass in place."""
+        """x w^T + bias + the rank product, by the fused kernel or by cuBLAS and one pass in place."""
         (m, k), n, r = x.shape, w.shape[0], term[1].shape[1]
-        low_rank, aligned = self.fwd.LowRank(*term), self.fwd.has_aligned_rows(x, w)
+        rank_product, aligned = self.fwd.RankProduct(*term), self.fwd.has_aligned_rows(x, w)
         if config.base_product_path(m, n, k, x.dtype, aligned, self.hardware) == "fused":
-            chosen = config.gemm_config(r, x.dtype, draw.seed is not None, aligned, self.hardware)
-            return self.fwd.gemm(x, w, low_rank, bias, draw, self.hardware.sm_count, chosen)
+            chosen = config.product_config(r, x.dtype, dropout.seed is not None, aligned, self.hardware)
+            return self.fwd.product(x, w, rank_product, bias, dropout, self.hardware.sm_count, chosen)
         y = F.linear(x, w, bias)
-        self.fwd.add_up(y, low_rank, draw, config.up_config(r, x.dtype, self.hardware))
+        self.fwd.add_rank_product(y, rank_product, dropout, config.add_rank_product_config(r, x.dtype, self.hardware))
         return y
 
-    def grad_up(
+    def narrow_and_reduce(
         self, dy: Tensor, s: Tensor, b: Tensor, scale: float | Tensor, needs: Needs
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dS, dB and dbias, float32: in one pass over dy, or in one for each where the rank makes that cheaper."""
         (m, n), r = dy.shape, b.shape[1]
         needs_ds = needs.x or needs.lora_a
         if config.reads_dy_once(r) and (needs_ds or needs.lora_b):
-            chosen = config.grad_up_config(m, n, r, dy.dtype, self.exact, self.hardware)
-            return self.bwd.grad_up(dy, s, b, scale, (needs_ds, needs.lora_b, needs.bias), self.exact, chosen)
-        ds = self.down(dy, b.t(), scale, NONE) if needs_ds else None
-        db = self.grad_down(dy, s, scale, NONE).t() if needs.lora_b else None
+            chosen = config.narrow_and_reduce_config(m, n, r, dy.dtype, self.exact, self.hardware)
+            return self.bwd.narrow_and_reduce(dy, s, b, scale, (needs_ds, needs.lora_b, needs.bias), self.exact, chosen)
+        ds = self.narrow_product(dy, b.t(), scale, NO_DROPOUT) if needs_ds else None
+        db = self.reduce_rows(dy, s, scale, NO_DROPOUT).t() if needs.lora_b else None
         return ds, db, dy.sum(0, dtype=torch.float32) if needs.bias else None
 
-    def grad_down(self, x: Tensor, ds: Tensor, factor: float | Tensor, draw: Draw) -> Tensor:
-        """factor * ds^T drop(x), float32."""
-        (m, k), r = x.shape, ds.shape[1]
-        chosen = config.grad_down_config(m, k, r, x.dtype, self.exact, self.hardware)
-        return self.bwd.grad_down(x, ds, factor, draw, self.exact, chosen)
+    def reduce_rows(self, x: Tensor, s: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
+        """factor * s^T drop(x), float32."""
+        (m, k), r = x.shape, s.shape[1]
+        chosen = config.reduce_rows_config(m, k, r, x.dtype, self.exact, self.hardware)
+        return self.bwd.reduce_rows(x, s, factor, dropout, self.exact, chosen)
 
 
 IMPLEMENTATION = Implementation(
