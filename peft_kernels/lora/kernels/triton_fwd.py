@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from peft_kernels._core.tma import TMA_ALIGNMENT, tma_can_read
 from peft_kernels._core.triton_math import dot, load_scalar, nearest_tf32, tile_of
-from peft_kernels._core.triton_tools import TMA_ALIGNMENT, dot_precision, tma_can_read
+from peft_kernels._core.triton_tools import dot_precision
 from peft_kernels.lora.kernels.config import DownConfig, GemmConfig, UpConfig
 from peft_kernels.lora.kernels.dropout import Draw
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
