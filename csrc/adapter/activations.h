@@ -5,11 +5,24 @@
 #include <cmath>
 
 #include "core/host_device.h"
+#include "core/names.h"
 
 namespace peft_kernels::adapter {
 
-// In the order of peft_kernels/adapter/kernels/activations.py; a test compares the two.
-enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kLeakyRelu, kIdentity, kCount };
+enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kLeakyRelu, kIdentity };
+
+inline constexpr Named<Activation> kActivations[] = {{Activation::kRelu, "relu"},
+                                                     {Activation::kGelu, "gelu"},
+                                                     {Activation::kGeluTanh, "gelu_tanh"},
+                                                     {Activation::kSilu, "silu"},
+                                                     {Activation::kTanh, "tanh"},
+                                                     {Activation::kSigmoid, "sigmoid"},
+                                                     {Activation::kLeakyRelu, "leaky_relu"},
+                                                     {Activation::kIdentity, "identity"}};
+
+constexpr const auto& names_of(Activation) {
+  return kActivations;
+}
 
 constexpr float kLeakySlope = 0.01f;
 

@@ -15,7 +15,7 @@ using sm90::HalfType;
 
 constexpr const char* kName = "launch of bottleneck_adapter's forward_sm90";
 static_assert(kSharedLimit == kHopperSharedLimit, "the plan and the launch allow a block the same");
-constexpr int64_t kIndexLimit = int64_t{1} << 31;  // the copy engine's coordinates are 32-bit
+constexpr int64_t kIndexLimit = int64_t{1} << 31;  // TMA's coordinates are 32-bit
 
 // Two CTAs a multiprocessor where their shared memory leaves room for them, which it does at the narrower width.
 template <HalfType kType, int kRank>
@@ -46,29 +46,31 @@ Variant variant_of(int slots) {
 
 Variant choose_variant(const ForwardParams& params) {
   const int slots = slots_of(params.k, params.n, params.cluster);
+  const bool bf16 = params.dtype == Dtype::kBfloat16;
   if (params.r <= 64) {
-    return params.type == HalfType::kBf16 ? variant_of<HalfType::kBf16, 64>(slots)
-                                          : variant_of<HalfType::kFp16, 64>(slots);
+    return bf16 ? variant_of<HalfType::kBf16, 64>(slots) : variant_of<HalfType::kFp16, 64>(slots);
   }
-  return params.type == HalfType::kBf16 ? variant_of<HalfType::kBf16, 128>(slots)
-                                        : variant_of<HalfType::kFp16, 128>(slots);
+  return bf16 ? variant_of<HalfType::kBf16, 128>(slots) : variant_of<HalfType::kFp16, 128>(slots);
 }
 
 [[noreturn]] void refuse(const std::string& what) {
   throw std::invalid_argument("bottleneck_adapter: " + what);
 }
 
-void check_matrix(const char* name, const Matrix& matrix, int64_t cols) {
-  if (matrix.data == nullptr || reinterpret_cast<uintptr_t>(matrix.data) % 16 != 0) {
+void check_matrix(const char* name, const void* data, int64_t row_stride, int64_t cols) {
+  if (data == nullptr || reinterpret_cast<uintptr_t>(data) % 16 != 0) {
     refuse(std::string(name) + " must start at a multiple of 16 bytes");
   }
-  if (matrix.row_stride < cols || matrix.row_stride % kAlignElements != 0) {
+  if (row_stride < cols || row_stride % kAlignElements != 0) {
     refuse(std::string(name) + "'s row stride must be a multiple of 8 and at least " + std::to_string(cols) + ", got " +
-           std::to_string(matrix.row_stride));
+           std::to_string(row_stride));
   }
 }
 
 void check_params(const ForwardParams& params) {
+  if (params.dtype == Dtype::kFloat32) {
+    refuse("dtype must be bfloat16 or float16, got float32");
+  }
   if (params.m < 0 || params.n < 1 || params.k < 1 || params.m >= kIndexLimit) {
     refuse("M must be in [0, 2^31), N and K positive, got " + std::to_string(params.m) + ", " +
            std::to_string(params.n) + ", " + std::to_string(params.k));
@@ -86,45 +88,45 @@ void check_params(const ForwardParams& params) {
     refuse("N and K must be at most " + std::to_string(max_columns(params.r)) + " at r = " + std::to_string(params.r) +
            ", got " + std::to_string(params.n) + ", " + std::to_string(params.k));
   }
-  if (params.serial && (params.n != params.k || params.residual.data != nullptr)) {
+  if (params.serial && (params.n != params.k || params.residual != nullptr)) {
     refuse("the serial form has N = K and no other residual than x");
   }
-  check_matrix("x", params.x, params.k);
-  check_matrix("down_weight", params.down_weight, params.k);
-  check_matrix("up_weight", params.up_weight, params.r);
-  check_matrix("y", {params.y, params.n}, params.n);
-  if (params.residual.data != nullptr) {
-    check_matrix("residual", params.residual, params.n);
+  check_matrix("x", params.x, params.x_stride, params.k);
+  check_matrix("down_weight", params.down_weight, params.down_weight_stride, params.k);
+  check_matrix("up_weight", params.up_weight, params.up_weight_stride, params.r);
+  check_matrix("y", params.y, params.n, params.n);
+  if (params.residual != nullptr) {
+    check_matrix("residual", params.residual, params.residual_stride, params.n);
   }
 }
 
 ForwardMaps make_maps(const ForwardParams& params, int rank) {
-  const auto box = [&](const Matrix& matrix, int64_t rows, int64_t cols, int box_rows) {
-    return sm90::encode(params.type, {matrix.data, rows, cols, matrix.row_stride, static_cast<uint32_t>(box_rows),
-                                      static_cast<uint32_t>(kBlockC)});
+  const HalfType type = params.dtype == Dtype::kBfloat16 ? HalfType::kBf16 : HalfType::kFp16;
+  const auto box = [type](const void* data, int64_t stride, int64_t rows, int64_t cols, int box_rows) {
+    return sm90::encode(type, {data, rows, cols, stride, static_cast<uint32_t>(box_rows), kBlockC});
   };
   ForwardMaps maps = {};
-  maps.x = box(params.x, params.m, params.k, kBlockM);
-  maps.down_weight = box(params.down_weight, params.r, params.k, rank);
-  maps.up_weight = box(params.up_weight, params.n, params.r, kBlockC);
-  maps.y = box({params.y, params.n}, params.m, params.n, kBlockM);
-  if (params.residual.data != nullptr) {
-    maps.residual = box(params.residual, params.m, params.n, kBlockM);
+  maps.x = box(params.x, params.x_stride, params.m, params.k, kBlockM);
+  maps.down_weight = box(params.down_weight, params.down_weight_stride, params.r, params.k, rank);
+  maps.up_weight = box(params.up_weight, params.up_weight_stride, params.n, params.r, kBlockC);
+  maps.y = box(params.y, params.n, params.m, params.n, kBlockM);
+  if (params.residual != nullptr) {
+    maps.residual = box(params.residual, params.residual_stride, params.m, params.n, kBlockM);
   }
   return maps;
 }
 
 ForwardArguments make_arguments(const ForwardParams& params) {
-  const bool loads_residual = params.residual.data != nullptr;
+  const bool loads_residual = params.residual != nullptr;
   return {static_cast<const uint16_t*>(params.down_bias),
           static_cast<const uint16_t*>(params.up_bias),
-          params.scale_tensor,
+          params.scale,
           params.z,
           static_cast<int>(params.m),
           static_cast<int>(params.n),
           static_cast<int>(params.k),
           static_cast<int>(params.r),
-          params.scale,
+          params.scale_value,
           params.serial || loads_residual,
           loads_residual,
           params.activation};

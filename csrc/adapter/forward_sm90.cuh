@@ -20,7 +20,7 @@
 
 namespace peft_kernels::adapter {
 
-// Tensor maps of the copy engine, all of them with boxes of 64 columns and the 128-byte swizzle. What lies beyond a
+// TMA's tensor maps, all of them with boxes of 64 columns and the 128-byte swizzle. What lies beyond a
 // matrix is read as zero and never written: the tails of M, N, K and r need no other mask.
 struct ForwardMaps {
   sm90::TensorMap x;            // boxes of kBlockM rows
@@ -304,7 +304,7 @@ PEFT_KERNELS_DEVICE void write_chunks(const Cta<kRank>& cta, const ForwardMaps& 
     sm90::wgmma_wait<0>();
     sm90::wgmma_results(rBranch);
     add_branch<kType>(cta.sSlot(chunk), at, rBranch, rBias, scale, args.adds_residual);
-    // Publishes this thread's part of the chunk to the copy engine, which the sync below lets run.
+    // Publishes this thread's part of the chunk to TMA, which the sync below lets run.
     sm90::fence_async_shared();
     sync_cta();
     if (cta.thread == 0) {
@@ -360,7 +360,7 @@ PEFT_KERNELS_DEVICE void forward_cta(uint8_t* shared, const ForwardMaps& maps, c
   // Every CTA has all of h; and nobody touches another's shared memory after this, so that each may exit.
   sm90::cluster_sync();
   write_chunks<kType>(cta, maps, args);
-  // The copy engine still reads this CTA's shared memory.
+  // TMA still reads this CTA's shared memory.
   if (cta.thread == 0) {
     sm90::tma_store_wait<0>();
   }

@@ -21,7 +21,7 @@ constexpr int kWarpRows = 16;                     // of the 64, those whose prod
 constexpr int kStages = 3;                        // tiles of weights: one is multiplied, one is here, one is on its way
 constexpr int kMaxCluster = 8;                    // what every Hopper GPU can schedule
 constexpr int kMaxRank = 128;
-constexpr int kAlignElements = 8;  // the copy engine's rows start at multiples of 16 bytes
+constexpr int kAlignElements = 8;  // TMA's rows start at multiples of 16 bytes
 constexpr int kElementBytes = 2;
 constexpr int kRowBytes = kBlockC * kElementBytes;
 constexpr int kSharedLimit = 227 * 1024;  // of a block on sm_90
@@ -53,7 +53,7 @@ PEFT_KERNELS_HOST_DEVICE int slots_of(int64_t k, int64_t n, int cluster) {
 }
 
 // The byte of element (row, col) in a matrix of half-precision values that is kept as tiles of 64 columns, each with
-// the copy engine's swizzle: chunks of x and y, tiles of weights, h.
+// TMA's swizzle: chunks of x and y, tiles of weights, h.
 PEFT_KERNELS_HOST_DEVICE int tile_offset(int row, int col) {
   const uint32_t within = static_cast<uint32_t>(row * kRowBytes + col % kBlockC * kElementBytes);
   return col / kBlockC * kChunkBytes + static_cast<int>(sm90::swizzled(within, kRowBytes));

@@ -6,36 +6,55 @@
 #include <cstdint>
 
 #include "adapter/activations.h"
-#include "core/sm90/dtype.h"
+#include "core/dtype.h"
+#include "core/fields.h"
 
 namespace peft_kernels::adapter {
 
-// A matrix with contiguous rows.
-struct Matrix {
-  const void* data;
-  int64_t row_stride;
-};
-
+// Rows of matrices are contiguous.
 struct ForwardParams {
-  Matrix x;                   // (M, K)
-  Matrix down_weight;         // (r, K)
-  Matrix up_weight;           // (N, r)
-  const void* down_bias;      // (r,), or null
-  const void* up_bias;        // (N,), or null
-  Matrix residual;            // (M, N); null where there is none, or where it is x
-  const float* scale_tensor;  // 0-d, or null: then `scale` counts
-  float* z;                   // (M, r), contiguous: x Wd^T + bd
-  void* y;                    // (M, N), contiguous
+  const void* x;            // (M, K)
+  const void* down_weight;  // (r, K)
+  const void* up_weight;    // (N, r)
+  const void* down_bias;    // (r,), or null
+  const void* up_bias;      // (N,), or null
+  const void* residual;     // (M, N); null where there is none, or where it is x
+  const float* scale;       // 0-d, or null: scale_value
+  float* z;                 // (M, r), contiguous: x Wd^T + bd
+  void* y;                  // (M, N), contiguous
+  int64_t x_stride;         // between rows
+  int64_t down_weight_stride;
+  int64_t up_weight_stride;
+  int64_t residual_stride;
   int64_t m;
   int64_t n;
   int64_t k;
   int64_t r;
-  float scale;
+  float scale_value;
   bool serial;  // x is the residual
   Activation activation;
-  sm90::HalfType type;  // of everything but z and the scale
-  int cluster;          // CTAs that share a block of rows
+  Dtype dtype;  // bfloat16 or float16, of everything but z and the scale
+  int cluster;  // CTAs that share a block of rows
 };
+
+inline constexpr auto kForwardFields =
+    std::make_tuple(field("x", &ForwardParams::x, &ForwardParams::x_stride),
+                    field("down_weight", &ForwardParams::down_weight, &ForwardParams::down_weight_stride),
+                    field("up_weight", &ForwardParams::up_weight, &ForwardParams::up_weight_stride),
+                    field("down_bias", &ForwardParams::down_bias),
+                    field("up_bias", &ForwardParams::up_bias),
+                    field("residual", &ForwardParams::residual, &ForwardParams::residual_stride),
+                    field("scale", &ForwardParams::scale, &ForwardParams::scale_value),
+                    field("z", &ForwardParams::z),
+                    field("y", &ForwardParams::y),
+                    field("m", &ForwardParams::m),
+                    field("n", &ForwardParams::n),
+                    field("k", &ForwardParams::k),
+                    field("r", &ForwardParams::r),
+                    field("serial", &ForwardParams::serial),
+                    field("activation", &ForwardParams::activation),
+                    field("dtype", &ForwardParams::dtype),
+                    field("cluster", &ForwardParams::cluster));
 
 // The largest K and N at this width that a cluster can hold.
 int64_t max_columns(int64_t r);

@@ -1,25 +1,17 @@
-// Element types by number, as Python hands them over.
+// Element types, by torch's names without "torch.". Plain C++.
 #pragma once
 
-#include <stdexcept>
-#include <string>
+#include "core/names.h"
 
 namespace peft_kernels {
 
 enum class Dtype { kBfloat16, kFloat16, kFloat32 };
 
-// `name` is torch's, without "torch.".
-inline Dtype dtype_of(const std::string& name) {
-  if (name == "bfloat16") {
-    return Dtype::kBfloat16;
-  }
-  if (name == "float16") {
-    return Dtype::kFloat16;
-  }
-  if (name == "float32") {
-    return Dtype::kFloat32;
-  }
-  throw std::invalid_argument("dtype must be bfloat16, float16 or float32, got " + name);
+inline constexpr Named<Dtype> kDtypes[] = {
+    {Dtype::kBfloat16, "bfloat16"}, {Dtype::kFloat16, "float16"}, {Dtype::kFloat32, "float32"}};
+
+constexpr const auto& names_of(Dtype) {
+  return kDtypes;
 }
 
 }  // namespace peft_kernels

@@ -4,7 +4,7 @@
 
 namespace peft_kernels {
 
-// The CTA's dynamic shared memory, on a boundary of 1024 bytes, which every swizzle of the copy engine asks for.
+// The CTA's dynamic shared memory, on a boundary of 1024 bytes, which every swizzle of TMA asks for.
 __device__ __forceinline__ void* shared_memory() {
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
   return dynamic_shared_memory;

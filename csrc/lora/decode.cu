@@ -42,7 +42,7 @@ void check_rows(const char* name, const void* base, int rows, int64_t stride, in
   }
 }
 
-void check_params(const DecodeParams& params, Dtype adapter_dtype, int grid) {
+void check_params(const DecodeParams& params) {
   const decode::Shape& shape = params.shape;
   check_positive("m", shape.m);
   check_positive("n", shape.n);
@@ -50,7 +50,7 @@ void check_params(const DecodeParams& params, Dtype adapter_dtype, int grid) {
   check_positive("r", shape.r);
   check_positive("splits", shape.splits);
   check_positive("down_splits", shape.down_splits);
-  check_positive("grid", grid);
+  check_positive("grid", params.grid);
   if (shape.m > decode::kMaxTokens) {
     throw std::invalid_argument("lora_linear: decode takes at most 16 tokens, got " + std::to_string(shape.m));
   }
@@ -62,17 +62,18 @@ void check_params(const DecodeParams& params, Dtype adapter_dtype, int grid) {
   }
   check_rows("x", params.x, shape.m, params.x_stride, 2);
   check_rows("weight", params.weight, shape.n, params.weight_stride, 2);
-  check_rows("lora_a", params.lora_a, shape.r, params.a_stride, adapter_dtype == Dtype::kFloat32 ? 4 : 2);
+  check_rows("lora_a", params.lora_a, shape.r, params.a_stride, params.adapter_dtype == Dtype::kFloat32 ? 4 : 2);
 }
 
 }  // namespace
 
-void decode_forward(DecodeParams params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream) {
-  const Kernel kernel = kernel_for(dtype, adapter_dtype);
-  check_params(params, adapter_dtype, grid);
+void decode_forward(const DecodeParams& given, cudaStream_t stream) {
+  const Kernel kernel = kernel_for(given.dtype, given.adapter_dtype);
+  check_params(given);
+  DecodeParams params = given;
   params.partials = reinterpret_cast<float*>(params.flags + decode::flag_count(params.shape));
 
-  LaunchShape shape{dim3(static_cast<unsigned>(grid)), dim3(decode::kThreads), decode::kSharedBytes};
+  LaunchShape shape{dim3(static_cast<unsigned>(params.grid)), dim3(decode::kThreads), decode::kSharedBytes};
   shape.cooperative = true;
   launch("launch of lora_linear's decode_forward", kernel, shape, stream, params);
 }

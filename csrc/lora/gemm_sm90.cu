@@ -23,29 +23,29 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 template <typename Config>
-void launch_gemm(const GemmParams& params, int multiprocessors, cudaStream_t stream) {
+void launch_gemm(const GemmParams& params, cudaStream_t stream) {
   const auto kernel = gemm_sm90_kernel<Config>;
   const GemmArguments arguments = gemm_arguments<Config>(params);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, gemm_shared_bytes<Config>()),
         "cudaFuncSetAttribute of lora_linear's gemm_sm90");
 
-  const int64_t blocks = std::min<int64_t>(multiprocessors, arguments.order.count());
+  const int64_t blocks = std::min<int64_t>(params.multiprocessors, arguments.order.count());
   LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), gemm_shared_bytes<Config>()};
   shape.cooperative = true;
   launch("launch of lora_linear's gemm_sm90", kernel, shape, stream, arguments);
 }
 
 template <HalfType kType, Direction kDirection>
-void launch_rank(const GemmParams& params, int multiprocessors, cudaStream_t stream) {
+void launch_rank(const GemmParams& params, cudaStream_t stream) {
   switch (gemm_padded_rank(params.r)) {
     case 16:
-      return launch_gemm<GemmConfig<kType, 16, kDirection>>(params, multiprocessors, stream);
+      return launch_gemm<GemmConfig<kType, 16, kDirection>>(params, stream);
     case 32:
-      return launch_gemm<GemmConfig<kType, 32, kDirection>>(params, multiprocessors, stream);
+      return launch_gemm<GemmConfig<kType, 32, kDirection>>(params, stream);
     case 64:
-      return launch_gemm<GemmConfig<kType, 64, kDirection>>(params, multiprocessors, stream);
+      return launch_gemm<GemmConfig<kType, 64, kDirection>>(params, stream);
     default:
-      return launch_gemm<GemmConfig<kType, 128, kDirection>>(params, multiprocessors, stream);
+      return launch_gemm<GemmConfig<kType, 128, kDirection>>(params, stream);
   }
 }
 
@@ -63,11 +63,13 @@ void check_device() {
 
 }  // namespace
 
-void gemm_sm90(const GemmParams& params, int multiprocessors, cudaStream_t stream) {
+void gemm_sm90(const GemmParams& given, cudaStream_t stream) {
+  GemmParams params = given;
+  params.s_half = params.flags + gemm_flags(params.m);
   check_gemm_params(params);
-  if (multiprocessors < 1) {
+  if (params.multiprocessors < 1) {
     throw std::invalid_argument("lora_linear: multiprocessors must be positive, got " +
-                                std::to_string(multiprocessors));
+                                std::to_string(params.multiprocessors));
   }
   check_device();
   const bool bf16 = params.dtype == Dtype::kBfloat16;
@@ -75,7 +77,7 @@ void gemm_sm90(const GemmParams& params, int multiprocessors, cudaStream_t strea
                                                     : launch_rank<HalfType::kBf16, Direction::kForward>)
                                  : (params.backward ? launch_rank<HalfType::kFp16, Direction::kBackward>
                                                     : launch_rank<HalfType::kFp16, Direction::kForward>);
-  launch_typed(params, multiprocessors, stream);
+  launch_typed(params, stream);
 }
 
 }  // namespace peft_kernels::lora

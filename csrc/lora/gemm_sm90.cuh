@@ -102,7 +102,7 @@ PEFT_KERNELS_DEVICE int col_of(int i) {
 }
 
 // S out of the registers: float32 for the caller, half precision for the row block's other tiles with the flag that
-// says so, and half precision to the stages of this tile's rank steps, laid out as the copy engine would.
+// says so, and half precision to the stages of this tile's rank steps, laid out as TMA would.
 // Columns past the rank become zeros, whatever x holds: 0 * inf in the padding must not reach y.
 template <typename Config>
 PEFT_KERNELS_DEVICE void publish_s(const GemmArguments& arguments,
@@ -138,7 +138,7 @@ PEFT_KERNELS_DEVICE void publish_s(const GemmArguments& arguments,
       }
     }
   }
-  // This thread's half-precision S: in global memory for the copy engines of the blocks that acquire the flag, in
+  // This thread's half-precision S: in global memory for the TMA loads of the blocks that acquire the flag, in
   // shared memory for the tensor cores, whose products the warpgroup starts after the barrier.
   sm90::fence_async_global();
   sm90::fence_async_shared();
@@ -177,7 +177,7 @@ PEFT_KERNELS_DEVICE void rank_product(GemmShared<Config>& shared,
   sm90::wgmma_results(rP);
 }
 
-// One chunk of y, 64 rows by 64 columns, through shared memory to the copy engine. `rP` holds its elements.
+// One chunk of y, 64 rows by 64 columns, through shared memory to TMA. `rP` holds its elements.
 template <typename Config>
 PEFT_KERNELS_DEVICE void store_chunk(const GemmArguments& arguments,
                                      GemmShared<Config>& shared,
@@ -205,7 +205,7 @@ PEFT_KERNELS_DEVICE void store_chunk(const GemmArguments& arguments,
     sm90::store_matrices(sm90::swizzled(sY + 16 * (i / 4 + lane / 16), Config::kLineBytes), words[0], words[1],
                          words[2], words[3]);
   }
-  // This thread's part of the chunk, for the copy engine, which the warpgroup's first thread starts after the barrier.
+  // This thread's part of the chunk, for the TMA store that the warpgroup's first thread starts after the barrier.
   sm90::fence_async_shared();
   sm90::named_barrier_sync(barrier, Config::kWarpgroup);
   if (thread == 0) {
@@ -302,7 +302,7 @@ PEFT_KERNELS_DEVICE void gemm(const GemmArguments& arguments, GemmShared<Config>
       sm90::barrier_init(&shared.full[slot], 1);
       sm90::barrier_init(&shared.free[slot], Config::kConsumerWarps);
     }
-    // The barriers, for the copy engine and, after the barrier below, for the other threads.
+    // The barriers, for TMA and, after the barrier below, for the other threads.
     sm90::fence_barrier_init();
     sm90::fence_async_shared();
   }

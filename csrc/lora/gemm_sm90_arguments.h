@@ -12,12 +12,12 @@
 
 namespace peft_kernels::lora {
 
-// Rows of a matrix as the copy engine takes them.
+// Rows of a matrix as TMA takes them.
 inline void check_gemm_rows(const char* name, const void* data, int64_t cols, int64_t stride) {
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride % 8 != 0 || stride < cols) {
-    throw std::invalid_argument(
-        "lora_linear: the copy engine takes rows that start at multiples of 16 bytes; those of " + std::string(name) +
-        " are " + std::to_string(stride) + " elements apart, for " + std::to_string(cols) + " columns");
+    throw std::invalid_argument("lora_linear: TMA takes rows that start at multiples of 16 bytes; those of " +
+                                std::string(name) + " are " + std::to_string(stride) + " elements apart, for " +
+                                std::to_string(cols) + " columns");
   }
 }
 
@@ -27,7 +27,7 @@ inline void check_gemm_params(const GemmParams& params) {
   }
   const int64_t sizes[] = {params.m, params.n, params.k, params.r};
   for (const int64_t size : sizes) {
-    // Coordinates of the copy engine are 32-bit and signed, and tiles reach past the end.
+    // TMA's coordinates are 32-bit and signed, and tiles reach past the end.
     if (size < 1 || size > (int64_t{1} << 31) - 1024) {
       throw std::invalid_argument(
           "lora_linear: gemm_sm90's m, n, k and r must be positive and below 2^31 - 1023, got " + std::to_string(size));
@@ -43,7 +43,7 @@ inline void check_gemm_params(const GemmParams& params) {
   check_gemm_rows("w", params.w, params.backward ? params.n : params.k, params.w_stride);
   check_gemm_rows("down", params.down, params.backward ? params.r : params.k, params.down_stride);
   check_gemm_rows("up", params.up, params.backward ? params.n : params.r, params.up_stride);
-  check_gemm_rows("y", params.y, params.n, params.y_stride);
+  check_gemm_rows("y", params.y, params.n, params.n);
   check_gemm_rows("s_half", params.s_half, 0, 0);
 }
 
@@ -72,7 +72,7 @@ GemmArguments gemm_arguments(const GemmParams& params) {
     arguments.up = matrix(params.up, params.n, params.r, params.up_stride, Config::kBlockN, kRankLine);
   }
   arguments.s_half = matrix(params.s_half, params.m, Config::kRank, Config::kRank, Config::kBlockM, kRankLine);
-  arguments.y = matrix(params.y, params.m, params.n, params.y_stride, Config::kConsumerRows, Config::kChunkN);
+  arguments.y = matrix(params.y, params.m, params.n, params.n, Config::kConsumerRows, Config::kChunkN);
 
   arguments.bias = static_cast<const uint16_t*>(params.bias);
   arguments.s = params.s;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/fields.h"
 #include "lora/decode_config.h"
 
 namespace peft_kernels::lora {
@@ -17,6 +18,12 @@ struct DropoutMaskParams {
   int64_t cols;
   uint32_t threshold;  // a 16-bit draw below it drops its element
 };
+
+inline constexpr auto kDropoutMaskFields = std::make_tuple(field("mask", &DropoutMaskParams::mask),
+                                                           field("seed", &DropoutMaskParams::seed),
+                                                           field("rows", &DropoutMaskParams::rows),
+                                                           field("cols", &DropoutMaskParams::cols),
+                                                           field("threshold", &DropoutMaskParams::threshold));
 
 void dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
 
@@ -40,12 +47,37 @@ struct DecodeParams {
   uint64_t nonce;  // that no other launch on these flags has
   float scale_value;
   decode::Shape shape;
+  Dtype dtype;          // of x, weight, bias and y
+  Dtype adapter_dtype;  // of lora_a and lora_b: the same, or float32
+  int grid;
 };
 
-// `dtype` of x, weight, bias and y; `adapter_dtype` of lora_a and lora_b: the same, or float32. `flags` is the
-// beginning of a workspace of decode::workspace_bytes, in which partials finds its place. All CTAs must be resident
-// together: the launch is cooperative, and fails where `grid` is too large for that.
-void decode_forward(DecodeParams params, Dtype dtype, Dtype adapter_dtype, int grid, cudaStream_t stream);
+inline constexpr auto kDecodeShapeFields = std::make_tuple(field("m", &decode::Shape::m),
+                                                           field("n", &decode::Shape::n),
+                                                           field("k", &decode::Shape::k),
+                                                           field("r", &decode::Shape::r),
+                                                           field("splits", &decode::Shape::splits),
+                                                           field("down_splits", &decode::Shape::down_splits));
+
+inline constexpr auto kDecodeFields =
+    std::make_tuple(field("x", &DecodeParams::x, &DecodeParams::x_stride),
+                    field("weight", &DecodeParams::weight, &DecodeParams::weight_stride),
+                    field("lora_a", &DecodeParams::lora_a, &DecodeParams::a_stride),
+                    field("lora_b", &DecodeParams::lora_b, &DecodeParams::b_stride_n, &DecodeParams::b_stride_r),
+                    field("bias", &DecodeParams::bias, &DecodeParams::bias_stride),
+                    field("scale", &DecodeParams::scale, &DecodeParams::scale_value),
+                    field("y", &DecodeParams::y),
+                    field("s", &DecodeParams::s),
+                    field("workspace", &DecodeParams::flags),
+                    field("nonce", &DecodeParams::nonce),
+                    part(&DecodeParams::shape, kDecodeShapeFields),
+                    field("dtype", &DecodeParams::dtype),
+                    field("adapter_dtype", &DecodeParams::adapter_dtype),
+                    field("grid", &DecodeParams::grid));
+
+// `flags` is the beginning of a workspace of decode::workspace_bytes, in which partials finds its place. All CTAs must
+// be resident together: the launch is cooperative, and fails where `grid` is too large for that.
+void decode_forward(const DecodeParams& given, cudaStream_t stream);
 
 // Forward: y (m, n) = x w^T + bias + f S up^T and S = x down^T, with w (n, k), down = A (r, k), up = B (n, r).
 // Backward: the gradients dX = dY W + dS A and dS = f dY B under the names y, S and x = dY, with w = W (k, n), down = B
@@ -58,15 +90,14 @@ struct GemmParams {
   const void* up;      // (n, r) | (r, n)
   const void* bias;    // (n,) or null, on a 4-byte boundary
   const float* scale;  // f: 0-d, or null: scale_value
-  void* y;             // (m, n)
+  void* y;             // (m, n), contiguous
   float* s;            // (m, r), contiguous
-  uint64_t* flags;     // workspace: gemm_flags(m) of them
-  void* s_half;        // workspace: (m, gemm_padded_rank(r)) in `dtype`, contiguous, on a 16-byte boundary
+  uint64_t* flags;     // gemm_flags(m) of them
+  void* s_half;        // (m, gemm_padded_rank(r)) in `dtype`, contiguous, on a 16-byte boundary
   int64_t x_stride;    // between rows, in elements
   int64_t w_stride;
   int64_t down_stride;
   int64_t up_stride;
-  int64_t y_stride;
   uint64_t nonce;  // that no flag holds before the launch
   float scale_value;
   int64_t m;
@@ -75,10 +106,30 @@ struct GemmParams {
   int64_t r;
   Dtype dtype;  // bfloat16 or float16
   bool backward;
+  int multiprocessors;  // of the device
 };
 
-// The device must be of compute capability 9.0. Its `multiprocessors` bound the grid, whose blocks are all resident
-// together: the launch is cooperative.
-void gemm_sm90(const GemmParams& params, int multiprocessors, cudaStream_t stream);
+inline constexpr auto kGemmFields = std::make_tuple(field("x", &GemmParams::x, &GemmParams::x_stride),
+                                                    field("w", &GemmParams::w, &GemmParams::w_stride),
+                                                    field("down", &GemmParams::down, &GemmParams::down_stride),
+                                                    field("up", &GemmParams::up, &GemmParams::up_stride),
+                                                    field("bias", &GemmParams::bias),
+                                                    field("scale", &GemmParams::scale, &GemmParams::scale_value),
+                                                    field("y", &GemmParams::y),
+                                                    field("s", &GemmParams::s),
+                                                    field("workspace", &GemmParams::flags),
+                                                    field("nonce", &GemmParams::nonce),
+                                                    field("m", &GemmParams::m),
+                                                    field("n", &GemmParams::n),
+                                                    field("k", &GemmParams::k),
+                                                    field("r", &GemmParams::r),
+                                                    field("dtype", &GemmParams::dtype),
+                                                    field("backward", &GemmParams::backward),
+                                                    field("multiprocessors", &GemmParams::multiprocessors));
+
+// `flags` is the beginning of a workspace of gemm_workspace_bytes, in which s_half finds its place. The device must be
+// of compute capability 9.0. Its multiprocessors bound the grid, whose blocks are all resident together: the launch is
+// cooperative.
+void gemm_sm90(const GemmParams& given, cudaStream_t stream);
 
 }  // namespace peft_kernels::lora

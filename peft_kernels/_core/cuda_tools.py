@@ -1,4 +1,4 @@
-"""Host-side questions about the CUDA extension's kernels, and the device and stream that a launch goes to."""
+"""Host-side questions about the CUDA extension's kernels, and what their launches take: addresses, names, a stream."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from peft_kernels._core import extension
 from peft_kernels._core.device import hardware
 
-VECTOR_BYTES = 16
+VECTOR_BYTES = 16  # the widest that a thread loads at once
 
 
 def why_not_device(device: torch.device, minimum_arch: int) -> str | None:
     """Reason why kernels that need ``minimum_arch`` cannot run on this device, or None."""
     if device.type != "cuda":
-        return f"CUDA kernels run on CUDA tensors, these are on {device}"
+        return f"CUDA kernels run on CUDA tensors, got tensors on {device}"
     reason = extension.why_not()
     if reason is not None:
         return reason
     arch = hardware(device).arch
     if arch < minimum_arch:
-        return f"it needs sm_{minimum_arch} or newer, {device} is sm_{arch}"
+        return f"it needs sm_{minimum_arch} or newer, got sm_{arch}"
     return _why_not_compiled(arch)
 
 
@@ -59,6 +59,29 @@ def _has_aligned_rows(matrix: Tensor) -> bool:
     *outer, inner = matrix.stride()
     steps = [step for step, count in zip(outer, shape[:-1], strict=True) if count > 1]
     return inner == 1 and all(step * size % VECTOR_BYTES == 0 for step in steps)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor begins; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def strided(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Where a tensor begins, and the elements from one entry of its first dimension to the next; None for None."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
+def float32_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
+    """The scale as a tensor, and as the number that counts where there is none.
+
+    A tensor of another dtype is cast by a launch of its own. Its address is good as long as the caller holds it.
+    """
+    return (scale.to(torch.float32), 0.0) if isinstance(scale, Tensor) else (None, float(scale))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name by which the extension knows a dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

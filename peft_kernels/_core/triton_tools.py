@@ -13,7 +13,6 @@ from peft_kernels._core.device import Hardware
 
 MINIMUM_ARCH = 80
 MINIMUM_VERSION = (3, 6)  # the oldest that the kernels were compiled with
-TMA_ALIGNMENT = 16
 INDEX_LIMIT = 2**31  # indices within a kernel are 32-bit; offsets in memory are not
 
 
@@ -71,20 +70,6 @@ def why_not_verified(device: torch.device, verified_archs: frozenset[int]) -> st
     if device.type != "cuda":
         return "on a CPU it runs in Triton's interpreter, which is for tests"
     return devices.why_not_verified(device, verified_archs, "triton")
-
-
-def tma_can_read(matrix: Tensor) -> bool:
-    """Whether a matrix meets TMA's rules: contiguous rows; base and row stride multiples of 16 bytes."""
-    rows, cols = matrix.shape
-    stride = matrix.stride(0)
-    return (
-        rows > 0
-        and cols > 0
-        and matrix.stride(1) == 1
-        and stride >= cols
-        and stride * matrix.element_size() % TMA_ALIGNMENT == 0
-        and matrix.data_ptr() % TMA_ALIGNMENT == 0
-    )
 
 
 def dot_precision(dtype: torch.dtype) -> str:

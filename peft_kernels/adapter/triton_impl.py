@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels._core import triton_tools
+from peft_kernels._core import tma, triton_tools
 from peft_kernels._core.device import Hardware, hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels.adapter.kernels import config
@@ -39,7 +39,7 @@ def why_not_auto(problem: BottleneckAdapterProblem) -> str | None:
 def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and z (M, r) float32."""
     launches = _Launches.of(problem)
-    x, wd, wu, bd, bu, _, scale = inputs
+    x, wd, wu, bd, bu, *_, scale = inputs
     residual = x if problem.serial else inputs.residual
     precisions = launches.precisions(problem.out_dtype)
     if launches.is_fused():
@@ -94,7 +94,7 @@ class _Launches(NamedTuple):
         """The config of a fused launch whose first product reads t, and whose second writes ``out_dtype``."""
         m, r, adapter_dtype = self.problem.m, self.problem.r, self.problem.adapter_dtype
         # Rows of the other matrices are as long, or as ragged; a wrong guess costs time, no correctness.
-        aligned = triton_tools.tma_can_read(t)
+        aligned = tma.tma_can_read(t)
         return config.bottleneck_config(m, r, t.dtype, adapter_dtype, out_dtype, aligned, self.hardware)
 
     def precisions(self, out_dtype: torch.dtype) -> tuple[bool, str, str]:

@@ -36,7 +36,7 @@ void forward(const simt::Arguments& arguments) {
   simt::Buffer x = arguments.input("x"), residual = arguments.input("residual");
   simt::Buffer down_weight = arguments.input("down_weight"), up_weight = arguments.input("up_weight");
   simt::Buffer down_bias = arguments.input("down_bias"), up_bias = arguments.input("up_bias");
-  simt::Buffer scale = arguments.input("scale_tensor");
+  simt::Buffer scale = arguments.input("scale");
   simt::Buffer z("z", static_cast<size_t>(4 * m * r)), y("y", static_cast<size_t>(2 * m * n));
 
   const auto box = [&](const simt::Buffer& matrix, int64_t rows, int64_t cols, int64_t stride, int box_rows) {
@@ -59,10 +59,10 @@ void forward(const simt::Arguments& arguments) {
                                static_cast<int>(n),
                                static_cast<int>(k),
                                static_cast<int>(r),
-                               static_cast<float>(arguments.number("scale")),
+                               static_cast<float>(arguments.number("scale_value")),
                                serial || loads_residual,
                                loads_residual,
-                               static_cast<Activation>(arguments.integer("activation"))};
+                               value_of<Activation>(arguments.text("activation"), "activation")};
 
   const int cluster = static_cast<int>(arguments.integer("cluster"));
   simt::Config config;
@@ -116,7 +116,7 @@ def kernel(
     module = SimpleNamespace(**vars(LIMITS), forward=forward)
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (extension, "load", lambda: SimpleNamespace(bottleneck_adapter=module)),
+            (extension, "load", lambda: SimpleNamespace(adapter=module)),
             (cuda_impl, "_why_not_device", lambda device: None),
             (cuda_tools, "stream_of", lambda device: contextlib.nullcontext(0)),
         ):
@@ -130,20 +130,17 @@ def kernel(
 def _launch(given: dict[str, Any], schedules: int, first_seed: int, resident_clusters: int) -> None:
     """What _C.adapter.forward does, with the same arguments: addresses, row strides, sizes."""
     m, n, k, r = (given[name] for name in "mnkr")
-    shapes = {
-        "x": (m, k, given["x_stride"]),
-        "residual": (m, n, given["residual_stride"]),
-        "down_weight": (r, k, given["down_weight_stride"]),
-        "up_weight": (n, r, given["up_weight_stride"]),
-        "down_bias": (1, r, r),
-        "up_bias": (1, n, n),
-    }
-    inputs = {name: _memory(given[name], shape) for name, shape in shapes.items() if given[name]}
-    if given["scale_tensor"]:
-        inputs["scale_tensor"] = _memory(given["scale_tensor"], (1, 2, 2))
-    numbers = {
-        name: value for name, value in given.items() if name not in (*shapes, "scale_tensor", "z", "y", "stream")
-    }
+    shapes = {"x": (m, k), "residual": (m, n), "down_weight": (r, k), "up_weight": (n, r)}
+    inputs = {name: _memory(*given[name], shape) for name, shape in shapes.items() if given[name]}
+    for name, size in (("down_bias", r), ("up_bias", n)):
+        if given[name]:
+            inputs[name] = _memory(given[name], size, (1, size))
+    scale, scale_value = given["scale"]
+    if scale:
+        inputs["scale"] = _memory(scale, 2, (1, 2))
+    numbers = {f"{name}_stride": given[name][1] for name in shapes if given[name]} | {"scale_value": scale_value}
+    for name in ("m", "n", "k", "r", "serial", "activation", "dtype", "cluster"):
+        numbers[name] = int(given[name]) if isinstance(given[name], bool) else given[name]
     got = build.run(
         build.build(PROGRAM),
         inputs,
@@ -151,14 +148,14 @@ def _launch(given: dict[str, Any], schedules: int, first_seed: int, resident_clu
         schedules=schedules,
         first_seed=first_seed,
         resident_clusters=resident_clusters,
-        **{name: int(value) if isinstance(value, bool) else value for name, value in numbers.items()},
+        **numbers,
     )
     for name, tensor in got.items():
         ctypes.memmove(given[name], tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-def _memory(address: int, shape: tuple[int, int, int]) -> Tensor:
+def _memory(address: int, stride: int, shape: tuple[int, int]) -> Tensor:
     """A copy of the two-byte values from a matrix's first element to its last, whatever lies between its rows."""
-    rows, cols, stride = shape
+    rows, cols = shape
     content = ctypes.string_at(address, 2 * ((rows - 1) * stride + cols))
     return torch.frombuffer(bytearray(content), dtype=torch.int16)

@@ -182,13 +182,13 @@ def test_whole_backend_on_integers() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float32}, "bfloat16 or float16, and x is torch.float32"),
+        ({"dtype": torch.float32}, "bfloat16 or float16, got torch.float32"),
         ({"adapter_dtype": torch.float32}, "one dtype"),
-        ({"residual": "wide"}, "residual has x's dtype"),
+        ({"residual": "wide"}, "residual has x's dtype, got torch.float32"),
         ({"k": 36}, "multiples of 8 (rows of 16 bytes), got 36"),
         ({"r": 129}, "r must be at most 128, got 129"),
-        ({"k": 11272}, "up to 11264 at r = 16, got 11272"),
-        ({"k": 8200, "r": 65}, "up to 8192 at r = 65, got 8200"),
+        ({"k": 11272}, "up to 11264 at this width, got 11272 at r = 16"),
+        ({"k": 8200, "r": 65}, "up to 8192 at this width, got 8200 at r = 65"),
     ],
 )
 def test_refusals(change: dict[str, Any], reason: str) -> None:
@@ -218,16 +218,16 @@ def test_never_in_auto() -> None:
 
 def test_refuses_cpu_tensors_with_a_reason() -> None:
     case = Case(m=2, k=72, r=16, dtype=BF16)
-    with pytest.raises(pk.UnsupportedError, match="CUDA kernels run on CUDA tensors, these are on cpu"):
+    with pytest.raises(pk.UnsupportedError, match="CUDA kernels run on CUDA tensors, got tensors on cpu"):
         pk.bottleneck_adapter(**arguments(case, make(case, CPU)), backend="cuda")
 
 
 @pytest.mark.parametrize(
     ("arch", "archs", "reason"),
     [
-        (80, ["80", "90a"], "it needs sm_90 or newer, cuda is sm_80"),
-        (100, ["90a", "100"], "its kernel is for sm_90 alone (wgmma), cuda is sm_100"),
-        (90, ["80", "90"], "the extension was built for 80, 90, and its kernel needs 90a"),
+        (80, ["80", "90a"], "it needs sm_90 or newer, got sm_80"),
+        (100, ["90a", "100"], "its kernel is for sm_90 alone (wgmma), got sm_100"),
+        (90, ["80", "90"], "its kernel needs an extension built for 90a, got 80, 90"),
         (90, ["80", "90a"], None),
     ],
 )
@@ -239,7 +239,7 @@ def test_refuses_other_devices_and_builds(arch: int, archs: list[str], reason: s
         for module, name, value in (
             (extension, "why_not", lambda: None),
             (extension, "build_record", lambda: record),
-            (extension, "load", lambda: SimpleNamespace(bottleneck_adapter=simt_forward.LIMITS)),
+            (extension, "load", lambda: SimpleNamespace(adapter=simt_forward.LIMITS)),
             (cuda_tools, "hardware", lambda device: chip),
             (cuda_impl, "hardware", lambda device: chip),
         ):
@@ -276,7 +276,7 @@ def built() -> ModuleType:
     if reason is not None:
         home = os.environ.get("CUDA_HOME")
         compiler = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-        if compiler is None or os.environ.get("PEFT_CUDA_GRIDS_NO_CUDA") == "1":
+        if compiler is None or os.environ.get("PEFT_KERNELS_NO_CUDA") == "1":
             pytest.skip(reason)
         pytest.fail(f"{compiler} is here, but {reason}; `make build` shows why")
     return extension.load().adapter
@@ -290,36 +290,44 @@ def test_limits_of_the_extension(built: ModuleType) -> None:
 
 
 VALID = {
-    "x": 16, "x_stride": 64, "down_weight": 16, "down_weight_stride": 64, "up_weight": 16, "up_weight_stride": 8,
-    "down_bias": 0, "up_bias": 0, "residual": 0, "residual_stride": 0, "scale_tensor": 0, "scale": 1.0, "z": 16,
-    "y": 16, "m": 4, "n": 64, "k": 64, "r": 3, "serial": True, "activation": 0, "dtype": "bfloat16", "cluster": 1,
-    "stream": 0,
+    "x": (16, 64), "down_weight": (16, 64), "up_weight": (16, 8), "down_bias": None, "up_bias": 0, "residual": None,
+    "scale": (None, 1.0), "z": 16, "y": 16, "m": 4, "n": 64, "k": 64, "r": 3, "serial": True, "activation": "relu",
+    "dtype": "bfloat16", "cluster": 1, "stream": 0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": 8}, "x must start at a multiple of 16 bytes"),
-        ({"x_stride": 68}, "x's row stride must be a multiple of 8"),
-        ({"up_weight_stride": 0}, "up_weight's row stride must be a multiple of 8 and at least 3, got 0"),
-        ({"residual": 24, "residual_stride": 64, "serial": False}, "residual must start at"),
+        ({"x": (8, 64)}, "x must start at a multiple of 16 bytes"),
+        ({"x": (16, 68)}, "x's row stride must be a multiple of 8"),
+        ({"up_weight": (16, 0)}, "up_weight's row stride must be a multiple of 8 and at least 3, got 0"),
+        ({"residual": (24, 64), "serial": False}, "residual must start at"),
         ({"y": 8}, "y must start at"),
         ({"m": -1}, "M must be in"),
         ({"k": 60}, "multiples of 8, got 64, 60"),
         ({"r": 129}, "r must be in [1, 128], got 129"),
         ({"cluster": 3}, "cluster must be 1, 2, 4 or 8, got 3"),
         ({"n": 72}, "the serial form has N = K"),
-        ({"k": 2048, "n": 2048, "x_stride": 2048, "down_weight_stride": 2048}, "a cluster of 1 cannot hold"),
+        ({"k": 2048, "n": 2048, "x": (16, 2048), "down_weight": (16, 2048)}, "a cluster of 1 cannot hold"),
         ({"k": 11328, "n": 64, "serial": False}, "at most 11264"),
-        ({"activation": 8}, "there is no activation 8"),
-        ({"dtype": "float32"}, "'bfloat16' or 'float16', got 'float32'"),
+        ({"dtype": "float32"}, "dtype must be bfloat16 or float16, got float32"),
     ],
 )
 def test_launcher_refuses(built: ModuleType, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         built.forward(**{**VALID, **change})
     assert "bottleneck_adapter: " in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extension_knows_every_activation(built: ModuleType, activation: str) -> None:
+    built.forward(**{**VALID, "m": 0, "activation": activation})
+
+
+def test_other_activations_are_refused(built: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"forward: activation must be one of relu, gelu, .*, identity, got swish"):
+        built.forward(**{**VALID, "activation": "swish"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

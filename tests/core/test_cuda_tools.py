@@ -45,8 +45,8 @@ def present(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_where_kernels_run(present: pytest.MonkeyPatch) -> None:
     assert cuda_tools.why_not_device(CUDA, 80) is None
-    assert "these are on cpu" in (cuda_tools.why_not_device(torch.device("cpu"), 80) or "")
-    assert cuda_tools.why_not_device(CUDA, 100) == "it needs sm_100 or newer, cuda:0 is sm_90"
+    assert "got tensors on cpu" in (cuda_tools.why_not_device(torch.device("cpu"), 80) or "")
+    assert cuda_tools.why_not_device(CUDA, 100) == "it needs sm_100 or newer, got sm_90"
     present.setattr(cuda_tools, "hardware", lambda device: Hardware(arch=100, sm_count=148))
     assert cuda_tools.why_not_device(CUDA, 80) == (
         'the extension was built for sm_80, sm_90a, this is sm_100; PEFT_KERNELS_CUDA_ARCHS="100" builds it for that'

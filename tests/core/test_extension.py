@@ -111,7 +111,11 @@ def test_empty_launches_nothing(built: ModuleType, rows: int, cols: int) -> None
 
 
 DECODE = {
-    **dict.fromkeys(("x", "weight", "lora_a", "lora_b", "bias", "scale", "y", "s", "workspace"), 64),
+    **dict.fromkeys(("x", "weight", "lora_a"), (64, 64)),
+    **dict.fromkeys(("y", "s", "workspace"), 64),
+    "lora_b": (64, 8, 1),
+    "bias": (64, 1),
+    "scale": (64, 1.0),
     "m": 4,
     "n": 32,
     "k": 64,
@@ -121,22 +125,44 @@ DECODE = {
     "grid": 1,
     "stream": 0,
     "nonce": 1,
-    "x_stride": 64,
-    "weight_stride": 64,
-    "a_stride": 64,
-    "b_strides": (8, 1),
-    "bias_stride": 1,
     "dtype": "bfloat16",
     "adapter_dtype": "bfloat16",
-    "scale_value": 1.0,
 }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"z": 1}, "decode_forward: there is no argument z"),
+        ({"m": 4.0}, "decode_forward: m must be a signed integer of 32 bits, got 4.0"),
+        ({"m": 2**31}, "decode_forward: m must be a signed integer of 32 bits, got 2147483648"),
+        ({"nonce": -1}, "decode_forward: nonce must be an unsigned integer of 64 bits, got -1"),
+        ({"y": "64"}, "decode_forward: y must be an address or None, got '64'"),
+        ({"x": 64}, "decode_forward: x must be a tuple of 2 or None, got 64"),
+        ({"lora_b": (64, 8)}, r"decode_forward: lora_b must be a tuple of 3 or None, got \(64, 8\)"),
+        ({"scale": (0, None)}, "decode_forward: scale must be a number, got None"),
+        ({"dtype": 0}, "decode_forward: dtype must be a name, got 0"),
+        ({"stream": 0.0}, "decode_forward: stream must be an address or None, got 0.0"),
+    ],
+    ids=str,
+)
+def test_arguments_of_wrong_names_and_types(built: ModuleType, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        built.lora.decode_forward(**DECODE | wrong)
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_no_argument_may_be_missing(built: ModuleType, name: str) -> None:
+    given = {key: value for key, value in DECODE.items() if key != name}
+    with pytest.raises(TypeError, match=f"decode_forward: the argument {name} is missing"):
+        built.lora.decode_forward(**given)
 
 
 def test_decode_without_a_device_says_so(built: ModuleType) -> None:
     reason = built.why_no_device()
     if reason is None:
         pytest.skip("there is a CUDA device")
-    single = {"m": 1, "r": 1, "x_stride": 1, "a_stride": 3}  # of one row the stride is nobody's
+    single = {"m": 1, "r": 1, "x": (64, 1), "lora_a": (64, 3)}  # of one row the stride is nobody's
     half = {"dtype": "float16", "adapter_dtype": "float16"}
     for change in ({}, {"adapter_dtype": "float32"}, half, half | {"adapter_dtype": "float32"}, single):
         with pytest.raises(RuntimeError, match="launch of lora_linear's decode_forward failed: cudaError") as error:
@@ -157,12 +183,12 @@ def test_decode_without_a_device_says_so(built: ModuleType) -> None:
         ({"grid": 0}, "decode's grid must be positive"),
         ({"n": 2**30 + 1}, r"n, k and r must be at most 2\^30"),
         ({"k": 60}, "k must be a multiple of 8, got 60"),
-        ({"x": 66}, "rows of x do not start at multiples of 16 bytes"),
-        ({"weight_stride": 68}, "rows of weight do not start at multiples of 16 bytes"),
-        ({"a_stride": 66, "adapter_dtype": "float32"}, "rows of lora_a do not start at multiples of 16 bytes"),
+        ({"x": (66, 64)}, "rows of x do not start at multiples of 16 bytes"),
+        ({"weight": (64, 68)}, "rows of weight do not start at multiples of 16 bytes"),
+        ({"lora_a": (64, 66), "adapter_dtype": "float32"}, "rows of lora_a do not start at multiples of 16 bytes"),
         ({"dtype": "float32"}, "decode takes bfloat16 or float16 with adapters of that dtype or float32"),
         ({"adapter_dtype": "float16"}, "decode takes bfloat16 or float16 with adapters of that dtype or float32"),
-        ({"dtype": "int8"}, "dtype must be bfloat16, float16 or float32, got int8"),
+        ({"dtype": "int8"}, "decode_forward: dtype must be one of bfloat16, float16, float32, got int8"),
     ],
 )
 def test_bad_arguments_of_decode(built: ModuleType, wrong: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Host-side questions about Triton: reasons why it cannot run, and what TMA can read."""
+"""Host-side questions about Triton: reasons why it cannot run."""
 
 from __future__ import annotations
 
@@ -39,24 +39,6 @@ def test_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "triton", None)  # its import raises
     assert (triton_tools.why_not_installed() or "").startswith("triton cannot be imported (ModuleNotFoundError: ")
-
-
-@pytest.mark.parametrize(
-    ("matrix", "readable"),
-    [
-        (torch.empty(4, 16, dtype=torch.bfloat16), True),
-        (torch.empty(4, 15, dtype=torch.bfloat16), False),
-        (torch.empty(4, 24, dtype=torch.bfloat16)[:, :15], True),
-        (torch.empty(4, 24, dtype=torch.bfloat16)[:, 1:], False),
-        (torch.empty(16, 4, dtype=torch.bfloat16).t(), False),
-        (torch.empty(1, 16, dtype=torch.bfloat16).expand(4, 16), False),
-        (torch.empty(0, 16), False),
-        (torch.empty(4, 4), True),
-        (torch.empty(4, 5), False),
-    ],
-)
-def test_tma_can_read(matrix: torch.Tensor, readable: bool) -> None:
-    assert triton_tools.tma_can_read(matrix) is readable
 
 
 @pytest.mark.parametrize(("value", "power"), [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (512, 512)])

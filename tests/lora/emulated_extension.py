@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +38,7 @@ class EmulatedExtension:
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
-        self.lora_linear = SimpleNamespace(decode_workspace=self.workspace, decode_forward=self.forward)
+        self.lora = SimpleNamespace(decode_workspace=self.workspace, decode_forward=self.forward, GEMM_MAX_RANK=128)
 
     @staticmethod
     def workspace(m: int, n: int, k: int, r: int, splits: int, down_splits: int) -> tuple[int, int]:
@@ -50,24 +50,28 @@ class EmulatedExtension:
         self.calls.append(call)
         m, n, k, r = (call[name] for name in ("m", "n", "k", "r"))
         dtype, adapter = getattr(torch, call["dtype"]), getattr(torch, call["adapter_dtype"])
-        b_strides = call["b_strides"]
+        (x, x_stride), (weight, weight_stride), (lora_a, a_stride) = call["x"], call["weight"], call["lora_a"]
+        lora_b, *b_strides = call["lora_b"]
+        bias, bias_stride = call["bias"] or (0, 0)
+        scale, scale_value = call["scale"]
         inputs = {
-            "x": _memory(call["x"], (m, k), (call["x_stride"], 1), dtype),
-            "weight": _memory(call["weight"], (n, k), (call["weight_stride"], 1), dtype),
-            "lora_a": _memory(call["lora_a"], (r, k), (call["a_stride"], 1), adapter),
-            "lora_b": _memory(call["lora_b"], (n, r), b_strides, adapter),
-            "bias": _memory(call["bias"], (n,), (call["bias_stride"],), dtype) if call["bias"] else None,
-            "scale": _memory(call["scale"], (1,), (1,), torch.float32) if call["scale"] else None,
+            "x": _memory(x, (m, k), (x_stride, 1), dtype),
+            "weight": _memory(weight, (n, k), (weight_stride, 1), dtype),
+            "lora_a": _memory(lora_a, (r, k), (a_stride, 1), adapter),
+            "lora_b": _memory(lora_b, (n, r), b_strides, adapter),
+            "bias": _memory(bias, (n,), (bias_stride,), dtype) if bias else None,
+            "scale": _memory(scale, (1,), (1,), torch.float32) if scale else None,
         }
-        taken = ("m", "n", "k", "r", "splits", "down_splits", "grid", "x_stride", "weight_stride", "a_stride")
-        arguments = {name: call[name] for name in (*taken, "bias_stride", "scale_value")}
-        arguments |= {"b_stride_n": b_strides[0], "b_stride_r": b_strides[1], "repeat_nonce": 0, "zero_flags": 0}
+        arguments = {name: call[name] for name in ("m", "n", "k", "r", "splits", "down_splits", "grid")}
+        arguments |= {"x_stride": x_stride, "weight_stride": weight_stride, "a_stride": a_stride}
+        arguments |= {"b_stride_n": b_strides[0], "b_stride_r": b_strides[1], "bias_stride": bias_stride}
+        arguments |= {"scale_value": scale_value, "repeat_nonce": 0, "zero_flags": 0}
         y, s = simt_decode.run_on(dtype, adapter, inputs, arguments, schedules=1, first_seed=len(self.calls))
         for name, value in (("y", y), ("s", s)):
             ctypes.memmove(call[name], value.data_ptr(), value.numel() * value.element_size())
 
 
-def _memory(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _memory(address: int, shape: tuple[int, ...], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The elements from the first to the last that a strided tensor at an address reaches."""
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     content = ctypes.string_at(address, (last + 1) * dtype.itemsize)

@@ -46,7 +46,6 @@ void test(const simt::Arguments& arguments) {
   params.w_stride = arguments.integer("w_stride");
   params.down_stride = arguments.integer("down_stride");
   params.up_stride = arguments.integer("up_stride");
-  params.y_stride = params.n;
   params.scale_value = static_cast<float>(arguments.number("scale_value"));
   params.dtype = Config::kType == HalfType::kBf16 ? Dtype::kBfloat16 : Dtype::kFloat16;
   params.backward = Config::kTransposed;

@@ -27,7 +27,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 pytestmark = pytest.mark.cpu_only
 
-# Case and grid. Sizes are multiples of 8, which the copy engine asks of rows, and of no tile; a last row block of one
+# Case and grid. Sizes are multiples of 8, which TMA asks of rows, and of no tile; a last row block of one
 # row, of less than a consumer's half, and of both halves; fewer, as many and more blocks than row blocks.
 FORWARD = (
     (Case(m=300, n=520, k=200, r=3, dtype=BF16), 3),
@@ -170,7 +170,7 @@ FAULTS = {
         PLAIN,
     ),
     "flags of an earlier launch count": ("arguments.nonce = params.nonce;", "arguments.nonce = 1;", PLAIN),
-    "S is not fenced for the copy engine": (
+    "S is not fenced for TMA": (
         "  sm90::fence_async_global();\n  sm90::fence_async_shared();",
         "  sm90::fence_async_shared();",
         PLAIN,
@@ -191,7 +191,7 @@ FAULTS = {
         PLAIN,
     ),
     "y is staged while the last chunk is still read": ("    sm90::tma_store_wait_read<0>();\n", "", PLAIN),
-    "y is not fenced for the copy engine": (
+    "y is not fenced for TMA": (
         "  sm90::fence_async_shared();\n  sm90::named_barrier_sync(barrier, Config::kWarpgroup);\n",
         "  sm90::named_barrier_sync(barrier, Config::kWarpgroup);\n",
         PLAIN,
@@ -241,7 +241,7 @@ FAULT_CASE_BACKWARD = Case(m=200, n=200, k=520, r=3, dtype=BF16)
 @pytest.fixture(scope="module")
 def faulty() -> Path:
     """One program with every faulty version of the kernel, by its number."""
-    kernel = "".join((CSRC / "lora_linear" / name).read_text() for name in MUTATED).replace("#pragma once", "")
+    kernel = "".join((CSRC / "lora" / name).read_text() for name in MUTATED).replace("#pragma once", "")
     for name in MUTATED:
         kernel = kernel.replace(f'#include "lora/{name}"\n', "")
     includes, main = simt_gemm.PROGRAM.split("TESTS")
@@ -253,7 +253,7 @@ def faulty() -> Path:
     for number, (fault, (old, new, config)) in enumerate(FAULTS.items()):
         assert old in kernel, f"{fault}: there is nothing to replace"
         space, (kind, rank, direction) = f"peft_kernels::fault_{number}", config.split("-")
-        text += f"namespace {space} {{ using lora_linear::GemmParams; }}\n"
+        text += f"namespace {space} {{ using lora::GemmParams; }}\n"
         text += (kernel.replace(old, new) if old else kernel).replace("peft_kernels::lora", space)
         text += f"namespace {space} {{\n{test}}}\n"
         types = f"sm90::HalfType::{kind}, {rank}, {space}::Direction::{direction}"
@@ -372,10 +372,10 @@ def test_tile_order(tmp_path: Path, old: str, new: str, complaint: str | None) -
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no C++ compiler on PATH")
-    header = (CSRC / "lora_linear" / "tile_order.h").read_text()
+    header = (CSRC / "lora" / "tile_order.h").read_text()
     assert old in header
-    (tmp_path / "lora_linear").mkdir()
-    (tmp_path / "lora_linear" / "changed.h").write_text(header.replace(old, new) if old else header)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "changed.h").write_text(header.replace(old, new) if old else header)
     (tmp_path / "main.cpp").write_text(TILE_ORDER_PROGRAM.replace("ORDER", "changed.h", 1))
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
     subprocess.run([compiler, *flags, "-I.", "main.cpp", "-o", "main"], cwd=tmp_path, check=True)

@@ -62,7 +62,7 @@ def test_strides_reach_the_kernel(emulated: EmulatedExtension) -> None:
     y = pk.lora_linear(wide[..., 8:72], weight, tensors.lora_a, lora_b, scale, bias, backend="cuda")
     assert torch.equal(y.double().view(6, 40), run_oracle(case, tensors, dy).y)
     (call,) = emulated.calls
-    assert (call["x_stride"], call["weight_stride"], call["b_strides"]) == (80, 80, (1, 40))
+    assert (call["x"][1], call["weight"][1], call["lora_b"][1:]) == (80, 80, (1, 40))
 
 
 @pytest.mark.cpu_only
@@ -81,10 +81,10 @@ def test_each_launch_has_its_nonce(emulated: EmulatedExtension) -> None:
     ("change", "reason"),
     [
         ({"m": 17, "n": 20}, "it takes at most 16 tokens, got 17"),
-        ({"dtype": torch.float32}, "it takes bfloat16 and float16, x is torch.float32"),
-        ({"dtype": torch.float64}, "x is torch.float64"),
+        ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
+        ({"dtype": torch.float64}, "got torch.float64"),
         ({"p": 0.1}, "it has no dropout"),
-        ({"k": 68}, "K = 68 is no multiple of 8"),
+        ({"k": 68}, "K must be a multiple of 8, got 68"),
         ({"layout": "columns"}, "rows of x, weight or lora_a are strided or off 16-byte boundaries"),
         ({"layout": "strided"}, "rows of x, weight or lora_a are strided or off 16-byte boundaries"),
     ],

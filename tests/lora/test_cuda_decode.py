@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from peft_kernels._core.device import Hardware
-from peft_kernels.lora.kernels import config
-from peft_kernels.lora.linear import cuda_decode
+from peft_kernels.lora.kernels import config, cuda_decode
 from python_ref import compare
 from tests.lora import simt_decode
 from tests.lora.cases import Case, make, make_exact, output_gradient, run_eager, run_oracle

@@ -16,7 +16,8 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels._core import extension
 from peft_kernels._core.device import Hardware, hardware
-from peft_kernels.lora.linear import cuda_gemm, problem
+from peft_kernels.lora.kernels import cuda_gemm
+from peft_kernels.lora.linear import cuda_impl, problem
 from python_ref import compare
 from tests.lora import emulated_extension, simt_gemm
 from tests.lora.cases import Case, Tensors, check_budget, make, make_exact, output_gradient, run_oracle
@@ -44,9 +45,11 @@ class EmulatedGemm:
         back = call["backward"]
         shapes = {"x": (m, k), "w": (k, n) if back else (n, k), "down": (k, r) if back else (r, k)}
         shapes["up"] = (r, n) if back else (n, r)
-        operands = {name: _memory(call[name], shape, call[f"{name}_stride"], dtype) for name, shape in shapes.items()}
-        bias = _memory(call["bias"], (1, n), n, dtype)[0] if call["bias"] else None
-        scale = call["scale_value"] if not call["scale"] else ctypes.c_float.from_address(call["scale"]).value
+        operands = {name: _memory(call[name], shape, dtype) for name, shape in shapes.items()}
+        bias = _memory((call["bias"], n), (1, n), dtype)[0] if call["bias"] else None
+        address, scale = call["scale"]
+        if address:
+            scale = ctypes.c_float.from_address(address).value
         case = Case(m=m, n=n, k=k, r=r, dtype=dtype, scale=scale)
         kind = "kBf16" if dtype == BF16 else "kFp16"
         config = simt_gemm.name(kind, simt_gemm.padded_rank(r), "kBackward" if back else "kForward")
@@ -55,8 +58,8 @@ class EmulatedGemm:
             ctypes.memmove(call[name], value.data_ptr(), value.numel() * value.element_size())
 
 
-def _memory(address: int, shape: tuple[int, int], stride: int, dtype: torch.dtype) -> Tensor:
-    rows, cols = shape
+def _memory(strided: tuple[int, int], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    (address, stride), (rows, cols) = strided, shape
     content = ctypes.string_at(address, ((rows - 1) * stride + cols) * dtype.itemsize)
     return torch.frombuffer(bytearray(content), dtype=dtype).as_strided(shape, (stride, 1))
 
@@ -102,8 +105,8 @@ def test_copies_and_strides(emulated: EmulatedGemm) -> None:
     assert torch.equal(y.double(), expected.y)
     assert torch.equal(dx.double(), expected.x)
     forward, backward = emulated.calls
-    assert (forward["x_stride"], forward["w_stride"], forward["up_stride"]) == (80, 80, 16)
-    assert (backward["x_stride"], backward["w_stride"], backward["down_stride"]) == (72, 80, 16)
+    assert [forward[name][1] for name in ("x", "w", "up")] == [80, 80, 16]
+    assert [backward[name][1] for name in ("x", "w", "down")] == [72, 80, 16]
     assert forward["nonce"] != backward["nonce"]
 
 
@@ -123,12 +126,12 @@ def test_gradients_that_nobody_asks_for(emulated: EmulatedGemm) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float32}, "it takes bfloat16 and float16, x is torch.float32"),
-        ({"adapter_dtype": torch.float32}, "does not round adapters of torch.float32"),
+        ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
+        ({"adapter_dtype": torch.float32}, "does not round adapters, got torch.float32"),
         ({"p": 0.1}, "without passing registers that could mask it"),
         ({"r": 129}, "up to rank 128, got 129"),
-        ({"n": 68}, "N = 68 is no multiple of 8"),
-        ({"k": 68}, "K = 68 is no multiple of 8"),
+        ({"n": 68}, "N must be a multiple of 8, got 68"),
+        ({"k": 68}, "K must be a multiple of 8, got 68"),
         ({"layout": "columns"}, "rows are strided or off 16-byte boundaries"),
     ],
     ids=str,
@@ -144,8 +147,9 @@ def test_refusals(change: dict[str, Any], reason: str) -> None:
 def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(m=40, n=72, k=64, r=4, dtype=BF16)
     described = problem.describe(*make(case, CPU)[:4], 1.0, None, 0.0, None)
-    monkeypatch.setattr(cuda_gemm, "hardware", lambda device: Hardware(arch=100, sm_count=148))
-    assert "sm_90a's instructions, cpu is sm_100" in (cuda_gemm.why_not(described) or "")
+    emulated_extension.install(monkeypatch)
+    monkeypatch.setattr(cuda_impl, "hardware", lambda device: Hardware(arch=100, sm_count=148))
+    assert "gemm: it is written in sm_90a's instructions, got sm_100" in (cuda_impl.why_not(described) or "")
 
 
 @pytest.fixture
@@ -161,6 +165,7 @@ def built() -> ModuleType:
 @pytest.mark.parametrize("r", [1, 16, 17, 64, 65, 128])
 def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
     assert built.lora.gemm_workspace(m=m, r=r) == EmulatedGemm.workspace(m, r)
+    assert built.lora.GEMM_MAX_RANK == 128
 
 
 @pytest.mark.cpu_only
@@ -172,11 +177,12 @@ def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
         ({"r": 129}, "takes ranks up to 128, got 129"),
         ({"n": 68}, "n must be a multiple of 8"),
         ({"bias": 2}, "bias on a 4-byte boundary"),
-        ({"x_stride": 68}, "those of x are 68 elements apart, for 64 columns"),
-        ({"w": 24}, "those of w are"),
-        ({"down_stride": 56}, "those of down are 56 elements apart, for 64 columns"),
-        ({"up_stride": 4}, "those of up are 4 elements apart"),
+        ({"x": (16, 68)}, "those of x are 68 elements apart, for 64 columns"),
+        ({"w": (24, 64)}, "those of w are"),
+        ({"down": (16, 56)}, "those of down are 56 elements apart, for 64 columns"),
+        ({"up": (16, 4)}, "those of up are 4 elements apart"),
         ({"dtype": "float32"}, "takes bfloat16 or float16"),
+        ({"dtype": "int8"}, "gemm_sm90: dtype must be one of bfloat16, float16, float32, got int8"),
         ({"multiprocessors": 0}, "multiprocessors must be positive, got 0"),
     ],
     ids=str,
@@ -184,6 +190,12 @@ def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
 def test_bad_arguments_of_the_extension(built: ModuleType, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         built.lora.gemm_sm90(**{**ARGUMENTS, **wrong})
+
+
+@pytest.mark.cpu_only
+def test_a_direction_is_true_or_false(built: ModuleType) -> None:
+    with pytest.raises(TypeError, match="gemm_sm90: backward must be a bool, got 1"):
+        built.lora.gemm_sm90(**{**ARGUMENTS, "backward": 1})
 
 
 @pytest.mark.cpu_only
@@ -195,14 +207,11 @@ def test_launch_without_a_device_says_so(built: ModuleType) -> None:
 
 
 ARGUMENTS: dict[str, Any] = {
-    **dict.fromkeys(("x", "w", "down", "up", "bias", "y", "s", "workspace"), 16),
-    "scale": 0,
-    "scale_value": 1.0,
+    **dict.fromkeys(("x", "w", "down"), (16, 64)),
+    **dict.fromkeys(("bias", "y", "s", "workspace"), 16),
+    "up": (16, 8),
+    "scale": (0, 1.0),
     "nonce": 1,
-    "x_stride": 64,
-    "w_stride": 64,
-    "down_stride": 64,
-    "up_stride": 8,
     "m": 40,
     "n": 72,
     "k": 64,

@@ -64,7 +64,7 @@ PEFT_KERNELS_DEVICE void store_global(void* address, uint32_t word) {
   *static_cast<uint32_t*>(address) = word;
 }
 
-// Order this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor cores, by
+// Order this thread's ordinary accesses to shared memory before later ones of TMA and the tensor cores, by
 // this thread or by those that it synchronises with after the fence.
 PEFT_KERNELS_DEVICE void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -1,4 +1,4 @@
-// How the copy engine and the tensor cores permute shared memory, and the descriptors that tell the tensor cores where
+// How TMA and the tensor cores permute shared memory, and the descriptors that tell the tensor cores where
 // an operand lies. Plain C++, so that a host compiler alone can test it.
 //
 // A swizzle of W bytes (32, 64, 128) is laid over rows of W bytes that follow each other: the 16-byte chunk number

@@ -1,4 +1,4 @@
-// Host side of the copy engine: tensor maps, encoded by the driver, which is looked up at run time so that the
+// Host side of TMA: tensor maps, encoded by the driver, which is looked up at run time so that the
 // extension links and imports without one.
 #pragma once
 

@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from peft_kernels._core.tma import TMA_ALIGNMENT, tma_can_read
 from peft_kernels._core.triton_math import dot, load_scalar, nearest_tf32, split_range, tile_of
-from peft_kernels._core.triton_tools import TMA_ALIGNMENT, dot_precision, sum_partials, tma_can_read
+from peft_kernels._core.triton_tools import dot_precision, sum_partials
 from peft_kernels.lora.kernels.config import AddRankProductConfig, NarrowProductConfig, ProductConfig
 from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile

@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from peft_kernels._core import cuda_tools, extension
-from peft_kernels._core.device import why_not_verified
+from peft_kernels._core.device import hardware, why_not_verified
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.lora.linear import cuda_decode, cuda_gemm, torch_impl
+from peft_kernels.lora.kernels import cuda_decode, cuda_gemm
+from peft_kernels.lora.kernels.config import decode_config
+from peft_kernels.lora.linear import torch_impl
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
 # Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
 VERIFIED_ARCHS: frozenset[int] = frozenset()
+
+HALVES = (torch.bfloat16, torch.float16)
+VECTOR = 8  # half-precision elements in 16 bytes
 
 
 class Kernel(NamedTuple):
@@ -27,7 +33,7 @@ class Kernel(NamedTuple):
     Attributes:
         name: for refusals.
         minimum_arch: oldest architecture that it is compiled for.
-        why_not: reason why it cannot run a problem, or None.
+        why_not: reason why it cannot run a problem on a device that has its machine code, or None.
         forward: returns y (M, N) and S (M, r) float32.
         backward: returns the gradients that are asked for.
     """
@@ -39,10 +45,69 @@ class Kernel(NamedTuple):
     backward: Callable[[LoraLinearProblem, Inputs, Tensor, Tensor, Needs], Gradients]
 
 
+def _why_not_decode(problem: LoraLinearProblem) -> str | None:
+    if problem.m > cuda_decode.MAX_TOKENS:
+        return f"it takes at most {cuda_decode.MAX_TOKENS} tokens, got {problem.m}"
+    if problem.dtype not in HALVES:
+        return f"it takes bfloat16 and float16, got {problem.dtype}"
+    if problem.has_dropout:
+        return "it has no dropout"
+    if problem.k % VECTOR != 0:
+        return f"it reads 16 bytes at a time, so K must be a multiple of {VECTOR}, got {problem.k}"
+    if not problem.rows_aligned:
+        return "it reads 16 bytes at a time, and rows of x, weight or lora_a are strided or off 16-byte boundaries"
+    largest = max(problem.n, problem.k, problem.r)
+    if largest > cuda_decode.MAX_SIZE:
+        return f"N, K and r must be at most {cuda_decode.MAX_SIZE}, got {largest}"
+    return None
+
+
+def _forward_decode(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    config = decode_config(problem.n, problem.k, problem.r, hardware(problem.device))
+    return cuda_decode.forward(*inputs[:6], config)
+
+
+def _why_not_gemm(problem: LoraLinearProblem) -> str | None:
+    arch = hardware(problem.device).arch
+    if arch != cuda_gemm.ARCH:
+        return f"it is written in sm_{cuda_gemm.ARCH}a's instructions, got sm_{arch}"
+    if problem.dtype not in HALVES:
+        return f"it takes bfloat16 and float16, got {problem.dtype}"
+    if problem.adapter_dtype != problem.dtype:
+        return f"it multiplies x by lora_a as they are, and does not round adapters, got {problem.adapter_dtype}"
+    if problem.has_dropout:
+        return "x goes from TMA to the tensor cores without passing registers that could mask it"
+    most = extension.load().lora.GEMM_MAX_RANK
+    if problem.r > most:
+        return f"it keeps S of a tile in registers, up to rank {most}, got {problem.r}"
+    for name, size in (("N", problem.n), ("K", problem.k)):
+        if size % VECTOR != 0:
+            return f"TMA moves rows of 16-byte multiples, so {name} must be a multiple of {VECTOR}, got {size}"
+    if not problem.rows_aligned:
+        return "TMA cannot read x, weight or lora_a: their rows are strided or off 16-byte boundaries"
+    largest = max(problem.m, problem.n, problem.k)
+    if largest > cuda_gemm.MAX_SIZE:
+        return f"M, N and K must be at most {cuda_gemm.MAX_SIZE}, got {largest}"
+    return None
+
+
+def _forward_gemm(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return cuda_gemm.forward(*inputs[:6])
+
+
+def _backward_gemm(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+    """dX and dA by one launch and one product, the others by torch."""
+    if not needs.x:
+        return torch_impl.backward(problem, inputs, s, dy, needs)
+    dx, ds = cuda_gemm.input_gradient(dy, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.scale)
+    others = torch_impl.backward(problem, inputs, s, dy, needs._replace(x=False, lora_a=False))
+    return others._replace(x=dx, lora_a=ds.to(problem.dtype).t() @ inputs.x if needs.lora_a else None)
+
+
 # In the order in which they are tried: where few tokens make the weights' bytes all the cost, decode reads them once.
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("decode", cuda_decode.MINIMUM_ARCH, cuda_decode.why_not, cuda_decode.forward, torch_impl.backward),
-    Kernel("gemm", cuda_gemm.ARCH, cuda_gemm.why_not, cuda_gemm.forward, cuda_gemm.backward),
+    Kernel("decode", cuda_decode.MINIMUM_ARCH, _why_not_decode, _forward_decode, torch_impl.backward),
+    Kernel("gemm", cuda_gemm.ARCH, _why_not_gemm, _forward_gemm, _backward_gemm),
 )
 
 
