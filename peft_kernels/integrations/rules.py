@@ -50,7 +50,7 @@ def support_table() -> str:
 
     Written from the rules that the code asks. Imports peft and transformers.
     """
-    files = ("peft_layers", "peft_prompts", "peft_prefixes", "prefix_model", "adapterhub_rules")
+    files = ("peft.layers", "peft.prompts", "peft.prefixes", "transformers.prefix_model", "adapterhub.rules")
     supports = [importlib.import_module(f"peft_kernels.integrations.{file}").SUPPORT for file in files]
     return "\n\n".join(_table(support) for support in supports) + "\n"
 

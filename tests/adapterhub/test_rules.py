@@ -6,10 +6,10 @@ import ast
 from pathlib import Path
 
 import peft_kernels
-from peft_kernels.integrations import adapterhub_rules
+from peft_kernels.integrations.adapterhub import rules as adapterhub_rules
 from peft_kernels.integrations.rules import Rule
 
-_SOURCE = Path(peft_kernels.__file__).parent / "integrations" / "adapterhub_layers.py"
+_SOURCE = Path(peft_kernels.__file__).parent / "integrations" / "adapterhub" / "layers.py"
 _RULES = {name: rule for name, rule in vars(adapterhub_rules).items() if isinstance(rule, Rule)}
 
 

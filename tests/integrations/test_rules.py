@@ -18,7 +18,7 @@ from peft_kernels.integrations import rules
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "integrations.md"
-FILES = ("peft_layers", "peft_prompts", "peft_prefixes", "prefix_model")
+FILES = ("peft.layers", "peft.prompts", "peft.prefixes", "transformers.prefix_model")
 
 
 def _module(file: str) -> ModuleType:

@@ -1,7 +1,7 @@
 """PEFT's prefix and prompt tuning models on these kernels: the model's class is swapped, its state is not touched.
 
 PEFT's own forward and generation run, for every task; only what they get from ``get_prompt`` is another thing. For
-prefix tuning it is a cache that counts the prefix without holding it (peft_prefixes.py); for prompt tuning a stand-in
+prefix tuning it is a cache that counts the prefix without holding it (prefixes.py); for prompt tuning a stand-in
 for the repeated prompt, which ``torch.cat`` with the embeddings writes in one pass.
 """
 
@@ -166,9 +166,9 @@ def restore(module: Any) -> None:
 
 def _prefixes() -> ModuleType:
     # Imported for prefixes alone: it registers an attention function, and needs a transformers that has a place for it.
-    from peft_kernels.integrations import peft_prefixes
+    from peft_kernels.integrations.peft import prefixes
 
-    return peft_prefixes
+    return prefixes
 
 
 def _why_not_call(model: Any) -> str | None:

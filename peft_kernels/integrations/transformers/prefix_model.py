@@ -15,9 +15,10 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
-from peft_kernels.integrations import prefix_interface
 from peft_kernels.integrations.hooks import hands_on_arguments, named_arguments, remove_hooks
-from peft_kernels.integrations.prefix_state import (
+from peft_kernels.integrations.rules import Rule, Support
+from peft_kernels.integrations.transformers import interface
+from peft_kernels.integrations.transformers.prefix_state import (
     ARGUMENT,
     LayerPrefixes,
     PrefixCache,
@@ -26,7 +27,6 @@ from peft_kernels.integrations.prefix_state import (
     slot_of,
     unmark,
 )
-from peft_kernels.integrations.rules import Rule, Support
 from peft_kernels.prefix import PrefixEncoder
 
 ENCODER = "prefix_encoder"
@@ -121,7 +121,7 @@ def attach(model: Any, required: bool) -> None:
         mark(module, PrefixSlot(module.layer_idx, required, module.config._attn_implementation))
     for module in attention_modules(model):
         # As set_attn_implementation does it, for the attention's own configuration alone.
-        module.config._attn_implementation_internal = prefix_interface.NAME
+        module.config._attn_implementation_internal = interface.NAME
 
 
 def detach(model: Any) -> None:
@@ -177,9 +177,9 @@ def sizes(model: Any) -> tuple[int, int, int]:
 def check_call(module: Any, kwargs: dict[str, Any]) -> None:
     """Raise if the attention is not ours, or if the call wants its probabilities, which are not computed."""
     implementation = module.config._attn_implementation
-    if implementation != prefix_interface.NAME:
+    if implementation != interface.NAME:
         raise UnsupportedError(
-            f"prefix_attention: the attention implementation must stay {prefix_interface.NAME!r} while the model has "
+            f"prefix_attention: the attention implementation must stay {interface.NAME!r} while the model has "
             f"prefixes, got {implementation!r}"
         )
     wanted = kwargs.get("output_attentions")

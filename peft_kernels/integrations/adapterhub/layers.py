@@ -10,7 +10,7 @@ blocks have joined their results.
 | parallel   | s up(act(down(x))), down, up             | residual=None; ``up`` is the same tensor         |
 
 Composition blocks pass ``up`` on, and only Fuse reads it; nothing reads ``down``. What may stay unread is made when it
-is read: adapterhub_deferred.py.
+is read: deferred.py.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from transformers.activations import ACT2CLS
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.adapter import bottleneck_adapter
 from peft_kernels.adapter.kernels.activations import LEAKY_SLOPE
-from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS
-from peft_kernels.integrations.adapterhub_deferred import Deferred
-from peft_kernels.integrations.adapterhub_rules import (
+from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
+from peft_kernels.integrations.adapterhub.deferred import Deferred
+from peft_kernels.integrations.adapterhub.rules import (
     DEVICE,
     DROPOUT,
     DTYPES,

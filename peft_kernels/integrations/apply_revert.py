@@ -15,8 +15,8 @@ from peft_kernels.integrations.report import Report, forget
 # Library -> the files here that know its modules, layers or whole models: why_not(module) -> reason, "" where it is
 # none of theirs, None where it can be fused; is_fused, fuse, restore.
 _LIBRARIES = {
-    "peft": ("peft_layers", "peft_prompts"),
-    "adapters.methods.modeling": ("adapterhub_layers",),
+    "peft": ("peft.layers", "peft.prompts"),
+    "adapters.methods.modeling": ("adapterhub.layers",),
 }
 
 # What a report calls the model itself.
