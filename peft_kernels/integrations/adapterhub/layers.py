@@ -35,28 +35,9 @@ from transformers.activations import ACT2CLS
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.adapter import bottleneck_adapter
 from peft_kernels.adapter.kernels.activations import LEAKY_SLOPE
+from peft_kernels.integrations.adapterhub import rules
 from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
 from peft_kernels.integrations.adapterhub.deferred import Deferred
-from peft_kernels.integrations.adapterhub.rules import (
-    DEVICE,
-    DROPOUT,
-    DTYPES,
-    GATE,
-    GATING_SCORES,
-    HOOKED,
-    LEARNED_SCALING,
-    NO_PLAIN_PARAMETER,
-    NO_RESIDUAL,
-    NORM,
-    OTHER_ACTIVATION,
-    OTHER_CLASS,
-    OTHER_METHOD,
-    OTHER_PARTS,
-    RESIDUAL_DTYPE,
-    SEVERAL_DEVICES,
-    SHAPES,
-    STOCHASTIC_DEPTH,
-)
 from peft_kernels.integrations.class_swap import is_hooked, set_class
 from peft_kernels.integrations.report import count_fallback
 
@@ -106,7 +87,7 @@ def why_not(module: Any) -> str | None:
         return _why_not_adapter(module)
     is_other_layer = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer)
     if (is_other_layer and module.adapter_modules) or isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
-        return OTHER_METHOD(layer=type(module).__name__)
+        return rules.OTHER_METHOD(layer=type(module).__name__)
     return ""
 
 
@@ -128,21 +109,21 @@ def restore(module: nn.Module) -> None:
 def _why_not_adapter(adapter: Any) -> str | None:
     """Reason that lies in what the adapter is made of."""
     if type(adapter) not in _FUSED and type(adapter) not in _PLAIN:
-        return OTHER_CLASS(adapter=type(adapter).__name__)
+        return rules.OTHER_CLASS(adapter=type(adapter).__name__)
     if adapter.use_gating:
-        return GATE()
+        return rules.GATE()
     if adapter.add_layer_norm_before or adapter.add_layer_norm_after:
-        return NORM()
+        return rules.NORM()
     if hasattr(adapter, "DropPath"):
-        return STOCHASTIC_DEPTH()
+        return rules.STOCHASTIC_DEPTH()
     if type(adapter.scaling) not in (float, int):
-        return LEARNED_SCALING()
+        return rules.LEARNED_SCALING()
     down = adapter.adapter_down
     parts = (*(down if type(down) is nn.Sequential else (down,)), adapter.adapter_up, adapter.dropout)
     if tuple(map(type, parts)) != (nn.Linear, Activation_Function_Class, nn.Linear, nn.Dropout):
-        return OTHER_PARTS(parts=", ".join(type(part).__name__ for part in parts))
+        return rules.OTHER_PARTS(parts=", ".join(type(part).__name__ for part in parts))
     if not _activation(adapter):
-        return OTHER_ACTIVATION(activation=type(adapter.adapter_down[1].f).__name__)
+        return rules.OTHER_ACTIVATION(activation=type(adapter.adapter_down[1].f).__name__)
     return _why_not_modules(adapter)
 
 
@@ -151,10 +132,10 @@ def _why_not_modules(adapter: Any) -> str | None:
     down, activation = adapter.adapter_down
     parts = (adapter, adapter.adapter_down, down, activation, activation.f, adapter.adapter_up, adapter.dropout)
     if any(isinstance(part, nn.Module) and is_hooked(part) for part in parts):
-        return HOOKED()
+        return rules.HOOKED()
     for tensor in _parameters(adapter):
         if type(tensor) not in (nn.Parameter, Tensor):
-            return NO_PLAIN_PARAMETER(parameter=type(tensor).__name__)
+            return rules.NO_PLAIN_PARAMETER(parameter=type(tensor).__name__)
     return None
 
 
@@ -162,18 +143,18 @@ def _why_not_call(adapter: Any, x: Tensor, residual: Any, output_gating: bool) -
     """Reason that lies in the arguments, or in dtypes, devices and the mode of training."""
     if output_gating:
         # Without a gate AdapterHub keeps the last result instead, which is ``up``.
-        return GATING_SCORES()
+        return rules.GATING_SCORES()
     if adapter.dropout.training and adapter.dropout.p > 0:
-        return DROPOUT()
+        return rules.DROPOUT()
     if not isinstance(residual, Tensor):
-        return NO_RESIDUAL(residual=type(residual).__name__)
+        return rules.NO_RESIDUAL(residual=type(residual).__name__)
     parameters = _parameters(adapter)
     if any(tensor.device != x.device for tensor in (residual, *parameters)):
-        return SEVERAL_DEVICES()
+        return rules.SEVERAL_DEVICES()
     if not torch.amp.is_autocast_available(x.device.type):
-        return DEVICE(device=x.device.type)
+        return rules.DEVICE(device=x.device.type)
     if x.shape[-1:] != (adapter.input_size,) or residual.shape != x.shape:
-        return SHAPES(x=tuple(x.shape), residual=tuple(residual.shape), width=adapter.input_size)
+        return rules.SHAPES(x=tuple(x.shape), residual=tuple(residual.shape), width=adapter.input_size)
     return _why_not_dtypes(x, residual.dtype, {parameter.dtype for parameter in parameters})
 
 
@@ -182,9 +163,9 @@ def _why_not_dtypes(x: Tensor, residual: torch.dtype, parameters: set[torch.dtyp
     if autocast_dtype(x.device.type) is not None and torch.float64 not in (x.dtype, residual, *parameters):
         return None
     if parameters != {x.dtype}:
-        return DTYPES(x=x.dtype, parameters=", ".join(sorted(map(str, parameters))))
+        return rules.DTYPES(x=x.dtype, parameters=", ".join(sorted(map(str, parameters))))
     if residual not in (x.dtype, torch.float32) or torch.promote_types(residual, x.dtype) != residual:
-        return RESIDUAL_DTYPE(x=x.dtype, residual=residual)
+        return rules.RESIDUAL_DTYPE(x=x.dtype, residual=residual)
     return None
 
 

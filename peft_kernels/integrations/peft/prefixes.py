@@ -13,20 +13,21 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCES
 from transformers import DynamicCache
 
 from peft_kernels.integrations.hooks import named_arguments, remove_hooks
-from peft_kernels.integrations.rules import Rule, Support
+from peft_kernels.integrations.rules import Support
 from peft_kernels.integrations.transformers import interface, prefix_model
 from peft_kernels.integrations.transformers.prefix_state import ARGUMENT, LayerPrefixes, Pairs, PrefixCache, slot_of
 
-_OTHER_LAYOUT = Rule(
+SUPPORT = Support("PEFT: prefixes alone")
+_OTHER_LAYOUT = SUPPORT.rule(
     "model types that PEFT rearranges prefixes for",
     "PEFT has a layout of its own for prefixes of this model type",
 )
-_OTHER_LAYERS = Rule("a configuration for another number of layers", "its prefix is for another number of layers")
-_OTHER_ATTENTION = Rule(
+_OTHER_LAYERS = SUPPORT.rule(
+    "a configuration for another number of layers", "its prefix is for another number of layers"
+)
+_OTHER_ATTENTION = SUPPORT.rule(
     "`set_attn_implementation` after `apply`", f"the attention implementation is no longer {interface.NAME!r}"
 )
-
-SUPPORT = Support("PEFT: prefixes alone", (), (_OTHER_LAYOUT, _OTHER_LAYERS, _OTHER_ATTENTION))
 
 
 def why_not(model: Any) -> str | None:

@@ -17,16 +17,8 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.class_swap import is_hooked, set_class
 from peft_kernels.integrations.report import count_fallback
-from peft_kernels.integrations.rules import Rule, Support
+from peft_kernels.integrations.rules import Support
 from peft_kernels.prompt import prompt_tuning
-
-_OTHER_KIND = Rule(
-    "P-tuning, multitask prompt tuning, CPT, cartridges", "it is PEFT's {kind}, neither PREFIX_TUNING nor PROMPT_TUNING"
-)
-_NO_TASK = Rule("a model without a task (`task_type=None`)", "it is PEFT's {model}, not one of a task")
-_OTHER_ENCODER = Rule("an encoder of another class", "its encoder is a {encoder}, not PEFT's {expected}")
-_HOOKED = Rule("hooks on the encoder or inside it", "there are hooks on its encoder")
-_OTHER_EMBEDDING = Rule("an embedding that is quantized or sharded", "its embedding is not a plain nn.Embedding")
 
 SUPPORT = Support(
     "PEFT: prefix and prompt tuning models",
@@ -35,7 +27,15 @@ SUPPORT = Support(
         "`PREFIX_TUNING` for causal language models, classification, question answering and feature extraction",
         "`prefix_projection`, several adapters, `disable_adapter()`, `generate`, gradient checkpointing",
     ),
-    (_OTHER_KIND, _NO_TASK, _OTHER_ENCODER, _HOOKED, _OTHER_EMBEDDING),
+)
+_OTHER_KIND = SUPPORT.rule(
+    "P-tuning, multitask prompt tuning, CPT, cartridges", "it is PEFT's {kind}, neither PREFIX_TUNING nor PROMPT_TUNING"
+)
+_NO_TASK = SUPPORT.rule("a model without a task (`task_type=None`)", "it is PEFT's {model}, not one of a task")
+_OTHER_ENCODER = SUPPORT.rule("an encoder of another class", "its encoder is a {encoder}, not PEFT's {expected}")
+_HOOKED = SUPPORT.rule("hooks on the encoder or inside it", "there are hooks on its encoder")
+_OTHER_EMBEDDING = SUPPORT.rule(
+    "an embedding that is quantized or sharded", "its embedding is not a plain nn.Embedding"
 )
 
 _ENCODERS = {PeftType.PREFIX_TUNING: peft.PrefixEncoder, PeftType.PROMPT_TUNING: peft.PromptEmbedding}

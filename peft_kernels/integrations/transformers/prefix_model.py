@@ -16,7 +16,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.hooks import hands_on_arguments, named_arguments, remove_hooks
-from peft_kernels.integrations.rules import Rule, Support
+from peft_kernels.integrations.rules import Support
 from peft_kernels.integrations.transformers import interface
 from peft_kernels.integrations.transformers.prefix_state import (
     ARGUMENT,
@@ -31,42 +31,30 @@ from peft_kernels.prefix import PrefixEncoder
 
 ENCODER = "prefix_encoder"
 
-_NO_MODEL = Rule("a module that is no `PreTrainedModel`", "it is no transformers model")
-_ENCODER_DECODER = Rule("T5, BART and other encoder-decoders", "it is an encoder-decoder model")
-_SOFTCAP = Rule("Gemma 2", "its attention caps the scores (attn_logit_softcapping)")
-_NO_INTERFACE = Rule(
-    "models whose attention is code of their own, or knows no SDPA (gpt-oss, with its sinks)",
-    "its attention does not go through transformers' AttentionInterface, or not as SDPA does",
-)
-_CROSS_ATTENTION = Rule("BERT as a decoder of an encoder's states", "it has cross-attention")
-_NO_LAYERS = Rule(
-    "hybrids with recurrent layers; ALBERT, whose layers are one",
-    "not every layer has one self-attention module with the layer's index",
-)
-_LATENT = Rule("DeepSeek V2 and V3", "its keys and values are compressed (multi-head latent attention)")
-_NO_CACHE = Rule("backbones that cannot decode", "its backbone takes no past_key_values")
-_NO_KWARGS = Rule(
-    "layers that drop keyword arguments: StableLM, Nemotron",
-    "its {part} hands no keyword arguments on to the attention",
-)
-
 SUPPORT = Support(
     "Prefixes on transformers' models: `add_prefix`, and `apply` on PEFT's",
     (
         "tested: Llama, Llama 4, Qwen2, Mistral, Mixtral, GPT-2, GPT-NeoX, OPT, Phi, Gemma 3, BERT, RoBERTa",
         "other decoders and encoders that no rule below excludes",
     ),
-    (
-        _NO_MODEL,
-        _ENCODER_DECODER,
-        _SOFTCAP,
-        _NO_INTERFACE,
-        _CROSS_ATTENTION,
-        _NO_LAYERS,
-        _LATENT,
-        _NO_CACHE,
-        _NO_KWARGS,
-    ),
+)
+_NO_MODEL = SUPPORT.rule("a module that is no `PreTrainedModel`", "it is no transformers model")
+_ENCODER_DECODER = SUPPORT.rule("T5, BART and other encoder-decoders", "it is an encoder-decoder model")
+_SOFTCAP = SUPPORT.rule("Gemma 2", "its attention caps the scores (attn_logit_softcapping)")
+_NO_INTERFACE = SUPPORT.rule(
+    "models whose attention is code of their own, or knows no SDPA (gpt-oss, with its sinks)",
+    "its attention does not go through transformers' AttentionInterface, or not as SDPA does",
+)
+_CROSS_ATTENTION = SUPPORT.rule("BERT as a decoder of an encoder's states", "it has cross-attention")
+_NO_LAYERS = SUPPORT.rule(
+    "hybrids with recurrent layers; ALBERT, whose layers are one",
+    "not every layer has one self-attention module with the layer's index",
+)
+_LATENT = SUPPORT.rule("DeepSeek V2 and V3", "its keys and values are compressed (multi-head latent attention)")
+_NO_CACHE = SUPPORT.rule("backbones that cannot decode", "its backbone takes no past_key_values")
+_NO_KWARGS = SUPPORT.rule(
+    "layers that drop keyword arguments: StableLM, Nemotron",
+    "its {part} hands no keyword arguments on to the attention",
 )
 
 
