@@ -4,8 +4,8 @@ peft/, adapterhub/, transformers/   what concerns one library, and the names for
 apply_revert.py                     which libraries a model is of; apply, revert
 report.py                           what apply found, and what fell back since
 rules.py                            the reasons for fallbacks, and docs/integrations.md's tables of them
-class_swap.py                       what swapping a class takes
-hooks.py                            what hooks on other libraries' modules need
+sites.py                            what is swapped as one, and the swap itself
+hooks.py                            hooks on other libraries' modules
 file_readers.py                     reading adapter files
 
 Imports: shared files <- transformers/ <- peft/, and shared files <- adapterhub/. PEFT's prefixes run on transformers'.

@@ -15,7 +15,8 @@ is read: deferred.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ from peft_kernels.adapter.kernels.activations import LEAKY_SLOPE
 from peft_kernels.integrations.adapterhub import rules
 from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
 from peft_kernels.integrations.adapterhub.deferred import Deferred
-from peft_kernels.integrations.class_swap import is_hooked, set_class
+from peft_kernels.integrations.hooks import is_hooked
 from peft_kernels.integrations.report import count_fallback
+from peft_kernels.integrations.sites import Site
 
 
 def _class_of(name: str) -> type[nn.Module]:
@@ -78,37 +80,31 @@ class FusedParallelAdapter(ParallelAdapter):
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {Adapter: FusedAdapter, ParallelAdapter: FusedParallelAdapter}
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_KNOWN = (*_FUSED, *_FUSED.values())
 
 
-def why_not(module: Any) -> str | None:
-    """Reason why a module is not fused, "" if it is no adapter of AdapterHub's, None if it is or can be."""
-    if isinstance(module, Adapter):
-        return _why_not_adapter(module)
-    is_other_layer = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer)
-    if (is_other_layer and module.adapter_modules) or isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
+def sites(model: nn.Module) -> Iterator[Site]:
+    """AdapterHub's bottlenecks, and what its other methods put into a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter) or _is_other_method(module):
+            yield Site({name: module}, _FUSED, partial(_why_not, module))
+
+
+def _is_other_method(module: Any) -> bool:
+    if isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer):
+        return bool(module.adapter_modules)
+    return isinstance(module, (NICECouplingBlock, GLOWCouplingBlock))
+
+
+def _why_not(module: Any) -> str | None:
+    if not isinstance(module, Adapter):
         return rules.OTHER_METHOD(layer=type(module).__name__)
-    return ""
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module was swapped."""
-    return type(module) in _PLAIN
-
-
-def fuse(module: nn.Module) -> None:
-    """Swap the class."""
-    set_class(module, _FUSED.get(type(module), type(module)))
-
-
-def restore(module: nn.Module) -> None:
-    """Swap it back."""
-    set_class(module, _PLAIN[type(module)])
+    return _why_not_adapter(module)
 
 
 def _why_not_adapter(adapter: Any) -> str | None:
     """Reason that lies in what the adapter is made of."""
-    if type(adapter) not in _FUSED and type(adapter) not in _PLAIN:
+    if type(adapter) not in _KNOWN:
         return rules.OTHER_CLASS(adapter=type(adapter).__name__)
     if adapter.use_gating:
         return rules.GATE()

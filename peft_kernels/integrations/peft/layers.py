@@ -8,6 +8,7 @@ PEFT's layer works on it: ``isinstance``, pickling, deepcopy, merging, hotswappi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from peft_kernels._core.autocast import autocast_dtype
-from peft_kernels.integrations.class_swap import is_hooked, set_class
+from peft_kernels.integrations.hooks import is_hooked
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Support
+from peft_kernels.integrations.sites import Site
 from peft_kernels.lora import lora_linear
 
 SUPPORT = Support(
@@ -74,29 +76,17 @@ class FusedLoraLinear(PeftLinear):
         return _fused(self, x)
 
 
-def why_not(module: Any) -> str | None:
-    """Reason why a module is not fused, "" if it is no LoRA layer of PEFT's, None if it is or can be."""
-    if not isinstance(module, LoraLayer):
-        return ""
-    if type(module) not in (PeftLinear, FusedLoraLinear):
-        return _OTHER_LAYER(layer=f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}")
-    layer: Any = module
+def sites(model: nn.Module) -> Iterator[Site]:
+    """PEFT's LoRA layers, each by itself."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield Site({name: module}, {PeftLinear: FusedLoraLinear}, partial(_why_not, module))
+
+
+def _why_not(layer: Any) -> str | None:
+    if type(layer) not in (PeftLinear, FusedLoraLinear):
+        return _OTHER_LAYER(layer=f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}")
     return _why_not_parts(layer)
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module was swapped."""
-    return type(module) is FusedLoraLinear
-
-
-def fuse(module: nn.Module) -> None:
-    """Swap the class."""
-    set_class(module, FusedLoraLinear)
-
-
-def restore(module: nn.Module) -> None:
-    """Swap it back."""
-    set_class(module, PeftLinear)
 
 
 def _why_not_state(layer: PeftLinear) -> str | None:

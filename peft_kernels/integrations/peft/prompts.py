@@ -7,6 +7,8 @@ for the repeated prompt, which ``torch.cat`` with the embeddings writes in one p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +17,10 @@ import torch
 from peft import PeftType
 from torch import Tensor, nn
 
-from peft_kernels.integrations.class_swap import is_hooked, set_class
+from peft_kernels.integrations.hooks import is_hooked
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Support
+from peft_kernels.integrations.sites import Site
 from peft_kernels.prompt import prompt_tuning
 
 SUPPORT = Support(
@@ -91,7 +94,6 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     peft.PeftModelForQuestionAnswering: FusedForQuestionAnswering,
     peft.PeftModelForFeatureExtraction: FusedForFeatureExtraction,
 }
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 
 class RepeatedPrompt:
@@ -130,38 +132,36 @@ class RepeatedPrompt:
         return prompt_tuning(prompt.weight[None], embeddings)
 
 
-def why_not(module: Any) -> str | None:
-    """Reason why a module is not fused, "" if it is no prompt-learning model of PEFT's, None if it is or can be."""
-    if not isinstance(module, peft.PeftModel) or not getattr(module, "_is_prompt_learning", False):
-        return ""
-    model: Any = module
+class _Model(Site):
+    """One model; for prefix tuning its attention implementation is set too."""
+
+    def fuse(self) -> None:
+        (model,) = self.modules.values()
+        if model.peft_type == PeftType.PREFIX_TUNING and type(model) in _FUSED:
+            _prefixes().attach(model)
+        super().fuse()
+
+    def restore(self) -> None:
+        (model,) = self.modules.values()
+        if model.peft_type == PeftType.PREFIX_TUNING and type(model) in _FUSED.values():
+            _prefixes().detach(model)
+        super().restore()
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """PEFT's models that learn prompts."""
+    for name, module in model.named_modules():
+        if isinstance(module, peft.PeftModel) and getattr(module, "_is_prompt_learning", False):
+            yield _Model({name: module}, _FUSED, partial(_why_not, module))
+
+
+def _why_not(model: Any) -> str | None:
     if model.peft_type not in _ENCODERS:
         return _OTHER_KIND(kind=model.peft_type.value)
-    if type(model) not in (*_FUSED, *_PLAIN):
+    if type(model) not in (*_FUSED, *_FUSED.values()):
         return _NO_TASK(model=type(model).__name__)
     reason: str | None = _prefixes().why_not(model) if model.peft_type == PeftType.PREFIX_TUNING else None
     return reason
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether a model was swapped."""
-    return type(module) in _PLAIN
-
-
-def fuse(module: Any) -> None:
-    """Swap the class; for prefix tuning, set the attention implementation too."""
-    if is_fused(module):
-        return
-    set_class(module, _FUSED[type(module)])
-    if module.peft_type == PeftType.PREFIX_TUNING:
-        _prefixes().attach(module)
-
-
-def restore(module: Any) -> None:
-    """Undo ``fuse``."""
-    set_class(module, _PLAIN[type(module)])
-    if module.peft_type == PeftType.PREFIX_TUNING:
-        _prefixes().detach(module)
 
 
 def _prefixes() -> ModuleType:
