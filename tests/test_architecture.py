@@ -29,6 +29,9 @@ ABOVE_KERNELS = {
     f"{PACKAGE}._core.{name}" for name in ("autocast", "checks", "dispatch", "graph", "library", "operator")
 }
 
+# A library's folder, and the others that it may import: PEFT's prefixes run on transformers'.
+INTEGRATIONS: dict[str, set[str]] = {"transformers": set(), "peft": {"transformers"}, "adapterhub": set()}
+
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -168,6 +171,15 @@ def test_no_module_is_shadowed(name: str) -> None:
 def test_only_the_package_imports_integrations(name: str) -> None:
     inside = name == PACKAGE or name.startswith(f"{PACKAGE}.integrations")
     assert inside or not any(target.startswith(f"{PACKAGE}.integrations") for target in edges(name))
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.startswith(f"{PACKAGE}.integrations.")])
+def test_integrations_import_what_they_stand_on(name: str) -> None:
+    """What they share imports no library's folder."""
+    folder = name.split(".")[2]
+    allowed = {folder, *INTEGRATIONS.get(folder, ())}
+    folders = {target.split(".")[2] for target in edges(name) if target.startswith(f"{PACKAGE}.integrations.")}
+    assert folders & INTEGRATIONS.keys() <= allowed
 
 
 def test_package_imports_each_family_in_one_line() -> None:

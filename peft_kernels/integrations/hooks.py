@@ -1,4 +1,4 @@
-"""What hooks on other libraries' modules need: arguments by name, and removal without a handle."""
+"""Hooks on other libraries' modules: whether there are any, arguments by name, and removal without a handle."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import inspect
 from typing import Any
 
 from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs something beside its class's forward."""
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

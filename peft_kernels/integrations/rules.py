@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
@@ -32,7 +33,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Support:
-    """What a file fuses, and its rules.
+    """What a file fuses, and its rules, which are made here so that none is left out of the table.
 
     Attributes:
         title: of the table.
@@ -41,18 +42,26 @@ class Support:
     """
 
     title: str
-    fused: tuple[str, ...]
-    rules: tuple[Rule, ...]
+    fused: tuple[str, ...] = ()
+    rules: list[Rule] = field(default_factory=list)
+
+    def rule(self, case: str, text: str) -> Rule:
+        """Make the next rule."""
+        self.rules.append(Rule(case, text))
+        return self.rules[-1]
 
 
 def support_table() -> str:
     """Return Markdown tables of what is fused of other libraries' models, and what falls back with which reason.
 
-    Written from the rules that the code asks. Imports peft and transformers.
+    Written from the rules that the code asks. Imports every file that has some, and with them peft and transformers.
     """
-    files = ("peft_layers", "peft_prompts", "peft_prefixes", "prefix_model", "adapterhub_rules")
-    supports = [importlib.import_module(f"peft_kernels.integrations.{file}").SUPPORT for file in files]
-    return "\n\n".join(_table(support) for support in supports) + "\n"
+    folder, supports = Path(__file__).parent, []
+    for path in folder.rglob("*.py"):
+        for name in re.findall(r"^(\w+) = Support\(", path.read_text(), re.MULTILINE):
+            module = ".".join(("peft_kernels.integrations", *path.relative_to(folder).with_suffix("").parts))
+            supports.append(getattr(importlib.import_module(module), name))
+    return "\n\n".join(map(_table, sorted(supports, key=lambda support: support.title))) + "\n"
 
 
 def _table(support: Support) -> str:

@@ -15,7 +15,7 @@ import torch
 from adapters.methods.modeling import Adapter, ParallelAdapter
 
 import peft_kernels as pk
-from peft_kernels.integrations.adapterhub_layers import FusedAdapter
+from peft_kernels.integrations.adapterhub.layers import FusedAdapter
 from tests.adapterhub.models import HIDDEN, KINDS, activate, base, build, randomize, run, tokens
 from tests.adapterhub.parity import adapters_of, assert_bitwise, assert_close, assert_same, pair
 

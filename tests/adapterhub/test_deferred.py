@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_kernels.integrations.adapterhub_deferred import Deferred
+from peft_kernels.integrations.adapterhub.deferred import Deferred
 
 
 def _counted(value: Tensor) -> tuple[Deferred, list[int]]:

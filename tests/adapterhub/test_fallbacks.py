@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from transformers.activations import ACT2CLS
 
 import peft_kernels as pk
-from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS
+from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
 from tests.adapterhub.models import HIDDEN, KINDS, build, run, tokens
 from tests.adapterhub.parity import adapters_of, assert_bitwise, assert_same, pair
 

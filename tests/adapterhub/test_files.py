@@ -17,7 +17,7 @@ import peft_kernels as pk
 from peft_kernels import SerialAdapter, insert_adapters
 from peft_kernels.adapter.kernels.activations import ACTIVATIONS
 from peft_kernels.integrations.adapterhub import load_adapter, save_adapter
-from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS as THEIR_ACTIVATIONS
+from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS as THEIR_ACTIVATIONS
 from tests.adapterhub.inserted import SUBLAYERS, TYPES, edit_config, logits_of, with_adapters
 from tests.adapterhub.models import HIDDEN, KINDS, base, randomize, run
 from tests.adapterhub.parity import assert_bitwise, assert_close

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 import peft_kernels as pk
-from peft_kernels.integrations import adapterhub_layers
-from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS
-from peft_kernels.integrations.adapterhub_layers import FusedAdapter, FusedParallelAdapter
+from peft_kernels.integrations.adapterhub import layers
+from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
+from peft_kernels.integrations.adapterhub.layers import FusedAdapter, FusedParallelAdapter
 from python_ref import compare
 from tests.adapterhub.models import ARCHITECTURES, HIDDEN, KINDS, activate, build, randomize, run, tokens
 from tests.adapterhub.parity import adapters_of, assert_close, assert_same, pair
@@ -43,7 +43,7 @@ def test_architectures(architecture: str, kind: str) -> None:
 def test_activations(name: str) -> None:
     fused, plain, report = pair("bert", "double", non_linearity=name)
     assert not report.fallbacks
-    assert {adapterhub_layers._activation(adapter) for adapter in adapters_of(fused)} == {ACTIVATIONS[name]}
+    assert {layers._activation(adapter) for adapter in adapters_of(fused)} == {ACTIVATIONS[name]}
     assert_same(fused, plain)
     assert not report.fallback_calls
 
@@ -95,13 +95,13 @@ SETUPS = {
 def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor | None]]:
     """x and residual of every call of the operation from here on."""
     calls = []
-    operation = adapterhub_layers.bottleneck_adapter
+    operation = layers.bottleneck_adapter
 
     def record(x: Tensor, *args: object, **kwargs: object) -> Tensor:
         calls.append((x, kwargs["residual"]))
         return operation(x, *args, **kwargs)
 
-    monkeypatch.setattr(adapterhub_layers, "bottleneck_adapter", record)
+    monkeypatch.setattr(layers, "bottleneck_adapter", record)
     return calls
 
 
@@ -129,9 +129,9 @@ class TestComposition:
         fused, _, _ = pair("bert", "seq", "ab")
         activate(fused, SETUPS[setup])
         made = []
-        operation = adapterhub_layers.bottleneck_adapter
+        operation = layers.bottleneck_adapter
         monkeypatch.setattr(
-            adapterhub_layers,
+            layers,
             "bottleneck_adapter",
             lambda *args, **kwargs: made.append(1) or operation(*args, **kwargs),
         )

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels.integrations.peft_layers import PeftLinear
+from peft_kernels.integrations.peft.layers import PeftLinear
 
 VOCABULARY, HIDDEN, LAYERS, HEADS = 61, 32, 2, 4
 

@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_kernels as pk
-from peft_kernels.integrations.peft_layers import FusedLoraLinear, PeftLinear
+from peft_kernels.integrations.peft.layers import FusedLoraLinear, PeftLinear
 from python_ref import compare
 from tests.integrations.models import CLOSE, assert_same, build, lora_layers, pair, run, tokens
 

@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_kernels as pk
-from peft_kernels.integrations.peft_layers import FusedLoraLinear
+from peft_kernels.integrations.peft.layers import FusedLoraLinear
 from python_ref import compare
 from tests.integrations.models import ARCHITECTURES, assert_same, build, lora_layers, pair, randomize, run, tokens
 

@@ -18,7 +18,8 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_kernels as pk
-from peft_kernels.integrations import peft_prompts, prefix_interface
+from peft_kernels.integrations.peft import prompts
+from peft_kernels.integrations.transformers import interface
 from peft_kernels.prompt import prompt_tuning
 from python_ref import compare
 from tests.integrations.models import LAYERS, tokens
@@ -41,8 +42,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append("prompt")
         return prompt_tuning(*args)
 
-    monkeypatch.setattr(prefix_interface, "prefix_attention", prefix)
-    monkeypatch.setattr(peft_prompts, "prompt_tuning", prompt)
+    monkeypatch.setattr(interface, "prefix_attention", prefix)
+    monkeypatch.setattr(prompts, "prompt_tuning", prompt)
     return made
 
 
@@ -364,12 +365,12 @@ class TestRepeatedPrompt:
 
     def test_joins_and_cuts(self) -> None:
         weight, embeddings = torch.randn(4, 3), torch.randn(2, 5, 3)
-        prompt = peft_prompts.RepeatedPrompt(weight)
+        prompt = prompts.RepeatedPrompt(weight)
         joined = torch.cat((prompt.to(torch.float32)[:, :3], embeddings), dim=1)
         assert torch.equal(joined, torch.cat((weight[:3].expand(2, 3, 3), embeddings), dim=1))
 
     def test_elsewhere_it_is_refused(self) -> None:
-        prompt, embeddings = peft_prompts.RepeatedPrompt(torch.randn(4, 3)), torch.randn(2, 5, 3)
+        prompt, embeddings = prompts.RepeatedPrompt(torch.randn(4, 3)), torch.randn(2, 5, 3)
         for wrong in (lambda: torch.cat((embeddings, prompt), dim=1), lambda: torch.cat((prompt, embeddings), dim=0)):
             with pytest.raises(ValueError, match="can only be joined with token embeddings that follow it"):
                 wrong()

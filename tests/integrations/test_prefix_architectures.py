@@ -15,7 +15,7 @@ import transformers
 import peft_kernels as pk
 from peft_kernels import PrefixEncoder
 from peft_kernels.integrations import transformers as integration
-from peft_kernels.integrations.prefix_state import LayerPrefixes, PrefixCache, unmark
+from peft_kernels.integrations.transformers.prefix_state import LayerPrefixes, PrefixCache, unmark
 from tests.integrations.models import LAYERS, tokens
 from tests.integrations.prefixes import CLOSE, P, base, padding, with_prefix
 

@@ -16,8 +16,8 @@ import transformers
 from transformers import masking_utils
 
 import peft_kernels as pk
-from peft_kernels.integrations import prefix_interface
-from peft_kernels.integrations.prefix_state import LayerPrefixes, PrefixSlot, mark
+from peft_kernels.integrations.transformers import interface
+from peft_kernels.integrations.transformers.prefix_state import LayerPrefixes, PrefixSlot, mark
 from tests.integrations.models import HEADS, LAYERS, tokens
 from tests.integrations.prefixes import CLOSE, P, base, loss_of, padding, train_step, with_cache, with_prefix
 
@@ -33,7 +33,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
         calls.append(kwargs)
         return pk.prefix_attention(*args, **kwargs)
 
-    monkeypatch.setattr(prefix_interface, "prefix_attention", recorded)
+    monkeypatch.setattr(interface, "prefix_attention", recorded)
     return calls
 
 
@@ -69,20 +69,20 @@ class TestMaskFunction:
         if pattern == "chunked":
             config = transformers.LlamaConfig()
         common = {"q_offset": q_offset, "mask_function": function, "attention_mask": mask}
-        got = prefix_interface.mask(B, q_length, L, **common, **options, config=config, device="cpu", use_vmap=False)
+        got = interface.mask(B, q_length, L, **common, **options, config=config, device="cpu", use_vmap=False)
         dense = masking_utils.sdpa_mask(B, q_length, L, **common, allow_is_causal_skip=False)
         causal = pattern not in ("bidirectional", "bidirectional, no skip", "custom")
         query = torch.zeros(B, 1, q_length, 1)
-        read = prefix_interface._dense(got, causal and q_length > 1 and (got is None or got.dim() == 2), query, 0, L)
+        read = interface._dense(got, causal and q_length > 1 and (got is None or got.dim() == 2), query, 0, L)
         read = torch.ones(1, 1, 1, 1, dtype=torch.bool) if read is None else read
         assert torch.equal(read.expand(dense.shape), dense)
 
     def test_compact_where_it_can_be(self) -> None:
         causal, options = self.PATTERNS["causal"]
         ones = torch.ones(B, L, dtype=torch.bool)
-        assert prefix_interface.mask(B, L, L, mask_function=causal, attention_mask=ones, **options) is None
+        assert interface.mask(B, L, L, mask_function=causal, attention_mask=ones, **options) is None
         ones[0, 0] = False
-        assert prefix_interface.mask(B, L, L, mask_function=causal, attention_mask=ones, **options).dim() == 2
+        assert interface.mask(B, L, L, mask_function=causal, attention_mask=ones, **options).dim() == 2
 
 
 class _Attention(nn.Module):
@@ -101,8 +101,8 @@ class TestAttentionFunction:
         module = _Attention()
         mark(module, PrefixSlot(0, True, "sdpa"))
         prefixes = LayerPrefixes(lambda: (pair,), P)
-        y, weights = prefix_interface.attention(
-            module, q, k, v, mask, scaling=0.3, **{prefix_interface.ARGUMENT: prefixes, **options}
+        y, weights = interface.attention(
+            module, q, k, v, mask, scaling=0.3, **{interface.ARGUMENT: prefixes, **options}
         )
         assert weights is None and prefixes.taken == {0}
         return y.transpose(1, 2), (q, k, v, *pair)

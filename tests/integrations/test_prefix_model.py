@@ -42,7 +42,7 @@ def test_equals_the_prefix_in_a_cache(architecture: str, side: str) -> None:
 
 
 def test_the_prefix_is_run_by_prefix_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_kernels.integrations import prefix_interface
+    from peft_kernels.integrations.transformers import interface
 
     calls = []
 
@@ -50,7 +50,7 @@ def test_the_prefix_is_run_by_prefix_attention(monkeypatch: pytest.MonkeyPatch) 
         calls.append(kwargs)
         return pk.prefix_attention(*args, **kwargs)
 
-    monkeypatch.setattr(prefix_interface, "prefix_attention", recorded)
+    monkeypatch.setattr(interface, "prefix_attention", recorded)
     model, _ = with_prefix("llama")
     model(tokens())
     assert [call["causal"] for call in calls] == [True] * LAYERS

@@ -5,18 +5,17 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from types import ModuleType
 
 from torch import nn
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.report import Report, forget
+from peft_kernels.integrations.sites import Site
 
-# Library -> the files here that know its modules, layers or whole models: why_not(module) -> reason, "" where it is
-# none of theirs, None where it can be fused; is_fused, fuse, restore.
+# Library -> the files here that find its sites in a model: sites(model) -> Iterator[Site].
 _LIBRARIES = {
-    "peft": ("peft_layers", "peft_prompts"),
-    "adapters.methods.modeling": ("adapterhub_layers",),
+    "peft": ("peft.layers", "peft.prompts"),
+    "adapters.methods.modeling": ("adapterhub.layers",),
 }
 
 # What a report calls the model itself.
@@ -44,22 +43,23 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"apply: model must be a torch.nn.Module, got {type(model).__name__}")
-    fused: dict[str, tuple[ModuleType, nn.Module]] = {}
+    sites = [(site, site.why_not()) for site in _sites(model)]
+    fused: dict[str, nn.Module] = {}
     fallbacks: dict[str, str] = {}
-    for library in _imported_libraries():
-        for name, module in model.named_modules():
-            reason = library.why_not(module)
+    for site, reason in sites:
+        for name, module in site.modules.items():
             if reason is None:
-                fused[name or _WHOLE] = (library, module)
-            elif reason:
+                fused[name or _WHOLE] = module
+            else:
                 fallbacks[name or _WHOLE] = reason
-    report = Report(tuple(fused), fallbacks, tuple(module for _, module in fused.values()))
+    report = Report(tuple(fused), fallbacks, tuple(fused.values()))
     if strict and (fallbacks or not fused):
         raise UnsupportedError(f"apply: strict, and not everything can be fused\n{report}")
     if not fused:
         warnings.warn(f"apply: nothing in {type(model).__name__} was put on these kernels\n{report}", stacklevel=2)
-    for library, module in fused.values():
-        library.fuse(module)
+    for site, reason in sites:
+        if reason is None:
+            site.fuse()
     return report
 
 
@@ -71,14 +71,14 @@ def revert(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    for library in _imported_libraries():
-        for module in model.modules():
-            if library.is_fused(module):
-                library.restore(module)
-                forget(module)
+    for site in _sites(model):
+        site.restore()
+        for module in site.modules.values():
+            forget(module)
 
 
-def _imported_libraries() -> list[ModuleType]:
+def _sites(model: nn.Module) -> list[Site]:
     # A model holds a library's modules only if that library was imported.
     names = [file for library, files in _LIBRARIES.items() if library in sys.modules for file in files]
-    return [importlib.import_module(f"peft_kernels.integrations.{name}") for name in names]
+    files = [importlib.import_module(f"peft_kernels.integrations.{name}") for name in names]
+    return [site for file in files for site in file.sites(model)]

@@ -1,12 +1,14 @@
 """PEFT's prefix and prompt tuning models on these kernels: the model's class is swapped, its state is not touched.
 
 PEFT's own forward and generation run, for every task; only what they get from ``get_prompt`` is another thing. For
-prefix tuning it is a cache that counts the prefix without holding it (peft_prefixes.py); for prompt tuning a stand-in
+prefix tuning it is a cache that counts the prefix without holding it (prefixes.py); for prompt tuning a stand-in
 for the repeated prompt, which ``torch.cat`` with the embeddings writes in one pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,18 +17,11 @@ import torch
 from peft import PeftType
 from torch import Tensor, nn
 
-from peft_kernels.integrations.class_swap import is_hooked, set_class
+from peft_kernels.integrations.hooks import is_hooked
 from peft_kernels.integrations.report import count_fallback
-from peft_kernels.integrations.rules import Rule, Support
+from peft_kernels.integrations.rules import Support
+from peft_kernels.integrations.sites import Site
 from peft_kernels.prompt import prompt_tuning
-
-_OTHER_KIND = Rule(
-    "P-tuning, multitask prompt tuning, CPT, cartridges", "it is PEFT's {kind}, neither PREFIX_TUNING nor PROMPT_TUNING"
-)
-_NO_TASK = Rule("a model without a task (`task_type=None`)", "it is PEFT's {model}, not one of a task")
-_OTHER_ENCODER = Rule("an encoder of another class", "its encoder is a {encoder}, not PEFT's {expected}")
-_HOOKED = Rule("hooks on the encoder or inside it", "there are hooks on its encoder")
-_OTHER_EMBEDDING = Rule("an embedding that is quantized or sharded", "its embedding is not a plain nn.Embedding")
 
 SUPPORT = Support(
     "PEFT: prefix and prompt tuning models",
@@ -35,7 +30,15 @@ SUPPORT = Support(
         "`PREFIX_TUNING` for causal language models, classification, question answering and feature extraction",
         "`prefix_projection`, several adapters, `disable_adapter()`, `generate`, gradient checkpointing",
     ),
-    (_OTHER_KIND, _NO_TASK, _OTHER_ENCODER, _HOOKED, _OTHER_EMBEDDING),
+)
+_OTHER_KIND = SUPPORT.rule(
+    "P-tuning, multitask prompt tuning, CPT, cartridges", "it is PEFT's {kind}, neither PREFIX_TUNING nor PROMPT_TUNING"
+)
+_NO_TASK = SUPPORT.rule("a model without a task (`task_type=None`)", "it is PEFT's {model}, not one of a task")
+_OTHER_ENCODER = SUPPORT.rule("an encoder of another class", "its encoder is a {encoder}, not PEFT's {expected}")
+_HOOKED = SUPPORT.rule("hooks on the encoder or inside it", "there are hooks on its encoder")
+_OTHER_EMBEDDING = SUPPORT.rule(
+    "an embedding that is quantized or sharded", "its embedding is not a plain nn.Embedding"
 )
 
 _ENCODERS = {PeftType.PREFIX_TUNING: peft.PrefixEncoder, PeftType.PROMPT_TUNING: peft.PromptEmbedding}
@@ -91,7 +94,6 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     peft.PeftModelForQuestionAnswering: FusedForQuestionAnswering,
     peft.PeftModelForFeatureExtraction: FusedForFeatureExtraction,
 }
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 
 class RepeatedPrompt:
@@ -130,45 +132,43 @@ class RepeatedPrompt:
         return prompt_tuning(prompt.weight[None], embeddings)
 
 
-def why_not(module: Any) -> str | None:
-    """Reason why a module is not fused, "" if it is no prompt-learning model of PEFT's, None if it is or can be."""
-    if not isinstance(module, peft.PeftModel) or not getattr(module, "_is_prompt_learning", False):
-        return ""
-    model: Any = module
+class _Model(Site):
+    """One model; for prefix tuning its attention implementation is set too."""
+
+    def fuse(self) -> None:
+        (model,) = self.modules.values()
+        if model.peft_type == PeftType.PREFIX_TUNING and type(model) in _FUSED:
+            _prefixes().attach(model)
+        super().fuse()
+
+    def restore(self) -> None:
+        (model,) = self.modules.values()
+        if model.peft_type == PeftType.PREFIX_TUNING and type(model) in _FUSED.values():
+            _prefixes().detach(model)
+        super().restore()
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """PEFT's models that learn prompts."""
+    for name, module in model.named_modules():
+        if isinstance(module, peft.PeftModel) and getattr(module, "_is_prompt_learning", False):
+            yield _Model({name: module}, _FUSED, partial(_why_not, module))
+
+
+def _why_not(model: Any) -> str | None:
     if model.peft_type not in _ENCODERS:
         return _OTHER_KIND(kind=model.peft_type.value)
-    if type(model) not in (*_FUSED, *_PLAIN):
+    if type(model) not in (*_FUSED, *_FUSED.values()):
         return _NO_TASK(model=type(model).__name__)
     reason: str | None = _prefixes().why_not(model) if model.peft_type == PeftType.PREFIX_TUNING else None
     return reason
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether a model was swapped."""
-    return type(module) in _PLAIN
-
-
-def fuse(module: Any) -> None:
-    """Swap the class; for prefix tuning, set the attention implementation too."""
-    if is_fused(module):
-        return
-    set_class(module, _FUSED[type(module)])
-    if module.peft_type == PeftType.PREFIX_TUNING:
-        _prefixes().attach(module)
-
-
-def restore(module: Any) -> None:
-    """Undo ``fuse``."""
-    set_class(module, _PLAIN[type(module)])
-    if module.peft_type == PeftType.PREFIX_TUNING:
-        _prefixes().detach(module)
-
-
 def _prefixes() -> ModuleType:
     # Imported for prefixes alone: it registers an attention function, and needs a transformers that has a place for it.
-    from peft_kernels.integrations import peft_prefixes
+    from peft_kernels.integrations.peft import prefixes
 
-    return peft_prefixes
+    return prefixes
 
 
 def _why_not_call(model: Any) -> str | None:

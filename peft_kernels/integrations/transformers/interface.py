@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from peft_kernels._core.errors import UnsupportedError
-from peft_kernels.integrations.prefix_state import ARGUMENT, LayerPrefixes, slot_of
+from peft_kernels.integrations.transformers.prefix_state import ARGUMENT, LayerPrefixes, slot_of
 from peft_kernels.prefix import prefix_attention
 
 NAME = "peft_kernels"

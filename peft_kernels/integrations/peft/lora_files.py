@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peft_kernels.integrations import peft_adapter
+from peft_kernels.integrations.peft import adapter_folder
 from peft_kernels.lora import FusedLoRALinear
 
 _PREFIX = "base_model.model."
@@ -58,14 +58,14 @@ def save(model: nn.Module, folder: str | Path, adapter_name: str) -> None:
     for name, layer in layers.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name]
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name]
-    peft_adapter.write(folder, _config(layers, adapter_name), tensors)
+    adapter_folder.write(folder, _config(layers, adapter_name), tensors)
 
 
 def load(model: nn.Module, folder: Path, config: Mapping[str, Any], adapter_name: str) -> None:
     """See ``peft.load_adapter``."""
-    _check_config(folder / peft_adapter.CONFIG_FILE, config)
+    _check_config(folder / adapter_folder.CONFIG_FILE, config)
     layers = _layers(model)
-    adapters = _adapters(folder, peft_adapter.read_tensors(folder), config, layers)
+    adapters = _adapters(folder, adapter_folder.read_tensors(folder), config, layers)
     for name in adapters:
         if layers[name].merged:
             raise ValueError(f"load_adapter: {name} is merged; call unmerge() before loading")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.integrations import peft_adapter
+from peft_kernels.integrations.peft import adapter_folder
 from peft_kernels.prefix import PrefixEncoder
 from peft_kernels.prompt import PromptEmbedding
 
@@ -56,7 +56,7 @@ def save(model: nn.Module, part: Part, folder: str | Path, task_type: str | None
         "inference_mode": True,
         "modules_to_save": sorted({name.split(".")[0] for name in heads}) or None,
     }
-    peft_adapter.write(folder, config, {KEY: rows, **{f"{_BASE}{name}": tensor for name, tensor in heads.items()}})
+    adapter_folder.write(folder, config, {KEY: rows, **{f"{_BASE}{name}": tensor for name, tensor in heads.items()}})
 
 
 def load(model: nn.Module, part: Part, folder: Path, config: Mapping[str, Any]) -> None:
@@ -64,8 +64,8 @@ def load(model: nn.Module, part: Part, folder: Path, config: Mapping[str, Any]) 
     if isinstance(part, PrefixEncoder) and part.mlp is not None:
         raise ValueError("load_adapter: a PrefixEncoder must have no MLP: a file holds what the MLP made; fold() it")
     for option, expected in _sizes(part).items():
-        peft_adapter.require(folder, config, option, expected)
-    tensors = peft_adapter.read_tensors(folder)
+        adapter_folder.require(folder, config, option, expected)
+    tensors = adapter_folder.read_tensors(folder)
     if KEY not in tensors:
         raise ValueError(f"load_adapter: {folder} must hold the key {KEY!r}, holds {sorted(tensors)}")
     parameters = {} if model is part else dict(model.named_parameters())

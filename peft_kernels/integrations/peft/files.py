@@ -1,7 +1,4 @@
-"""For users of PEFT: adapter files, both ways, for models built from this package's own modules.
-
-A model that PEFT built needs none of this: ``peft_kernels.apply`` leaves it PEFT's, with PEFT's own saving and loading.
-"""
+"""PEFT's adapter files, both ways, for models built from this package's own modules."""
 
 from __future__ import annotations
 
@@ -9,12 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from peft_kernels.integrations import peft_adapter, peft_lora_files, peft_prompt_files
+from peft_kernels.integrations.peft import adapter_folder, lora_files, prompt_files
 from peft_kernels.lora import FusedLoRALinear
 from peft_kernels.prefix import PrefixEncoder
 from peft_kernels.prompt import PromptEmbedding
-
-__all__ = ["load_adapter", "save_adapter"]
 
 _KINDS: dict[str, type[nn.Module]] = {
     "LORA": FusedLoRALinear,
@@ -45,9 +40,9 @@ def save_adapter(
     if len(kinds) > 1:
         raise ValueError(f"save_adapter: model must have one kind of adapter, got {kinds}; save each part by itself")
     if kinds and kinds != ["LORA"]:
-        peft_prompt_files.save(model, _only(found[kinds[0]], "save_adapter", kinds[0]), folder, task_type)
+        prompt_files.save(model, _only(found[kinds[0]], "save_adapter", kinds[0]), folder, task_type)
     else:
-        peft_lora_files.save(model, folder, adapter_name)
+        lora_files.save(model, folder, adapter_name)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
@@ -69,19 +64,19 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
             merged. The text names the file or key, what it must be and what it was. The model is as it was.
     """
     folder = Path(folder)
-    config = peft_adapter.read_config(folder, tuple(_KINDS))
+    config = adapter_folder.read_config(folder, tuple(_KINDS))
     kind = config["peft_type"]
     if kind == "LORA":
-        peft_lora_files.load(model, folder, config, adapter_name)
+        lora_files.load(model, folder, config, adapter_name)
     else:
-        peft_prompt_files.load(model, _only(_of_kind(model, kind), "load_adapter", kind), folder, config)
+        prompt_files.load(model, _only(_of_kind(model, kind), "load_adapter", kind), folder, config)
 
 
 def _of_kind(model: nn.Module, kind: str) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, _KINDS[kind])]
 
 
-def _only(modules: list[nn.Module], where: str, kind: str) -> peft_prompt_files.Part:
+def _only(modules: list[nn.Module], where: str, kind: str) -> prompt_files.Part:
     if len(modules) != 1 or not isinstance(modules[0], (PrefixEncoder, PromptEmbedding)):
         raise ValueError(f"{where}: for {kind} model must have one {_KINDS[kind].__name__}, got {len(modules)}")
     return modules[0]

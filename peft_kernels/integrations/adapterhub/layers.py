@@ -10,12 +10,13 @@ blocks have joined their results.
 | parallel   | s up(act(down(x))), down, up             | residual=None; ``up`` is the same tensor         |
 
 Composition blocks pass ``up`` on, and only Fuse reads it; nothing reads ``down``. What may stay unread is made when it
-is read: adapterhub_deferred.py.
+is read: deferred.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,30 +36,12 @@ from transformers.activations import ACT2CLS
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.adapter import bottleneck_adapter
 from peft_kernels.adapter.kernels.activations import LEAKY_SLOPE
-from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS
-from peft_kernels.integrations.adapterhub_deferred import Deferred
-from peft_kernels.integrations.adapterhub_rules import (
-    DEVICE,
-    DROPOUT,
-    DTYPES,
-    GATE,
-    GATING_SCORES,
-    HOOKED,
-    LEARNED_SCALING,
-    NO_PLAIN_PARAMETER,
-    NO_RESIDUAL,
-    NORM,
-    OTHER_ACTIVATION,
-    OTHER_CLASS,
-    OTHER_METHOD,
-    OTHER_PARTS,
-    RESIDUAL_DTYPE,
-    SEVERAL_DEVICES,
-    SHAPES,
-    STOCHASTIC_DEPTH,
-)
-from peft_kernels.integrations.class_swap import is_hooked, set_class
+from peft_kernels.integrations.adapterhub import rules
+from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
+from peft_kernels.integrations.adapterhub.deferred import Deferred
+from peft_kernels.integrations.hooks import is_hooked
 from peft_kernels.integrations.report import count_fallback
+from peft_kernels.integrations.sites import Site
 
 
 def _class_of(name: str) -> type[nn.Module]:
@@ -97,52 +80,46 @@ class FusedParallelAdapter(ParallelAdapter):
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {Adapter: FusedAdapter, ParallelAdapter: FusedParallelAdapter}
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_KNOWN = (*_FUSED, *_FUSED.values())
 
 
-def why_not(module: Any) -> str | None:
-    """Reason why a module is not fused, "" if it is no adapter of AdapterHub's, None if it is or can be."""
-    if isinstance(module, Adapter):
-        return _why_not_adapter(module)
-    is_other_layer = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer)
-    if (is_other_layer and module.adapter_modules) or isinstance(module, (NICECouplingBlock, GLOWCouplingBlock)):
-        return OTHER_METHOD(layer=type(module).__name__)
-    return ""
+def sites(model: nn.Module) -> Iterator[Site]:
+    """AdapterHub's bottlenecks, and what its other methods put into a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter) or _is_other_method(module):
+            yield Site({name: module}, _FUSED, partial(_why_not, module))
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module was swapped."""
-    return type(module) in _PLAIN
+def _is_other_method(module: Any) -> bool:
+    if isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer):
+        return bool(module.adapter_modules)
+    return isinstance(module, (NICECouplingBlock, GLOWCouplingBlock))
 
 
-def fuse(module: nn.Module) -> None:
-    """Swap the class."""
-    set_class(module, _FUSED.get(type(module), type(module)))
-
-
-def restore(module: nn.Module) -> None:
-    """Swap it back."""
-    set_class(module, _PLAIN[type(module)])
+def _why_not(module: Any) -> str | None:
+    if not isinstance(module, Adapter):
+        return rules.OTHER_METHOD(layer=type(module).__name__)
+    return _why_not_adapter(module)
 
 
 def _why_not_adapter(adapter: Any) -> str | None:
     """Reason that lies in what the adapter is made of."""
-    if type(adapter) not in _FUSED and type(adapter) not in _PLAIN:
-        return OTHER_CLASS(adapter=type(adapter).__name__)
+    if type(adapter) not in _KNOWN:
+        return rules.OTHER_CLASS(adapter=type(adapter).__name__)
     if adapter.use_gating:
-        return GATE()
+        return rules.GATE()
     if adapter.add_layer_norm_before or adapter.add_layer_norm_after:
-        return NORM()
+        return rules.NORM()
     if hasattr(adapter, "DropPath"):
-        return STOCHASTIC_DEPTH()
+        return rules.STOCHASTIC_DEPTH()
     if type(adapter.scaling) not in (float, int):
-        return LEARNED_SCALING()
+        return rules.LEARNED_SCALING()
     down = adapter.adapter_down
     parts = (*(down if type(down) is nn.Sequential else (down,)), adapter.adapter_up, adapter.dropout)
     if tuple(map(type, parts)) != (nn.Linear, Activation_Function_Class, nn.Linear, nn.Dropout):
-        return OTHER_PARTS(parts=", ".join(type(part).__name__ for part in parts))
+        return rules.OTHER_PARTS(parts=", ".join(type(part).__name__ for part in parts))
     if not _activation(adapter):
-        return OTHER_ACTIVATION(activation=type(adapter.adapter_down[1].f).__name__)
+        return rules.OTHER_ACTIVATION(activation=type(adapter.adapter_down[1].f).__name__)
     return _why_not_modules(adapter)
 
 
@@ -151,10 +128,10 @@ def _why_not_modules(adapter: Any) -> str | None:
     down, activation = adapter.adapter_down
     parts = (adapter, adapter.adapter_down, down, activation, activation.f, adapter.adapter_up, adapter.dropout)
     if any(isinstance(part, nn.Module) and is_hooked(part) for part in parts):
-        return HOOKED()
+        return rules.HOOKED()
     for tensor in _parameters(adapter):
         if type(tensor) not in (nn.Parameter, Tensor):
-            return NO_PLAIN_PARAMETER(parameter=type(tensor).__name__)
+            return rules.NO_PLAIN_PARAMETER(parameter=type(tensor).__name__)
     return None
 
 
@@ -162,18 +139,18 @@ def _why_not_call(adapter: Any, x: Tensor, residual: Any, output_gating: bool) -
     """Reason that lies in the arguments, or in dtypes, devices and the mode of training."""
     if output_gating:
         # Without a gate AdapterHub keeps the last result instead, which is ``up``.
-        return GATING_SCORES()
+        return rules.GATING_SCORES()
     if adapter.dropout.training and adapter.dropout.p > 0:
-        return DROPOUT()
+        return rules.DROPOUT()
     if not isinstance(residual, Tensor):
-        return NO_RESIDUAL(residual=type(residual).__name__)
+        return rules.NO_RESIDUAL(residual=type(residual).__name__)
     parameters = _parameters(adapter)
     if any(tensor.device != x.device for tensor in (residual, *parameters)):
-        return SEVERAL_DEVICES()
+        return rules.SEVERAL_DEVICES()
     if not torch.amp.is_autocast_available(x.device.type):
-        return DEVICE(device=x.device.type)
+        return rules.DEVICE(device=x.device.type)
     if x.shape[-1:] != (adapter.input_size,) or residual.shape != x.shape:
-        return SHAPES(x=tuple(x.shape), residual=tuple(residual.shape), width=adapter.input_size)
+        return rules.SHAPES(x=tuple(x.shape), residual=tuple(residual.shape), width=adapter.input_size)
     return _why_not_dtypes(x, residual.dtype, {parameter.dtype for parameter in parameters})
 
 
@@ -182,9 +159,9 @@ def _why_not_dtypes(x: Tensor, residual: torch.dtype, parameters: set[torch.dtyp
     if autocast_dtype(x.device.type) is not None and torch.float64 not in (x.dtype, residual, *parameters):
         return None
     if parameters != {x.dtype}:
-        return DTYPES(x=x.dtype, parameters=", ".join(sorted(map(str, parameters))))
+        return rules.DTYPES(x=x.dtype, parameters=", ".join(sorted(map(str, parameters))))
     if residual not in (x.dtype, torch.float32) or torch.promote_types(residual, x.dtype) != residual:
-        return RESIDUAL_DTYPE(x=x.dtype, residual=residual)
+        return rules.RESIDUAL_DTYPE(x=x.dtype, residual=residual)
     return None
 
 

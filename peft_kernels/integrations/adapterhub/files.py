@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_kernels.adapter import ParallelAdapter, SerialAdapter
 from peft_kernels.adapter.insertion import ATTRIBUTE
-from peft_kernels.integrations.adapterhub_activations import ACTIVATIONS, BEFORE_VERSIONS
+from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS, BEFORE_VERSIONS
 from peft_kernels.integrations.file_readers import read_json_object, read_tensors
 
 CONFIG_FILE = "adapter_config.json"

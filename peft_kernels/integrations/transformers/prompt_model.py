@@ -21,8 +21,22 @@ _MARK = "has_prompt"
 _IGNORED = -100
 
 
-def add(model: Any, prompt: nn.Module) -> None:
-    """See ``transformers.add_prompt``."""
+def add_prompt(model: Any, prompt: PromptEmbedding | PromptEnsemble) -> None:
+    """Put a prompt in front of every input of a transformers model, in place (Lester et al. 2021, arXiv:2104.08691).
+
+    Token embeddings become (N B, P + L, D), N the prompts of an ensemble; masks, token types, positions and labels of
+    each token are widened with them, labels with -100. Outputs have P + L positions, the prompt's first. A cache holds
+    the prompt after the first call, and ``generate`` works, but not with a static cache or an ensemble. The prompt
+    becomes a part of the model; what else is trained is the caller's to say.
+
+    Args:
+        model: a decoder or an encoder.
+        prompt: of the model's embedding dimension.
+
+    Raises:
+        ValueError: the prompt does not fit, or the model has one already.
+        UnsupportedError: the model cannot have a prompt, with the reason.
+    """
     if not isinstance(prompt, (PromptEmbedding, PromptEnsemble)):
         raise ValueError(f"add_prompt: prompt must be a PromptEmbedding or PromptEnsemble, got {type(prompt).__name__}")
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
@@ -40,8 +54,12 @@ def add(model: Any, prompt: nn.Module) -> None:
     model.base_model.register_forward_pre_hook(_check, with_kwargs=True)
 
 
-def remove(model: Any) -> nn.Module:
-    """See ``transformers.remove_prompt``."""
+def remove_prompt(model: Any) -> nn.Module:
+    """Undo ``add_prompt``, and return the prompt.
+
+    Raises:
+        ValueError: the model has no prompt.
+    """
     prompt: nn.Module | None = getattr(model, PROMPT, None)
     if not isinstance(prompt, (PromptEmbedding, PromptEnsemble)):
         raise ValueError(f"remove_prompt: {type(model).__name__} has no prompt")

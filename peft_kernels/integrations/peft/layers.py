@@ -8,6 +8,7 @@ PEFT's layer works on it: ``isinstance``, pickling, deepcopy, merging, hotswappi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,39 +17,11 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from peft_kernels._core.autocast import autocast_dtype
-from peft_kernels.integrations.class_swap import is_hooked, set_class
+from peft_kernels.integrations.hooks import is_hooked
 from peft_kernels.integrations.report import count_fallback
-from peft_kernels.integrations.rules import Rule, Support
+from peft_kernels.integrations.rules import Support
+from peft_kernels.integrations.sites import Site
 from peft_kernels.lora import lora_linear
-
-_OTHER_LAYER = Rule(
-    "a layer of another class: embeddings, convolutions, quantized layers, MoE parameters",
-    "it is PEFT's {layer}, not its lora.Linear",
-)
-_DISABLED = Rule("a call inside `disable_adapter()`", "adapters are disabled")
-_MERGED = Rule("a call after `merge_adapter()`", "adapters are merged into the weight")
-_NO_ADAPTER = Rule("a call while none of the layer's adapters is active", "no adapter is active")
-_OTHER_BASE = Rule(
-    "a base layer of another class, a parametrized one too", "its base layer is {base}, not nn.Linear or Conv1D"
-)
-_VARIANT = Rule("DoRA, aLoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
-_OTHER_DROPOUT = Rule("dropout of another class", "its dropout is {dropout}, not nn.Dropout")
-_HOOKED = Rule(
-    "hooks inside the layer: offloading, tensor parallelism, FSDP of the parts",
-    "there are hooks on its base layer or on its adapters",
-)
-_NO_PLAIN_WEIGHT = Rule("a weight that is a tensor subclass", "a weight of it is a {weight}, not a plain tensor")
-_ADAPTER_NAMES = Rule("`adapter_names` in the call", "adapter_names mixes adapters within a batch")
-_MORE_ARGUMENTS = Rule("a call with further arguments", "the call has arguments beside x")
-_SEVERAL_DEVICES = Rule("tensors on several devices", "its tensors are on several devices")
-_SEVERAL_DTYPES = Rule("active adapters of several dtypes", "its adapters have several dtypes")
-_SEVERAL_MASKS = Rule(
-    "several active adapters with dropout in training", "several active adapters with dropout draw a mask each"
-)
-_X_DTYPE = Rule("input and base weight of two dtypes outside autocast", "x is {x}, the base weight {base}")
-_ADAPTER_DTYPE = Rule(
-    "adapters neither in the input's dtype nor in float32 outside autocast", "x is {x}, the adapters are {adapter}"
-)
 
 SUPPORT = Support(
     "PEFT: LoRA layers",
@@ -58,24 +31,36 @@ SUPPORT = Support(
         "adapters in float32 on a half-precision base, autocast, dropout in training",
         "several active adapters without dropout, in one call",
     ),
-    (
-        _OTHER_LAYER,
-        _DISABLED,
-        _MERGED,
-        _NO_ADAPTER,
-        _OTHER_BASE,
-        _VARIANT,
-        _OTHER_DROPOUT,
-        _HOOKED,
-        _NO_PLAIN_WEIGHT,
-        _ADAPTER_NAMES,
-        _MORE_ARGUMENTS,
-        _SEVERAL_DEVICES,
-        _SEVERAL_DTYPES,
-        _SEVERAL_MASKS,
-        _X_DTYPE,
-        _ADAPTER_DTYPE,
-    ),
+)
+_OTHER_LAYER = SUPPORT.rule(
+    "a layer of another class: embeddings, convolutions, quantized layers, MoE parameters",
+    "it is PEFT's {layer}, not its lora.Linear",
+)
+_DISABLED = SUPPORT.rule("a call inside `disable_adapter()`", "adapters are disabled")
+_MERGED = SUPPORT.rule("a call after `merge_adapter()`", "adapters are merged into the weight")
+_NO_ADAPTER = SUPPORT.rule("a call while none of the layer's adapters is active", "no adapter is active")
+_OTHER_BASE = SUPPORT.rule(
+    "a base layer of another class, a parametrized one too", "its base layer is {base}, not nn.Linear or Conv1D"
+)
+_VARIANT = SUPPORT.rule("DoRA, aLoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
+_OTHER_DROPOUT = SUPPORT.rule("dropout of another class", "its dropout is {dropout}, not nn.Dropout")
+_HOOKED = SUPPORT.rule(
+    "hooks inside the layer: offloading, tensor parallelism, FSDP of the parts",
+    "there are hooks on its base layer or on its adapters",
+)
+_NO_PLAIN_WEIGHT = SUPPORT.rule(
+    "a weight that is a tensor subclass", "a weight of it is a {weight}, not a plain tensor"
+)
+_ADAPTER_NAMES = SUPPORT.rule("`adapter_names` in the call", "adapter_names mixes adapters within a batch")
+_MORE_ARGUMENTS = SUPPORT.rule("a call with further arguments", "the call has arguments beside x")
+_SEVERAL_DEVICES = SUPPORT.rule("tensors on several devices", "its tensors are on several devices")
+_SEVERAL_DTYPES = SUPPORT.rule("active adapters of several dtypes", "its adapters have several dtypes")
+_SEVERAL_MASKS = SUPPORT.rule(
+    "several active adapters with dropout in training", "several active adapters with dropout draw a mask each"
+)
+_X_DTYPE = SUPPORT.rule("input and base weight of two dtypes outside autocast", "x is {x}, the base weight {base}")
+_ADAPTER_DTYPE = SUPPORT.rule(
+    "adapters neither in the input's dtype nor in float32 outside autocast", "x is {x}, the adapters are {adapter}"
 )
 
 
@@ -91,29 +76,17 @@ class FusedLoraLinear(PeftLinear):
         return _fused(self, x)
 
 
-def why_not(module: Any) -> str | None:
-    """Reason why a module is not fused, "" if it is no LoRA layer of PEFT's, None if it is or can be."""
-    if not isinstance(module, LoraLayer):
-        return ""
-    if type(module) not in (PeftLinear, FusedLoraLinear):
-        return _OTHER_LAYER(layer=f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}")
-    layer: Any = module
+def sites(model: nn.Module) -> Iterator[Site]:
+    """PEFT's LoRA layers, each by itself."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield Site({name: module}, {PeftLinear: FusedLoraLinear}, partial(_why_not, module))
+
+
+def _why_not(layer: Any) -> str | None:
+    if type(layer) not in (PeftLinear, FusedLoraLinear):
+        return _OTHER_LAYER(layer=f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}")
     return _why_not_parts(layer)
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module was swapped."""
-    return type(module) is FusedLoraLinear
-
-
-def fuse(module: nn.Module) -> None:
-    """Swap the class."""
-    set_class(module, FusedLoraLinear)
-
-
-def restore(module: nn.Module) -> None:
-    """Swap it back."""
-    set_class(module, PeftLinear)
 
 
 def _why_not_state(layer: PeftLinear) -> str | None:

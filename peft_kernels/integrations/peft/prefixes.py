@@ -1,4 +1,4 @@
-"""What peft_prompts.py needs for prefix tuning: PEFT's prefixes as ``LayerPrefixes``, and the hooks that carry them.
+"""What prompts.py needs for prefix tuning: PEFT's prefixes as ``LayerPrefixes``, and the hooks that carry them.
 
 PEFT hands the model a ``PrefixCache`` where it would hand it keys and values of every row. A hook on the backbone takes
 the prefixes out of it and gives them to the attention function as an argument, which activation checkpointing keeps.
@@ -12,21 +12,22 @@ from typing import Any
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
 from transformers import DynamicCache
 
-from peft_kernels.integrations import prefix_interface, prefix_model
 from peft_kernels.integrations.hooks import named_arguments, remove_hooks
-from peft_kernels.integrations.prefix_state import ARGUMENT, LayerPrefixes, Pairs, PrefixCache, slot_of
-from peft_kernels.integrations.rules import Rule, Support
+from peft_kernels.integrations.rules import Support
+from peft_kernels.integrations.transformers import interface, prefix_model
+from peft_kernels.integrations.transformers.prefix_state import ARGUMENT, LayerPrefixes, Pairs, PrefixCache, slot_of
 
-_OTHER_LAYOUT = Rule(
+SUPPORT = Support("PEFT: prefixes alone")
+_OTHER_LAYOUT = SUPPORT.rule(
     "model types that PEFT rearranges prefixes for",
     "PEFT has a layout of its own for prefixes of this model type",
 )
-_OTHER_LAYERS = Rule("a configuration for another number of layers", "its prefix is for another number of layers")
-_OTHER_ATTENTION = Rule(
-    "`set_attn_implementation` after `apply`", f"the attention implementation is no longer {prefix_interface.NAME!r}"
+_OTHER_LAYERS = SUPPORT.rule(
+    "a configuration for another number of layers", "its prefix is for another number of layers"
 )
-
-SUPPORT = Support("PEFT: prefixes alone", (), (_OTHER_LAYOUT, _OTHER_LAYERS, _OTHER_ATTENTION))
+_OTHER_ATTENTION = SUPPORT.rule(
+    "`set_attn_implementation` after `apply`", f"the attention implementation is no longer {interface.NAME!r}"
+)
 
 
 def why_not(model: Any) -> str | None:
@@ -41,7 +42,7 @@ def why_not_call(model: Any) -> str | None:
     modules = prefix_model.attention_modules(model.get_base_model())
     if model.active_peft_config.num_layers != len(modules):
         return _OTHER_LAYERS()
-    if any(slot_of(part) is None or part.config._attn_implementation != prefix_interface.NAME for part in modules):
+    if any(slot_of(part) is None or part.config._attn_implementation != interface.NAME for part in modules):
         return _OTHER_ATTENTION()
     return None
 

@@ -15,9 +15,10 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
-from peft_kernels.integrations import prefix_interface
 from peft_kernels.integrations.hooks import hands_on_arguments, named_arguments, remove_hooks
-from peft_kernels.integrations.prefix_state import (
+from peft_kernels.integrations.rules import Support
+from peft_kernels.integrations.transformers import interface
+from peft_kernels.integrations.transformers.prefix_state import (
     ARGUMENT,
     LayerPrefixes,
     PrefixCache,
@@ -26,29 +27,9 @@ from peft_kernels.integrations.prefix_state import (
     slot_of,
     unmark,
 )
-from peft_kernels.integrations.rules import Rule, Support
 from peft_kernels.prefix import PrefixEncoder
 
 ENCODER = "prefix_encoder"
-
-_NO_MODEL = Rule("a module that is no `PreTrainedModel`", "it is no transformers model")
-_ENCODER_DECODER = Rule("T5, BART and other encoder-decoders", "it is an encoder-decoder model")
-_SOFTCAP = Rule("Gemma 2", "its attention caps the scores (attn_logit_softcapping)")
-_NO_INTERFACE = Rule(
-    "models whose attention is code of their own, or knows no SDPA (gpt-oss, with its sinks)",
-    "its attention does not go through transformers' AttentionInterface, or not as SDPA does",
-)
-_CROSS_ATTENTION = Rule("BERT as a decoder of an encoder's states", "it has cross-attention")
-_NO_LAYERS = Rule(
-    "hybrids with recurrent layers; ALBERT, whose layers are one",
-    "not every layer has one self-attention module with the layer's index",
-)
-_LATENT = Rule("DeepSeek V2 and V3", "its keys and values are compressed (multi-head latent attention)")
-_NO_CACHE = Rule("backbones that cannot decode", "its backbone takes no past_key_values")
-_NO_KWARGS = Rule(
-    "layers that drop keyword arguments: StableLM, Nemotron",
-    "its {part} hands no keyword arguments on to the attention",
-)
 
 SUPPORT = Support(
     "Prefixes on transformers' models: `add_prefix`, and `apply` on PEFT's",
@@ -56,17 +37,24 @@ SUPPORT = Support(
         "tested: Llama, Llama 4, Qwen2, Mistral, Mixtral, GPT-2, GPT-NeoX, OPT, Phi, Gemma 3, BERT, RoBERTa",
         "other decoders and encoders that no rule below excludes",
     ),
-    (
-        _NO_MODEL,
-        _ENCODER_DECODER,
-        _SOFTCAP,
-        _NO_INTERFACE,
-        _CROSS_ATTENTION,
-        _NO_LAYERS,
-        _LATENT,
-        _NO_CACHE,
-        _NO_KWARGS,
-    ),
+)
+_NO_MODEL = SUPPORT.rule("a module that is no `PreTrainedModel`", "it is no transformers model")
+_ENCODER_DECODER = SUPPORT.rule("T5, BART and other encoder-decoders", "it is an encoder-decoder model")
+_SOFTCAP = SUPPORT.rule("Gemma 2", "its attention caps the scores (attn_logit_softcapping)")
+_NO_INTERFACE = SUPPORT.rule(
+    "models whose attention is code of their own, or knows no SDPA (gpt-oss, with its sinks)",
+    "its attention does not go through transformers' AttentionInterface, or not as SDPA does",
+)
+_CROSS_ATTENTION = SUPPORT.rule("BERT as a decoder of an encoder's states", "it has cross-attention")
+_NO_LAYERS = SUPPORT.rule(
+    "hybrids with recurrent layers; ALBERT, whose layers are one",
+    "not every layer has one self-attention module with the layer's index",
+)
+_LATENT = SUPPORT.rule("DeepSeek V2 and V3", "its keys and values are compressed (multi-head latent attention)")
+_NO_CACHE = SUPPORT.rule("backbones that cannot decode", "its backbone takes no past_key_values")
+_NO_KWARGS = SUPPORT.rule(
+    "layers that drop keyword arguments: StableLM, Nemotron",
+    "its {part} hands no keyword arguments on to the attention",
 )
 
 
@@ -121,7 +109,7 @@ def attach(model: Any, required: bool) -> None:
         mark(module, PrefixSlot(module.layer_idx, required, module.config._attn_implementation))
     for module in attention_modules(model):
         # As set_attn_implementation does it, for the attention's own configuration alone.
-        module.config._attn_implementation_internal = prefix_interface.NAME
+        module.config._attn_implementation_internal = interface.NAME
 
 
 def detach(model: Any) -> None:
@@ -177,9 +165,9 @@ def sizes(model: Any) -> tuple[int, int, int]:
 def check_call(module: Any, kwargs: dict[str, Any]) -> None:
     """Raise if the attention is not ours, or if the call wants its probabilities, which are not computed."""
     implementation = module.config._attn_implementation
-    if implementation != prefix_interface.NAME:
+    if implementation != interface.NAME:
         raise UnsupportedError(
-            f"prefix_attention: the attention implementation must stay {prefix_interface.NAME!r} while the model has "
+            f"prefix_attention: the attention implementation must stay {interface.NAME!r} while the model has "
             f"prefixes, got {implementation!r}"
         )
     wanted = kwargs.get("output_attentions")

@@ -1,0 +1,16 @@
+"""For users of PEFT: adapter files, both ways, for models built from this package's own modules.
+
+A model that PEFT built needs none of this: ``peft_kernels.apply`` leaves it PEFT's, with PEFT's own saving and loading.
+
+layers.py          PEFT's LoRA layers: class swap, eligibility, the fused forward
+prompts.py         PEFT's prefix and prompt tuning models: class swap, eligibility, what replaces the repeated prompt
+prefixes.py        the same models' prefixes, and the hooks that carry them
+files.py           save_adapter and load_adapter
+adapter_folder.py  the two files of an adapter
+lora_files.py      LoRA files for models built from FusedLoRALinear
+prompt_files.py    prefix and prompt files for PrefixEncoder and PromptEmbedding
+"""
+
+from peft_kernels.integrations.peft.files import load_adapter, save_adapter
+
+__all__ = ["load_adapter", "save_adapter"]

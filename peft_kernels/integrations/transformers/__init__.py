@@ -1,0 +1,17 @@
+"""For users of transformers: prefixes and prompts on its models, and a callback for its Trainer and those like it.
+
+Importing this registers nothing with transformers; the functions do when they are called.
+
+prefixes.py      prefix_encoder, add_prefix and remove_prefix
+prefix_model.py  which models can carry prefixes, and the hooks that bring them
+prefix_state.py  the prefixes of a call, and a cache that counts them without holding them
+interface.py     the attention function and its mask function; registered when it is imported
+prompt_model.py  the hooks that put a prompt in front of the embeddings
+callback.py      ApplyCallback
+"""
+
+from peft_kernels.integrations.transformers.callback import ApplyCallback
+from peft_kernels.integrations.transformers.prefixes import add_prefix, prefix_encoder, remove_prefix
+from peft_kernels.integrations.transformers.prompt_model import add_prompt, remove_prompt
+
+__all__ = ["ApplyCallback", "add_prefix", "add_prompt", "prefix_encoder", "remove_prefix", "remove_prompt"]

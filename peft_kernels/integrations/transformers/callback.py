@@ -1,0 +1,33 @@
+"""A callback for transformers' Trainer and those like it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback
+
+from peft_kernels.integrations.apply_revert import apply
+from peft_kernels.integrations.report import Report
+
+_logger = logging.getLogger(__name__)
+
+
+class ApplyCallback(TrainerCallback):
+    """Call ``apply`` on the model when training begins, after the trainer has wrapped and placed it.
+
+    Args:
+        strict: as ``apply``'s.
+
+    Attributes:
+        report: what ``apply`` returned, None before training.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self.report: Report | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Apply, and log the report."""
+        self.report = apply(model, strict=self.strict)
+        _logger.info("%s", self.report)
