@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peft_kernels._core.triton_tools import why_not_environment
 from python_ref import compare
+from tests.contract.draw import Draw
 
 CPU = torch.device("cpu")
 
@@ -50,14 +51,14 @@ class Operator:
         draws: case -> how many draws join in one comparison of errors, which scatter where values are few.
         unrounded: results that have eager's bits.
         budget: cases and variants held against the error budget.
-        exact: cases for ``make_exact``; ``exact_draws`` of them, and ``exact_examples`` always.
+        exact: cases for ``make_exact``; ``exact_draws`` of them, and always ``exact_examples``, the first in float32.
         repeated: cases and variants that give the same bits twice; ``deterministic`` where torch must be asked.
-        typical: small, float32, with every tensor; runs on every backend.
-        kinds: of calls, small; on the CPU all take the ways through autograd and the compiler.
+        typical: with every tensor, in float32.
+        kinds: of calls, small, for the ways through autograd and the compiler; the first is in float32.
         gradcheck: tiny cases in float64.
         far: a case, and its tensors whose first dimension can have any stride.
         empty: cases with a size of zero.
-        rows: tensors of ``typical`` whose first dimension may be several.
+        rows: cases, and their tensors whose first dimension m may be several.
         wrong_case: what ``wrong`` changes.
         wrong: changed arguments and the message that names them.
         unsupported: a forced backend, the case that it cannot run, and its reason.
@@ -87,7 +88,7 @@ class Operator:
     wrong_case: Case
     wrong: tuple[tuple[dict[str, Any], str], ...]
     unsupported: tuple[tuple[str, Case, str], ...]
-    rows: tuple[str, ...] = ()
+    rows: tuple[tuple[Case, tuple[str, ...]], ...] = ()
     unrounded: tuple[str, ...] = ()
     deterministic: bool = False
 
@@ -111,8 +112,7 @@ class Operator:
 
     @staticmethod
     def output_gradient(case: Case, device: torch.device, seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(99 + seed)
-        return torch.randn(case.y_shape, generator=generator, dtype=torch.float64).to(device, case.y_dtype)
+        return Draw(99 + seed).normal(*case.y_shape).to(device, case.y_dtype)
 
     def wanted(self, tensors: Tensors) -> dict[str, Tensor]:
         """The differentiable tensors that there are, by name."""

@@ -36,7 +36,7 @@ def test_forced_backend_never_falls_back(operator: Operator, backend: str, case:
 def test_backward_runs_where_forward_ran(operator: Operator, backend: str, compiled: bool) -> None:
     """Also where another backend is forced by then, and in another thread, which no ``use_backend`` block reaches."""
     torch._dynamo.reset()
-    case, other = operator.typical, {"torch": "triton", "triton": "torch"}[backend]
+    case, other = operator.kinds[0], {"torch": "triton", "triton": "torch"}[backend]
     leaves = operator.leaves(operator.make(case, CPU))
     wanted = list(operator.wanted(leaves).values())
 

@@ -115,17 +115,21 @@ def test_empty(operator: Operator, case: Any, variant: str, device: torch.device
         torch.testing.assert_close(value.double(), getattr(exact, label), rtol=1e-5, atol=1e-5)
 
 
-@over("variant", lambda operator: ((variant,) for variant in operator.variants if operator.rows))
-@pytest.mark.parametrize("leading", [(), (2, 3), (2, 1, 3), (0,), (3, 0)])
-def test_leading_dimensions(operator: Operator, variant: str, leading: tuple[int, ...], device: torch.device) -> None:
-    case = replace(operator.typical, m=torch.Size(leading).numel())
+@over("case, names, variant", lambda operator: ((*row, each) for row in operator.rows for each in operator.variants))
+@pytest.mark.parametrize("leading", [(), (2, 3), (2, 1, 3), (0,), (3, 0)], ids=str)
+def test_leading_dimensions(
+    operator: Operator, case: Any, names: tuple[str, ...], variant: str, leading: tuple[int, ...], device: torch.device
+) -> None:
+    case = replace(case, m=torch.Size(leading).numel())
     tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
-    shaped = tensors._replace(
-        **{name: (flat := getattr(tensors, name)).view(*leading, flat.shape[-1]) for name in operator.rows}
-    )
+
+    def shaped(matrix: Tensor) -> Tensor:
+        return matrix.view(*leading, matrix.shape[-1])
+
+    several = tensors._replace(**{name: shaped(getattr(tensors, name)) for name in names})
     expected = operator.run_ours(case, tensors, dy, variant)
-    got = operator.run_ours(case, shaped, dy.view(*leading, dy.shape[-1]), variant)
-    for label in ("y", *operator.rows):
-        assert getattr(got, label).shape == (*leading, getattr(expected, label).shape[-1])
-        setattr(got, label, getattr(got, label).view(getattr(expected, label).shape))
+    got = operator.run_ours(case, several, shaped(dy), variant)
+    assert got.y.is_contiguous()
+    for label in ("y", *names):
+        setattr(expected, label, shaped(getattr(expected, label)))
     assert_bitwise_equal(got, expected)

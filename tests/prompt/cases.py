@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peft_kernels.prompt import op
 from python_ref import prompt as oracle
+from tests.contract.draw import DTYPES, Draw, dtypes_name
 from tests.contract.operators import Operator
 
 BACKENDS = ("torch", "triton")
@@ -40,22 +41,14 @@ class Case:
         return self.dtype
 
     def __str__(self) -> str:
-        names = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.prompt_dtype) if dtype)
-        return f"n{self.n}-b{self.b}-p{self.p}-l{self.l}-d{self.d}-{names}{'-strided' * self.strided}"
+        dtypes = dtypes_name(self.dtype, self.prompt_dtype)
+        return f"n{self.n}-b{self.b}-p{self.p}-l{self.l}-d{self.d}-{dtypes}{'-strided' * self.strided}"
 
 
 class Tensors(NamedTuple):
     prompts: Tensor
     tokens: Tensor
 
-
-DTYPES = (
-    (torch.float32, None),
-    (torch.bfloat16, None),
-    (torch.float16, None),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-)
 
 GRID = (
     *(Case(dtype=dtype, prompt_dtype=prompt) for dtype, prompt in DTYPES),
@@ -71,13 +64,9 @@ GRID = (
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
     """Draw prompts and tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    prompts = normal(case.n, case.p, case.d).to(device, case.prompt_dtype or case.dtype)
-    tokens = normal(case.b, case.l, case.d).to(device, case.dtype)
+    draw = Draw(seed)
+    prompts = draw.normal(case.n, case.p, case.d).to(device, case.prompt_dtype or case.dtype)
+    tokens = draw.normal(case.b, case.l, case.d).to(device, case.dtype)
     if case.strided:
         prompts, tokens = (torch.stack((x, x), -1)[..., 0].transpose(0, 1) for x in (prompts, tokens))
         prompts, tokens = (x.contiguous().transpose(0, 1) for x in (prompts, tokens))
