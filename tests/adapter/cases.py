@@ -264,6 +264,7 @@ OPERATOR = Operator(
     far=(replace(_WITH_RESIDUAL, dtype=torch.bfloat16), ("x", "residual")),
     empty=(Case(m=0), Case(m=0, residual="wide", dtype=torch.bfloat16), Case(n=0, residual="none")),
     rows=((replace(_WITH_RESIDUAL, residual="x"), ("x",)), (_WITH_RESIDUAL, ("x", "residual"))),
+    scaled=tuple(Case(residual=residual, dtype=dtype) for residual in RESIDUALS for dtype, _ in DTYPES[:2]),
     wrong_case=Case(m=3, n=6, k=8, r=2, residual="none", down_bias=False, up_bias=False),
     wrong=(
         ({"x": torch.randn(3, 7)}, r"x must be \(\.\.\., K\) with K = 8"),

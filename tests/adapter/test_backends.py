@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -19,7 +17,6 @@ from tests.adapter.cases import (
     run_oracle,
     run_ours,
 )
-from tests.contract.draw import DTYPES
 from tests.contract.operators import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -34,19 +31,6 @@ def test_small_pre_activations(activation: str, name: str, device: torch.device)
     tensors = tensors._replace(x=tensors.x / 1024)
     given = case, tensors, dy
     assert_close(run_ours(*given, name), OPERATOR.run_eager(*given), run_oracle(*given))
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1]])
-def test_tensor_scale_equals_float_scale(
-    name: str, residual: str, dtypes: tuple[torch.dtype, torch.dtype | None], device: torch.device
-) -> None:
-    case = Case(residual=residual, dtype=dtypes[0], adapter_dtype=dtypes[1], r=20)
-    by_tensor = dataclasses.replace(case, scale=torch.tensor(case.scale, device=device))
-    tensors, dy = make(case, device), output_gradient(case, device)
-    got = run_ours(by_tensor, tensors, dy, name)
-    assert_close(got, OPERATOR.run_eager(case, tensors, dy), run_oracle(case, tensors, dy))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -59,6 +59,7 @@ class Operator:
         far: a case, and its tensors whose first dimension can have any stride.
         empty: cases with a size of zero.
         rows: cases, and their tensors whose first dimension m may be several.
+        scaled: cases whose scale may be a tensor.
         wrong_case: what ``wrong`` changes.
         wrong: changed arguments and the message that names them.
         unsupported: a forced backend, the case that it cannot run, and its reason.
@@ -89,6 +90,7 @@ class Operator:
     wrong: tuple[tuple[dict[str, Any], str], ...]
     unsupported: tuple[tuple[str, Case, str], ...]
     rows: tuple[tuple[Case, tuple[str, ...]], ...] = ()
+    scaled: tuple[Case, ...] = ()
     unrounded: tuple[str, ...] = ()
     deterministic: bool = False
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +16,7 @@ from tests.contract import observe
 from tests.contract.operators import CPU, Operator, over
 
 each_operator = over("", lambda operator: [()])
-each_kind = over("case", lambda operator: ((case,) for case in operator.kinds))
+each_kind = over("case", lambda operator: itertools.product(operator.kinds))
 
 
 def _leaves(operator: Operator, case: Any) -> tuple[Any, list[Tensor]]:
@@ -23,7 +25,7 @@ def _leaves(operator: Operator, case: Any) -> tuple[Any, list[Tensor]]:
     return leaves, list(operator.wanted(leaves).values())
 
 
-@over("case", lambda operator: ((case,) for case in operator.gradcheck))
+@over("case", lambda operator: itertools.product(operator.gradcheck))
 def test_gradcheck(operator: Operator, case: Any) -> None:
     leaves, wanted = _leaves(operator, case)
 
@@ -88,6 +90,21 @@ def test_compile_without_graph_break(operator: Operator, case: Any, compiler: st
     exactly = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {}
     torch.testing.assert_close(got, eager, **exactly)
     torch.testing.assert_close(torch.autograd.grad(got, wanted, dy), expected, **exactly)
+
+
+@over("case", lambda operator: itertools.product(operator.scaled[:1]))
+def test_scale_s_value_does_not_recompile(operator: Operator, case: Any) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    given = operator.arguments(case, operator.make(case, CPU))
+
+    def call(scale: Tensor) -> Tensor:
+        return operator.function(**given | {"scale": scale})
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for value in (0.5, 2.0, 3.0):
+        torch.testing.assert_close(compiled(torch.tensor(value)), call(torch.tensor(value)))
+    assert counter.frame_count == 1
 
 
 @each_kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,11 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.contract.operators import Operator, assert_bitwise_equal, assert_exact, over
+from tests.contract.operators import Operator, assert_bitwise_equal, assert_close, assert_exact, over
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-each_variant = over("variant", lambda operator: ((variant,) for variant in operator.variants))
+each_variant = over("variant", lambda operator: itertools.product(operator.variants))
 
 
 @over("case, variant", lambda operator: operator.budget)
@@ -107,7 +108,7 @@ def test_tensors_beyond_two_to_the_31_elements(operator: Operator, variant: str,
     assert_bitwise_equal(got, near)
 
 
-@over("case, variant", lambda operator: ((case, variant) for case in operator.empty for variant in operator.variants))
+@over("case, variant", lambda operator: itertools.product(operator.empty, operator.variants))
 def test_empty(operator: Operator, case: Any, variant: str, device: torch.device) -> None:
     tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
     got, exact = operator.run_ours(case, tensors, dy, variant), operator.run_oracle(case, tensors, dy)
@@ -133,3 +134,10 @@ def test_leading_dimensions(
     for label in ("y", *names):
         setattr(expected, label, shaped(getattr(expected, label)))
     assert_bitwise_equal(got, expected)
+
+
+@over("case, variant", lambda operator: itertools.product(operator.scaled, operator.variants))
+def test_tensor_scale_is_its_value(operator: Operator, case: Any, variant: str, device: torch.device) -> None:
+    given = operator.make(case, device), operator.output_gradient(case, device)
+    got = operator.run_ours(replace(case, scale=torch.tensor(case.scale, device=device)), *given, variant)
+    assert_close(got, operator.run_eager(case, *given), operator.run_oracle(case, *given))

@@ -204,6 +204,7 @@ OPERATOR = Operator(
     far=(replace(_SMALL, dtype=torch.bfloat16), ("x",)),
     empty=(Case(m=0), Case(n=0, bias=False)),
     rows=((_SMALL, ("x",)),),
+    scaled=(Case(p=0.3),),
     wrong_case=Case(m=3, n=6, k=8, r=2, bias=False),
     wrong=(
         ({"x": torch.randn(3, 7)}, r"x must be \(\.\.\., K\) with K = 8"),

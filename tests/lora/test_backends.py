@@ -1,26 +1,14 @@
-"""What the LoRA linear backends owe beside the contract: scales on the device, the mask of a seed."""
+"""What the LoRA linear backends owe beside the contract: the mask of a seed."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 
 import peft_kernels as pk
-from tests.contract.operators import assert_close
-from tests.lora.cases import OPERATOR, SEED, VARIANTS, Case, keep_mask, make, output_gradient, run_oracle
+from tests.lora.cases import OPERATOR, SEED, VARIANTS, Case, keep_mask
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_tensor_scale_equals_float_scale(name: str, device: torch.device) -> None:
-    case = Case(p=0.3)
-    tensors, dy = make(case, device), output_gradient(case, device)
-    by_tensor = dataclasses.replace(case, scale=torch.tensor(case.scale, device=device))
-    expected, got = OPERATOR.run_ours(case, tensors, dy, name), OPERATOR.run_ours(by_tensor, tensors, dy, name)
-    assert_close(got, expected, run_oracle(case, tensors, dy))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
