@@ -1,21 +1,24 @@
-"""Problems, their tensors, and the ways to run them, shared by the tests of the bottleneck adapter family."""
+"""Problems of the bottleneck adapter family, and what its operator owes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-import peft_kernels as pk
 from peft_kernels._core.device import Hardware
+from peft_kernels.adapter import op
 from peft_kernels.adapter.kernels import config
 from python_ref import adapter as oracle
-from python_ref import compare
+from tests.contract.draw import DTYPES, MATRIX_LAYOUTS, Draw, dtypes_name, laid_out
+from tests.contract.operators import Operator, double
 
 # Backend, and whether the Triton backend makes both products of a direction in one launch.
 VARIANTS = ("torch", "triton-fused", "triton-split")
@@ -40,7 +43,7 @@ class Case:
     residual: str = "x"
     down_bias: bool = True
     up_bias: bool = True
-    scale: float = 0.75
+    scale: float | Tensor = 0.75
     layout: str = "rows"
 
     @property
@@ -49,16 +52,18 @@ class Case:
         return self.k if self.residual == "x" else self.n
 
     @property
-    def out_dtype(self) -> torch.dtype:
+    def y_shape(self) -> tuple[int, int]:
+        return self.m, self.out
+
+    @property
+    def y_dtype(self) -> torch.dtype:
         return torch.float32 if self.residual == "wide" else self.dtype
 
     def __str__(self) -> str:
-        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-        adapter = f"+{short[self.adapter_dtype]}" if self.adapter_dtype else ""
         biases = f"{'d' * self.down_bias}{'u' * self.up_bias}" or "nobias"
         return (
-            f"{self.m}x{self.out}x{self.k}-r{self.r}-{short[self.dtype]}{adapter}-{self.activation}-{self.residual}"
-            f"-{biases}-{self.layout}"
+            f"{self.m}x{self.out}x{self.k}-r{self.r}-{dtypes_name(self.dtype, self.adapter_dtype)}-{self.activation}"
+            f"-{self.residual}-{biases}-{self.layout}{'-tensorscale' * isinstance(self.scale, Tensor)}"
         )
 
 
@@ -72,26 +77,6 @@ class Tensors(NamedTuple):
     up_bias: Tensor | None
     residual: Tensor | None
 
-
-class Result(NamedTuple):
-    """Output and gradients of one run."""
-
-    y: Tensor
-    x: Tensor
-    down_weight: Tensor
-    up_weight: Tensor
-    down_bias: Tensor | None
-    up_bias: Tensor | None
-    residual: Tensor | None
-
-
-DTYPES = (
-    (torch.float32, None),
-    (torch.bfloat16, None),
-    (torch.float16, None),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-)
 
 # Shapes: ragged in every size; several tiles of each kind; one token and a reduction that is split; widths below, at
 # and above a block, and beyond one.
@@ -163,18 +148,14 @@ CUDA_GRID = tuple(
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
     """Draw fresh random tensors; the branch is about as large as the residual."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
-
+    draw = Draw(seed)
     drawn = Tensors(
-        x=normal(case.m, case.k),
-        down_weight=normal(case.r, case.k, std=case.k**-0.5),
-        up_weight=normal(case.out, case.r, std=case.r**-0.5),
-        down_bias=normal(case.r),
-        up_bias=normal(case.out),
-        residual=normal(case.m, case.out),
+        x=draw.normal(case.m, case.k),
+        down_weight=draw.normal(case.r, case.k, std=case.k**-0.5),
+        up_weight=draw.normal(case.out, case.r, std=case.r**-0.5),
+        down_bias=draw.normal(case.r),
+        up_bias=draw.normal(case.out),
+        residual=draw.normal(case.m, case.out),
     )
     return _as_asked(case, drawn, device)
 
@@ -185,119 +166,143 @@ def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors
     Rows of x and of the gradient hold a single 1 or -1: z is at most 2, and no sum exceeds twice the width or the rows
     and two. The scale must be a power of two, the activation piecewise linear with whole slopes.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def signs(*shape: int) -> Tensor:
-        return torch.randint(-1, 2, shape, generator=generator, dtype=torch.float64)
-
-    def single_signs(rows: int, cols: int) -> Tensor:
-        where = torch.randint(0, cols, (rows, 1), generator=generator)
-        return torch.zeros(rows, cols, dtype=torch.float64).scatter_(1, where, 2 * (where % 2).double() - 1)
-
+    draw = Draw(seed)
     drawn = Tensors(
-        x=single_signs(case.m, case.k),
-        down_weight=signs(case.r, case.k),
-        up_weight=signs(case.out, case.r),
-        down_bias=signs(case.r),
-        up_bias=signs(case.out),
-        residual=signs(case.m, case.out),
+        x=draw.single_signs(case.m, case.k),
+        down_weight=draw.integers(1, case.r, case.k),
+        up_weight=draw.integers(1, case.out, case.r),
+        down_bias=draw.integers(1, case.r),
+        up_bias=draw.integers(1, case.out),
+        residual=draw.integers(1, case.m, case.out),
     )
-    return _as_asked(case, drawn, device), single_signs(case.m, case.out).to(device, case.out_dtype)
+    return _as_asked(case, drawn, device), draw.single_signs(case.m, case.out).to(device, case.y_dtype)
 
 
 def _as_asked(case: Case, drawn: Tensors, device: torch.device) -> Tensors:
     """Put float64 tensors on the device in the case's dtypes, and x and the residual in its layout."""
-    adapter = case.adapter_dtype or case.dtype
-
-    def laid_out(matrix: Tensor) -> Tensor:
-        if case.layout == "columns":
-            return matrix.t().contiguous().t()
-        if case.layout == "strided":
-            return torch.stack((matrix, matrix.flip(1)), dim=-1)[..., 0]
-        return matrix[:1].expand_as(matrix) if case.layout == "expanded" else matrix
-
+    adapter, has_residual = case.adapter_dtype or case.dtype, case.residual in ("tensor", "wide")
     return Tensors(
-        x=laid_out(drawn.x.to(device, case.dtype)),
+        x=laid_out(drawn.x.to(device, case.dtype), case.layout),
         down_weight=drawn.down_weight.to(device, adapter),
         up_weight=drawn.up_weight.to(device, adapter),
         down_bias=drawn.down_bias.to(device, adapter) if case.down_bias else None,
         up_bias=drawn.up_bias.to(device, adapter) if case.up_bias else None,
-        residual=laid_out(drawn.residual.to(device, case.out_dtype)) if case.residual in ("tensor", "wide") else None,
+        residual=laid_out(drawn.residual.to(device, case.y_dtype), case.layout) if has_residual else None,
     )
 
 
-def output_gradient(case: Case, device: torch.device, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(99 + seed)
-    return torch.randn(case.m, case.out, generator=generator, dtype=torch.float64).to(device, case.out_dtype)
-
-
 @contextlib.contextmanager
-def variant(name: str) -> Iterator[str]:
-    """Yield the backend's name, with the Triton backend's path pinned; no GPU holds a width beyond the fused path's."""
-    backend, _, path = name.partition("-")
+def _pin(variant: str) -> Iterator[str]:
+    """The path of the Triton backend; no GPU holds a width beyond the fused path's."""
+    backend, _, path = variant.partition("-")
 
     def pinned(m: int, r: int, hardware: Hardware) -> config.Path:
         return "fused" if path == "fused" and r <= config.FUSED_LIMIT else "split"
 
-    with contextlib.ExitStack() as stack:
-        if path:
-            stack.enter_context(mock.patch.object(config, "product_path", pinned))
+    with mock.patch.object(config, "product_path", pinned) if path else contextlib.nullcontext():
         yield backend
 
 
 def arguments(case: Case, tensors: Tensors) -> dict[str, Any]:
-    """The call's arguments by name, but for the backend's."""
     residual = tensors.x if case.residual == "x" else tensors.residual
     return {**tensors._replace(residual=residual)._asdict(), "activation": case.activation, "scale": case.scale}
 
 
-def run_ours(case: Case, tensors: Tensors, dy: Tensor, name: str) -> Result:
-    """Forward and all gradients by the package."""
-    with variant(name) as backend:
-        return _run(lambda leaves: pk.bottleneck_adapter(**arguments(case, leaves), backend=backend), tensors, dy)
+def _oracle(case: Case, tensors: Tensors, dy: Tensor) -> tuple[Tensor, oracle.Gradients]:
+    given = arguments(case, double(tensors))
+    y, _ = oracle.forward(**given)
+    del given["up_bias"], given["residual"]
+    return y, oracle.backward(dy.double(), **given, serial=case.residual == "x")
 
 
-def run_eager(case: Case, tensors: Tensors, dy: Tensor) -> Result:
-    """Forward and all gradients by eager torch in the same dtypes: what the error budget is measured in."""
-    return _run(lambda leaves: oracle.eager(**arguments(case, leaves)), tensors, dy)
+def _kind(residual: str, scale: float | Tensor) -> Case:
+    dtype = torch.bfloat16 if residual == "wide" else torch.float32
+    return Case(m=6, r=3, residual=residual, dtype=dtype, activation="silu", scale=scale)
 
 
-def run_oracle(case: Case, tensors: Tensors, dy: Tensor) -> Result:
-    """Forward and all gradients in float64, on the same rounded inputs."""
-    wide = Tensors(*(None if tensor is None else tensor.double() for tensor in tensors))
-    y, _ = oracle.forward(**arguments(case, wide))
-    options = {name: value for name, value in arguments(case, wide).items() if name not in ("up_bias", "residual")}
-    grads = oracle.backward(dy.double(), **options, serial=case.residual == "x")
-    return Result(y, *(None if tensor is None else getattr(grads, name) for name, tensor in tensors._asdict().items()))
+_WITH_RESIDUAL = Case(m=4, n=24, k=16, r=4, residual="tensor")
 
+OPERATOR = Operator(
+    function=op.bottleneck_adapter,
+    op=op,
+    differentiable=Tensors._fields,
+    variants=VARIANTS,
+    pin=_pin,
+    make=make,
+    make_exact=make_exact,
+    arguments=arguments,
+    eager=lambda case, tensors: oracle.eager(**arguments(case, tensors)),
+    oracle=_oracle,
+    # The bottleneck's bias, whose gradient has all other errors in it, has r values.
+    draws=lambda case: min(8, 60 // case.r),
+    budget=tuple(itertools.product(GRID, VARIANTS)),
+    exact=st.builds(
+        lambda dtypes, **rest: Case(dtype=dtypes[0], adapter_dtype=dtypes[1], scale=0.5, **rest),
+        **{size: st.integers(1, 40) for size in "mnkr"},
+        dtypes=st.sampled_from(DTYPES),
+        activation=st.sampled_from(["relu", "identity"]),
+        residual=st.sampled_from(RESIDUALS),
+        down_bias=st.booleans(),
+        up_bias=st.booleans(),
+        layout=st.sampled_from(MATRIX_LAYOUTS),
+    ),
+    exact_draws=50,
+    exact_examples=(
+        Case(residual="tensor", scale=0.5),
+        Case(1, 1, 1, 1, scale=0.5),
+        Case(2, 1, 1, 1, *DTYPES[3], "identity", "wide", down_bias=False, up_bias=False, scale=0.5),
+    ),
+    repeated=tuple(
+        (Case(m=m, k=k, r=8, dtype=dtype, adapter_dtype=adapter, activation="gelu"), variant)
+        for m, k in ((5, 600), (260, 136))
+        for dtype, adapter in (DTYPES[0], DTYPES[3])
+        for variant in VARIANTS
+    ),
+    typical=Case(r=20, residual="tensor", activation="silu"),
+    kinds=tuple(_kind(residual, scale) for residual in RESIDUALS for scale in (0.5, torch.tensor(0.5))),
+    gradcheck=tuple(
+        Case(m=6, n=4, k=5, r=3, dtype=torch.float64, residual=residual, activation=activation)
+        for activation in ACTIVATIONS
+        for residual in ("none", "x", "tensor")
+    ),
+    far=(replace(_WITH_RESIDUAL, dtype=torch.bfloat16), ("x", "residual")),
+    empty=(Case(m=0), Case(m=0, residual="wide", dtype=torch.bfloat16), Case(n=0, residual="none")),
+    rows=((replace(_WITH_RESIDUAL, residual="x"), ("x",)), (_WITH_RESIDUAL, ("x", "residual"))),
+    scaled=tuple(Case(residual=residual, dtype=dtype) for residual in RESIDUALS for dtype, _ in DTYPES[:2]),
+    wrong_case=Case(m=3, n=6, k=8, r=2, residual="none", down_bias=False, up_bias=False),
+    wrong=(
+        ({"x": torch.randn(3, 7)}, r"x must be \(\.\.\., K\) with K = 8"),
+        ({"x": torch.tensor(1.0)}, r"x must be \(\.\.\., K\), got a 0-d"),
+        ({"x": [1.0]}, "x must be a torch.Tensor, got list"),
+        ({"x": torch.ones(3, 8, dtype=torch.int64)}, "x must have one of the dtypes .*got torch.int64"),
+        ({"down_weight": torch.randn(8)}, r"down_weight must be \(r, K\)"),
+        ({"down_weight": torch.randn(2, 8).bfloat16()}, "down_weight must have the dtype of x, or float32"),
+        (
+            {"down_weight": torch.randn(0, 8), "up_weight": torch.randn(6, 0)},
+            r"down_weight must be \(r, K\) with a bottleneck r >= 1, got r = 0",
+        ),
+        ({"up_weight": torch.randn(6, 3)}, r"up_weight must be \(N, r\) = \(6, 2\), got \(6, 3\)"),
+        ({"up_weight": torch.randn(6, 2).double()}, "up_weight must have the dtype of down_weight"),
+        ({"down_bias": torch.randn(3)}, r"down_bias must be \(r,\) = \(2,\), got \(3,\)"),
+        ({"down_bias": torch.randn(2).double()}, "down_bias must have the dtype of down_weight"),
+        ({"up_bias": torch.randn(5)}, r"up_bias must be \(N,\) = \(6,\), got \(5,\)"),
+        ({"up_bias": 1.0}, "up_bias must be a torch.Tensor, got float"),
+        ({"residual": torch.randn(3, 8)}, r"residual must be \(\.\.\., N\).* = \(3, 6\), got \(3, 8\)"),
+        ({"residual": torch.randn(6)}, r"residual must be \(\.\.\., N\).* = \(3, 6\), got \(6,\)"),
+        ({"residual": torch.randn(3, 6).bfloat16()}, "residual must have the dtype of x, or float32"),
+        ({"residual": torch.randn(3, 6, device="meta")}, r"residual must be on the device of x \(cpu\), got meta"),
+        ({"residual": "x"}, "residual must be a torch.Tensor, got str"),
+        ({"up_weight": torch.randn(6, 2, device="meta")}, r"up_weight must be on the device of x \(cpu\), got meta"),
+        ({"activation": "swish"}, "activation must be one of relu, gelu, .*, got 'swish'"),
+        ({"scale": torch.ones(2)}, "scale must be a float or a 0-d floating tensor"),
+        ({"scale": "1"}, "scale must be a float or a 0-d floating tensor, got str"),
+    ),
+    unsupported=(
+        ("cuda", Case(), "backend 'cuda' cannot run this problem: "),
+        ("triton", Case(dtype=torch.float64), "backend 'triton' cannot run this problem: .*float64"),
+    ),
+)
 
-def check_budget(case: Case, device: torch.device, run: Callable[[Case, Tensors, Tensor], Result]) -> None:
-    """Hold a way to run a case against the error budget, and see that it leaves its inputs alone.
-
-    The budget compares norms of rounding errors. Those of n independent values scatter by a share of 1 / sqrt(n), and
-    the bottleneck's bias, whose gradient has all other errors in it, has r values: few of them ask for more draws.
-    """
-    draws: list[tuple[Result, Result, Result]] = []
-    for seed in range(max(1, min(8, 60 // case.r))):
-        tensors, dy = make(case, device, seed), output_gradient(case, device, seed)
-        given = [tensor for tensor in (*tensors, dy) if tensor is not None]
-        before = [tensor.clone() for tensor in given]
-        ours = run(case, tensors, dy)
-        for old, new in zip(before, given, strict=True):
-            compare.assert_bitwise_equal("an input after the call", new, old)
-        draws.append((ours, run_eager(case, tensors, dy), run_oracle(case, tensors, dy)))
-    for label in named(draws[0][0]):
-        ours, eager, exact = (torch.stack([getattr(draw[index], label) for draw in draws]) for index in range(3))
-        compare.assert_close(f"{case} {label}", ours, eager, exact)
-
-
-def named(result: Result) -> dict[str, Tensor]:
-    """The tensors of a result by name, without those that are not there."""
-    return {name: tensor for name, tensor in zip(Result._fields, result, strict=True) if tensor is not None}
-
-
-def _run(call: Callable[[Tensors], Tensor], tensors: Tensors, dy: Tensor) -> Result:
-    leaves = Tensors(*(None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors))
-    y = call(leaves)
-    grads = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
-    return Result(y.detach(), *(None if leaf is None else next(grads) for leaf in leaves))
+# What the tests of this family's CUDA kernel call.
+check_budget, output_gradient = OPERATOR.check_budget, OPERATOR.output_gradient
+run_ours, run_oracle = OPERATOR.run_ours, OPERATOR.run_oracle

@@ -36,7 +36,6 @@ from tests.adapter.cases import (
     check_budget,
     make,
     make_exact,
-    named,
     run_oracle,
     run_ours,
 )
@@ -166,7 +165,7 @@ def test_tensor_scale(dtype: torch.dtype) -> None:
 def test_whole_backend(case: Case) -> None:
     """The public function with its gradients, which torch's products make from the z that the kernel saved."""
     with simt_forward.kernel(schedules=1):
-        check_budget(case, CPU, functools.partial(run_ours, name="cuda"))
+        check_budget(case, CPU, functools.partial(run_ours, variant="cuda"))
 
 
 def test_whole_backend_on_integers() -> None:
@@ -175,7 +174,7 @@ def test_whole_backend_on_integers() -> None:
     with simt_forward.kernel(schedules=1):
         got = run_ours(case, tensors, dy, "cuda")
     exact = run_oracle(case, tensors, dy)
-    for label, value in named(got).items():
+    for label, value in vars(got).items():
         assert torch.equal(value.double(), getattr(exact, label)), label
 
 

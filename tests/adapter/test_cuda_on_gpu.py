@@ -21,7 +21,6 @@ from tests.adapter.cases import (
     check_budget,
     make,
     make_exact,
-    named,
     output_gradient,
     run_oracle,
     run_ours,
@@ -47,7 +46,7 @@ def hopper(device: torch.device) -> None:
 
 @pytest.mark.parametrize("case", [*(case for case, _ in CUDA_GRID), *LARGE], ids=str)
 def test_error_budget(case: Case, device: torch.device) -> None:
-    check_budget(case, device, functools.partial(run_ours, name="cuda"))
+    check_budget(case, device, functools.partial(run_ours, variant="cuda"))
 
 
 @pytest.mark.parametrize("residual", ["x", "tensor", "none"])
@@ -68,7 +67,7 @@ def test_many_runs_give_the_same_bits(device: torch.device) -> None:
     for _ in range(20):
         with torch.cuda.stream(other):
             torch.mm(tensors.x, tensors.x.t())
-        for label, bits in named(run_ours(case, tensors, dy, "cuda")).items():
+        for label, bits in vars(run_ours(case, tensors, dy, "cuda")).items():
             compare.assert_bitwise_equal(label, bits, getattr(first, label))
 
 

@@ -1,20 +1,24 @@
-"""Problems, their tensors, and the ways to run them, shared by the tests of the LoRA linear family."""
+"""Problems of the LoRA linear family, and what its operator owes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-import peft_kernels as pk
 from peft_kernels.lora.kernels import config
-from python_ref import compare
+from peft_kernels.lora.linear import op
 from python_ref import lora as oracle
+from tests.contract.draw import DTYPES, MATRIX_LAYOUTS, Draw, dtypes_name, laid_out
+from tests.contract.operators import Operator, double
 
 SEED = 20240229
 
@@ -34,14 +38,20 @@ class Case:
     adapter_dtype: torch.dtype | None = None
     p: float = 0.0
     bias: bool = True
-    scale: float = 0.75
+    scale: float | Tensor = 0.75
     layout: str = "rows"
 
+    @property
+    def y_shape(self) -> tuple[int, int]:
+        return self.m, self.n
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        return self.dtype
+
     def __str__(self) -> str:
-        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-        adapter = f"+{short[self.adapter_dtype]}" if self.adapter_dtype else ""
-        tail = "" if self.bias else "-nobias"
-        return f"{self.m}x{self.n}x{self.k}-r{self.r}-{short[self.dtype]}{adapter}-p{self.p}-{self.layout}{tail}"
+        sizes = f"{self.m}x{self.n}x{self.k}-r{self.r}-{dtypes_name(self.dtype, self.adapter_dtype)}-p{self.p}"
+        return f"{sizes}-{self.layout}{'-nobias' * (not self.bias)}{'-tensorscale' * isinstance(self.scale, Tensor)}"
 
 
 class Tensors(NamedTuple):
@@ -51,25 +61,6 @@ class Tensors(NamedTuple):
     lora_b: Tensor
     bias: Tensor | None
 
-
-class Result(NamedTuple):
-    """Output and gradients of one run."""
-
-    y: Tensor
-    x: Tensor
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    bias: Tensor | None
-
-
-DTYPES = (
-    (torch.float32, None),
-    (torch.bfloat16, None),
-    (torch.float16, None),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-)
 
 # Shapes: ragged in every size; aligned for TMA, with several tiles; one token; ranks below, at and above a
 # block, and beyond one.
@@ -103,15 +94,15 @@ GRID = (
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
     """Draw fresh random tensors; the low-rank term is about as large as the base product."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
-
-    x = normal(case.m, case.k)
-    weight, lora_a = normal(case.n, case.k, std=case.k**-0.5), normal(case.r, case.k, std=case.k**-0.5)
-    lora_b, bias = normal(case.n, case.r, std=case.r**-0.5), normal(case.n)
-    return _as_asked(case, Tensors(x, weight, lora_a, lora_b, bias), device)
+    draw = Draw(seed)
+    drawn = Tensors(
+        x=draw.normal(case.m, case.k),
+        weight=draw.normal(case.n, case.k, std=case.k**-0.5),
+        lora_a=draw.normal(case.r, case.k, std=case.k**-0.5),
+        lora_b=draw.normal(case.n, case.r, std=case.r**-0.5),
+        bias=draw.normal(case.n),
+    )
+    return _as_asked(case, drawn, device)
 
 
 def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors, Tensor]:
@@ -119,37 +110,22 @@ def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors
 
     Rows of x and of the gradient hold a single 1 or -1, so no sum exceeds the rank or the rows plus two, below 256.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def signs(*shape: int) -> Tensor:
-        return torch.randint(-1, 2, shape, generator=generator, dtype=torch.float64)
-
-    def single_signs(rows: int, cols: int) -> Tensor:
-        where = torch.randint(0, cols, (rows, 1), generator=generator)
-        return torch.zeros(rows, cols, dtype=torch.float64).scatter_(1, where, 2 * (where % 2).double() - 1)
-
+    draw = Draw(seed)
     drawn = Tensors(
-        single_signs(case.m, case.k),
-        signs(case.n, case.k),
-        signs(case.r, case.k),
-        signs(case.n, case.r),
-        signs(case.n),
+        x=draw.single_signs(case.m, case.k),
+        weight=draw.integers(1, case.n, case.k),
+        lora_a=draw.integers(1, case.r, case.k),
+        lora_b=draw.integers(1, case.n, case.r),
+        bias=draw.integers(1, case.n),
     )
-    return _as_asked(case, drawn, device), single_signs(case.m, case.n).to(device, case.dtype)
+    return _as_asked(case, drawn, device), draw.single_signs(case.m, case.n).to(device, case.dtype)
 
 
 def _as_asked(case: Case, drawn: Tensors, device: torch.device) -> Tensors:
     """Put float64 tensors on the device in the case's dtypes, and x in its layout."""
     adapter = case.adapter_dtype or case.dtype
-    x = drawn.x.to(device, case.dtype)
-    if case.layout == "columns":
-        x = x.t().contiguous().t()
-    elif case.layout == "strided":
-        x = torch.stack((x, x.flip(1)), dim=-1)[..., 0]
-    elif case.layout == "expanded":
-        x = x[:1].expand(case.m, case.k)
     return Tensors(
-        x=x,
+        x=laid_out(drawn.x.to(device, case.dtype), case.layout),
         weight=drawn.weight.to(device, case.dtype),
         lora_a=drawn.lora_a.to(device, adapter),
         lora_b=drawn.lora_b.to(device, adapter),
@@ -157,76 +133,109 @@ def _as_asked(case: Case, drawn: Tensors, device: torch.device) -> Tensors:
     )
 
 
-def output_gradient(case: Case, device: torch.device, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(99 + seed)
-    return torch.randn(case.m, case.n, generator=generator, dtype=torch.float64).to(device, case.dtype)
-
-
-@contextlib.contextmanager
-def variant(name: str) -> Iterator[str]:
-    """Yield the backend's name, with the Triton backend's path for the base product pinned."""
-    backend, _, path = name.partition("-")
-    with contextlib.ExitStack() as stack:
-        if path:
-            stack.enter_context(mock.patch.object(config, "base_product_path", lambda *_: path))
-        yield backend
-
-
-def run_ours(case: Case, tensors: Tensors, dy: Tensor, name: str) -> Result:
-    """Forward and all gradients by the package."""
-    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
-    x, weight, lora_a, lora_b, bias = leaves
-    with variant(name) as backend:
-        y = pk.lora_linear(x, weight, lora_a, lora_b, case.scale, bias, dropout_p=case.p, seed=SEED, backend=backend)
-        grads = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
-    return Result(y.detach(), *(None if leaf is None else next(grads) for leaf in leaves))
-
-
-def run_eager(case: Case, tensors: Tensors, dy: Tensor) -> Result:
-    """Forward and all gradients by eager torch in the same dtypes: what the error budget is measured in."""
-    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
-    x, weight, lora_a, lora_b, bias = leaves
-    y = oracle.eager(
-        x, weight, lora_a, lora_b, case.scale, bias, dropout_mask=keep_mask(case, x.device), dropout_p=case.p
-    )
-    grads = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
-    return Result(y.detach(), *(None if leaf is None else next(grads) for leaf in leaves))
-
-
-def run_oracle(case: Case, tensors: Tensors, dy: Tensor) -> Result:
-    """Forward and all gradients in float64, on the same rounded inputs."""
-    x, weight, lora_a, lora_b, bias = (None if tensor is None else tensor.double() for tensor in tensors)
-    mask = keep_mask(case, x.device)
-    y, _ = oracle.forward(x, weight, lora_a, lora_b, case.scale, bias, dropout_mask=mask, dropout_p=case.p)
-    grads = oracle.backward(dy.double(), x, weight, lora_a, lora_b, case.scale, dropout_mask=mask, dropout_p=case.p)
-    return Result(y, grads.x, grads.weight, grads.lora_a, grads.lora_b, grads.bias if case.bias else None)
-
-
-def check_budget(case: Case, device: torch.device, run: Callable[[Case, Tensors, Tensor], Result]) -> None:
-    """Hold a way to run a case against the error budget, and see that it leaves its inputs alone.
-
-    The budget compares norms of rounding errors. Those of n independent values scatter by a share of 1 / sqrt(n), and
-    S, whose errors reach most results, has m r values: where these are few, further draws join them.
-    """
-    draws: list[tuple[Result, Result, Result]] = []
-    for seed in range(max(1, min(16, 256 // (case.m * case.r)))):
-        tensors, dy = make(case, device, seed), output_gradient(case, device, seed)
-        arguments = [tensor for tensor in (*tensors, dy) if tensor is not None]
-        before = [tensor.clone() for tensor in arguments]
-        ours = run(case, tensors, dy)
-        for old, new in zip(before, arguments, strict=True):
-            compare.assert_bitwise_equal("an input after the call", new, old)
-        draws.append((ours, run_eager(case, tensors, dy), run_oracle(case, tensors, dy)))
-    for label in named(draws[0][0]):
-        ours, eager, exact = (torch.stack([getattr(draw[index], label) for draw in draws]) for index in range(3))
-        compare.assert_close(f"{case} {label}", ours, eager, exact)
-
-
-def named(result: Result) -> dict[str, Tensor]:
-    """The tensors of a result by name, without a bias that is not there."""
-    return {name: tensor for name, tensor in zip(Result._fields, result, strict=True) if tensor is not None}
-
-
 def keep_mask(case: Case, device: torch.device) -> Tensor | None:
     """The mask of SEED, from the oracle's own recipe."""
     return oracle.dropout_mask(SEED, case.m, case.k, case.p).to(device) if case.p else None
+
+
+@contextlib.contextmanager
+def _pin(variant: str) -> Iterator[str]:
+    """The path of the Triton backend for the base product."""
+    backend, _, path = variant.partition("-")
+    with mock.patch.object(config, "base_product_path", lambda *_: path) if path else contextlib.nullcontext():
+        yield backend
+
+
+def arguments(case: Case, tensors: Tensors) -> dict[str, Any]:
+    return {**tensors._asdict(), "scale": case.scale, "dropout_p": case.p, "seed": SEED}
+
+
+def _eager(case: Case, tensors: Tensors) -> Tensor:
+    mask = keep_mask(case, tensors.x.device)
+    return oracle.eager(**tensors._asdict(), scale=case.scale, dropout_mask=mask, dropout_p=case.p)
+
+
+def _oracle(case: Case, tensors: Tensors, dy: Tensor) -> tuple[Tensor, oracle.Gradients]:
+    *factors, bias = double(tensors)
+    dropout = {"dropout_mask": keep_mask(case, dy.device), "dropout_p": case.p}
+    y, _ = oracle.forward(*factors, case.scale, bias, **dropout)
+    return y, oracle.backward(dy.double(), *factors, case.scale, **dropout)
+
+
+_SMALL = Case(m=4, n=24, k=16, r=4)
+
+OPERATOR = Operator(
+    function=op.lora_linear,
+    op=op,
+    differentiable=Tensors._fields,
+    variants=VARIANTS,
+    pin=_pin,
+    make=make,
+    make_exact=make_exact,
+    arguments=arguments,
+    eager=_eager,
+    oracle=_oracle,
+    # S, whose errors reach most results, has m r values.
+    draws=lambda case: min(16, 256 // (case.m * case.r)),
+    budget=tuple(itertools.product(GRID, VARIANTS)),
+    exact=st.builds(
+        lambda dtypes, **rest: Case(dtype=dtypes[0], adapter_dtype=dtypes[1], scale=0.5, **rest),
+        **{size: st.integers(1, 40) for size in "mnkr"},
+        dtypes=st.sampled_from(DTYPES),
+        p=st.sampled_from([0.0, 0.5]),
+        bias=st.booleans(),
+        layout=st.sampled_from(MATRIX_LAYOUTS),
+    ),
+    exact_draws=60,
+    exact_examples=(
+        Case(p=0.5, scale=0.5),
+        Case(2, 1, 1, 1, scale=0.5),
+        Case(1, 1, 1, 1, *DTYPES[3], p=0.5, bias=False, scale=0.5),
+    ),
+    repeated=tuple(
+        (Case(m=260, n=136, k=72, r=8, dtype=dtype, adapter_dtype=adapter, p=p), variant)
+        for dtype, adapter in (DTYPES[0], DTYPES[3])
+        for p in (0.0, 0.3)
+        for variant in VARIANTS
+    ),
+    typical=Case(p=0.3, r=40),
+    kinds=tuple(replace(_SMALL, p=p, scale=scale) for p in (0.0, 0.3) for scale in (0.5, torch.tensor(0.5))),
+    gradcheck=tuple(Case(m=6, n=4, k=5, r=2, dtype=torch.float64, p=p) for p in (0.0, 0.3)),
+    far=(replace(_SMALL, dtype=torch.bfloat16), ("x",)),
+    empty=(Case(m=0), Case(n=0, bias=False)),
+    rows=((_SMALL, ("x",)),),
+    scaled=(Case(p=0.3),),
+    wrong_case=Case(m=3, n=6, k=8, r=2, bias=False),
+    wrong=(
+        ({"x": torch.randn(3, 7)}, r"x must be \(\.\.\., K\) with K = 8"),
+        ({"x": torch.tensor(1.0)}, r"x must be \(\.\.\., K\), got a 0-d"),
+        ({"x": [1.0]}, "x must be a torch.Tensor, got list"),
+        ({"x": torch.ones(3, 8, dtype=torch.int64)}, "x must have one of the dtypes .*got torch.int64"),
+        ({"weight": torch.randn(6, 8).bfloat16()}, r"weight must have the dtype of x \(torch.float32\)"),
+        ({"weight": torch.randn(8)}, r"weight must be \(N, K\)"),
+        ({"lora_a": torch.randn(2, 7)}, r"lora_a must be \(r, K\) = \(2, 8\), got \(2, 7\)"),
+        ({"lora_a": torch.randn(0, 8), "lora_b": torch.randn(6, 0)}, ".* rank r >= 1, got rank 0"),
+        ({"lora_a": torch.randn(2, 8).bfloat16()}, "lora_a must have the dtype of x, or float32"),
+        ({"lora_b": torch.randn(5, 2)}, r"lora_b must be \(N, r\) = \(6, 2\), got \(5, 2\)"),
+        ({"lora_b": torch.randn(6, 2).double()}, "lora_b must have the dtype of lora_a"),
+        ({"bias": torch.randn(5)}, r"bias must be \(N,\) = \(6,\), got \(5,\)"),
+        ({"bias": torch.randn(6).double()}, "bias must have the dtype of x"),
+        ({"weight": torch.randn(6, 8, device="meta")}, r"weight must be on the device of x \(cpu\), got meta"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\), got -0.1"),
+        ({"dropout_p": math.nan}, r"dropout_p must be in \[0, 1\), got nan"),
+        ({"dropout_p": 0.5, "seed": 1.5}, "seed must be None, a 64-bit int"),
+        ({"dropout_p": 0.5, "seed": 2**63}, "seed must be None, a 64-bit int"),
+        ({"dropout_p": 0.5, "seed": torch.tensor([1])}, "seed must be a 0-d int64 tensor"),
+        ({"scale": torch.ones(2)}, "scale must be a float or a 0-d floating tensor"),
+        ({"scale": "1"}, "scale must be a float or a 0-d floating tensor, got str"),
+    ),
+    unsupported=(
+        ("cuda", Case(), "backend 'cuda' cannot run this problem: CUDA kernels run on CUDA tensors"),
+        ("triton", Case(dtype=torch.float64), "backend 'triton' cannot run this problem: .*float64"),
+    ),
+)
+
+# What the tests of this family's CUDA kernels call.
+check_budget, output_gradient = OPERATOR.check_budget, OPERATOR.output_gradient
+run_eager, run_oracle = OPERATOR.run_eager, OPERATOR.run_oracle

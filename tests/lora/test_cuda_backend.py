@@ -9,31 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
 from peft_kernels.lora.linear import cuda_impl, problem
 from python_ref import compare
 from tests.lora import emulated_extension
-from tests.lora.cases import Case, Result, Tensors, check_budget, make, make_exact, run_oracle
+from tests.lora.cases import OPERATOR, Case, check_budget, make, make_exact, run_oracle
 from tests.lora.emulated_extension import EmulatedExtension
 from tests.lora.test_cuda_decode import GRID, HALVES
 
 CPU = torch.device("cpu")
 
+_by_cuda = functools.partial(OPERATOR.run_ours, variant="cuda")
+
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedExtension:
     return emulated_extension.install(monkeypatch)
-
-
-def _by_cuda(case: Case, tensors: Tensors, dy: Tensor) -> Result:
-    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
-    x, weight, lora_a, lora_b, bias = leaves
-    y = pk.lora_linear(x, weight, lora_a, lora_b, case.scale, bias, backend="cuda")
-    grads = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
-    return Result(y.detach(), *(None if leaf is None else next(grads) for leaf in leaves))
 
 
 @pytest.mark.cpu_only

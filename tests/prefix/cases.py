@@ -1,24 +1,26 @@
-"""Problems, their tensors, and the ways to run them, shared by the tests of the prefix attention family."""
+"""Problems of the prefix attention family, and what its operator owes."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-import peft_kernels as pk
-from peft_kernels.prefix import torch_blocks, torch_fused, torch_impl
+from peft_kernels.prefix import op, torch_blocks, torch_fused, torch_impl
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.problem import PrefixAttentionProblem
-from python_ref import compare
 from python_ref import prefix as oracle
+from tests.contract.draw import DTYPES, Draw, dtypes_name
+from tests.contract.operators import Operator
 
 # Backend, and what is pinned: "small" blocks of 16 (torch: of 7 queries), "rows" blocks of whole batch rows, "ranges"
 # of 5 queries, so that small problems have several of everything; "fused" both passes through torch's fused attention
@@ -55,13 +57,24 @@ class Case:
     layout: str = "heads"
     scale: float | None = None
 
+    @property
+    def prefix_shape(self) -> tuple[int, ...]:
+        return (*(() if self.shared else (self.b,)), self.h_kv, self.p, self.d)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        return self.b, self.h, self.s, self.d
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        return self.dtype
+
     def __str__(self) -> str:
-        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-        prefix = f"+{short[self.prefix_dtype]}" if self.prefix_dtype else ""
         mask = ("causal" if self.causal else "full") + ("" if self.padding == "none" else f"+{self.padding}")
         sizes = f"b{self.b}-h{self.h}:{self.h_kv}-s{self.s}-l{self.l}-p{self.p}-d{self.d}"
         tail = f"{'shared' if self.shared else 'own'}-{self.layout}"
-        return f"{sizes}-{short[self.dtype]}{prefix}-{mask}-{tail}" + (f"-x{self.scale}" if self.scale else "")
+        dtypes = dtypes_name(self.dtype, self.prefix_dtype)
+        return f"{sizes}-{dtypes}-{mask}-{tail}" + (f"-x{self.scale}" if self.scale else "")
 
 
 class Tensors(NamedTuple):
@@ -73,24 +86,9 @@ class Tensors(NamedTuple):
     mask: Tensor | None
 
 
-class Result(NamedTuple):
-    """Output and gradients of one run."""
+PADDINGS = ("none", "left", "right", "random")
 
-    y: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    prefix_k: Tensor
-    prefix_v: Tensor
-
-
-DTYPES = (
-    (torch.float32, None),
-    (torch.bfloat16, None),
-    (torch.float16, None),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-)
+HALF_AND_FULL = (torch.float32, torch.bfloat16)
 
 # Fewer and more queries than keys; a prefix longer than the sequence; heads that are no power of two; one query; none.
 SHAPES = (
@@ -132,17 +130,13 @@ GRID = (
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
     """Draw fresh normal tensors; scores have variance one."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    batch = () if case.shared else (case.b,)
-    prefix_dtype = case.prefix_dtype or case.dtype
-    q = _laid_out(normal(case.b, case.h, case.s, case.d).to(device, case.dtype), case.layout)
-    k, v = (_laid_out(normal(case.b, case.h_kv, case.l, case.d).to(device, case.dtype), case.layout) for _ in range(2))
-    prefix_k, prefix_v = (normal(*batch, case.h_kv, case.p, case.d).to(device, prefix_dtype) for _ in range(2))
-    return Tensors(q, k, v, prefix_k, prefix_v, _mask(case, device, generator))
+    draw = Draw(seed)
+    drawn = [
+        draw.normal(case.b, case.h, case.s, case.d),
+        *(draw.normal(case.b, case.h_kv, case.l, case.d) for _ in range(2)),
+        *(draw.normal(*case.prefix_shape) for _ in range(2)),
+    ]
+    return _as_asked(case, drawn, device, draw)
 
 
 def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors, Tensor]:
@@ -154,41 +148,56 @@ def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors
     """
     if case.p == 0 or case.d < case.p:
         raise ValueError("needs a prefix, and no more keys in it than dimensions")
-    generator = torch.Generator().manual_seed(seed)
+    draw = Draw(seed)
+    index = torch.randint(0, case.p, (case.b, case.h, case.s), generator=draw.generator)
+    prefix_k = torch.eye(case.p, case.d, dtype=torch.float64).expand(case.prefix_shape).clone()
+    v = draw.integers(2, case.b, case.h_kv, case.l, case.d)
+    q = torch.nn.functional.one_hot(index, case.d).double()
+    drawn = [32.0 * q, torch.zeros_like(v), v, 32.0 * prefix_k, draw.integers(2, *case.prefix_shape)]
+    tensors = _as_asked(case, drawn, device, draw)
+    return tensors, draw.integers(2, *case.y_shape).to(device, case.dtype)
 
-    def integers(*shape: int) -> Tensor:
-        return torch.randint(-2, 3, shape, generator=generator, dtype=torch.float64)
 
-    batch = () if case.shared else (case.b,)
-    index = torch.randint(0, case.p, (case.b, case.h, case.s), generator=generator)
-    q = 32.0 * torch.nn.functional.one_hot(index, case.d).double()
-    prefix_k = 32.0 * torch.eye(case.p, case.d, dtype=torch.float64).expand(*batch, case.h_kv, -1, -1).clone()
-    k = torch.zeros(case.b, case.h_kv, case.l, case.d, dtype=torch.float64)
-    v, prefix_v = integers(case.b, case.h_kv, case.l, case.d), integers(*batch, case.h_kv, case.p, case.d)
+def _as_asked(case: Case, drawn: list[Tensor], device: torch.device, draw: Draw) -> Tensors:
+    """Put float64 tensors on the device in the case's dtypes, q, k and v in its layout, and draw its mask."""
     prefix_dtype = case.prefix_dtype or case.dtype
-    tensors = Tensors(
-        *(_laid_out(tensor.to(device, case.dtype), case.layout) for tensor in (q, k, v)),
-        prefix_k.to(device, prefix_dtype),
-        prefix_v.to(device, prefix_dtype),
-        _mask(case, device, generator),
+    return Tensors(
+        *(_laid_out(tensor.to(device, case.dtype), case.layout) for tensor in drawn[:3]),
+        *(tensor.to(device, prefix_dtype) for tensor in drawn[3:]),
+        mask=_mask(case, device, draw.generator),
     )
-    return tensors, integers(case.b, case.h, case.s, case.d).to(device, case.dtype)
 
 
-def output_gradient(case: Case, device: torch.device, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(99 + seed)
-    shape = (case.b, case.h, case.s, case.d)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, case.dtype)
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "tokens":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "strided":
+        return torch.cat((x, x), dim=-1)[..., : x.shape[-1]]
+    if layout == "columns":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x
+
+
+def _mask(case: Case, device: torch.device, generator: torch.Generator) -> Tensor | None:
+    if case.padding == "none":
+        return None
+    if case.padding in ("left", "right"):
+        padded = torch.arange(1, case.b + 1)[:, None] * case.l // (2 * max(1, case.b))
+        index = torch.arange(case.l)[None, :]
+        return ((index >= padded) if case.padding == "left" else (index < case.l - padded)).to(device)
+    mask = torch.rand(case.b, case.l, generator=generator) < 0.7
+    mask[:1] = False
+    return mask.to(device)
 
 
 @contextlib.contextmanager
-def variant(name: str) -> Iterator[str]:
-    """Yield the backend's name, with what the variant pins."""
-    backend, _, pinned = name.partition("-")
+def _pin(variant: str) -> Iterator[str]:
+    """What the variant pins."""
+    backend, _, pinned = variant.partition("-")
     patches: list[tuple[object, str, object]] = []
-    if name in ("triton-small", "triton-split"):
+    if variant in ("triton-small", "triton-split"):
         functions = ("forward_config", "grad_q_config", "grad_kv_config", "grad_prefix_config")
-        splits = 3 if name == "triton-split" else 1
+        splits = 3 if variant == "triton-split" else 1
         patches += [(config, function, _small(getattr(config, function), splits)) for function in functions]
         # Fewer parts at once than there are.
         merge = config.MergeConfig(BLOCK_S=2, BLOCK_D=0, num_warps=4)
@@ -229,74 +238,133 @@ def _small(choose: Callable[..., object], splits: int) -> Callable[..., object]:
     return chosen
 
 
-def run_ours(case: Case, tensors: Tensors, dy: Tensor, name: str) -> Result:
-    """Forward and all gradients by the package."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors[:5]]
-    with variant(name) as backend:
-        y = pk.prefix_attention(
-            *leaves, causal=case.causal, scale=case.scale, key_padding_mask=tensors.mask, backend=backend
+def arguments(case: Case, tensors: Tensors) -> dict[str, Any]:
+    named = tensors._asdict()
+    return {"key_padding_mask": named.pop("mask"), **named, "causal": case.causal, "scale": case.scale}
+
+
+def eager(case: Case, tensors: Tensors, backend: SDPBackend = SDPBackend.MATH) -> Tensor:
+    return oracle.eager(**arguments(case, tensors), backend=backend)
+
+
+def _oracle(case: Case, tensors: Tensors, dy: Tensor) -> tuple[Tensor, oracle.Gradients]:
+    """A float32 prefix is cast to q's dtype first."""
+    *read, mask = tensors
+    given = arguments(case, Tensors(*(tensor.to(case.dtype).double() for tensor in read), mask))
+    return oracle.forward(**given), oracle.backward(dy.double(), **given)
+
+
+OPERATOR = Operator(
+    function=op.prefix_attention,
+    op=op,
+    differentiable=Tensors._fields[:5],
+    variants=VARIANTS,
+    pin=_pin,
+    make=make,
+    make_exact=make_exact,
+    arguments=arguments,
+    eager=eager,
+    oracle=_oracle,
+    # A row's scores are one value for its D results.
+    draws=lambda case: min(4, 64 // (case.b * case.h * case.s)),
+    budget=(
+        *itertools.product(GRID, ("torch", "triton")),
+        *itertools.product(
+            (replace(shape, dtype=dtype) for shape in (*SHAPES, *OTHER_SHAPES) for dtype in HALF_AND_FULL),
+            ("torch-small", "triton-small", "triton-split"),
+        ),
+    ),
+    exact=st.builds(
+        lambda dtypes, group, h_kv, **rest: Case(
+            h=group * h_kv, h_kv=h_kv, dtype=dtypes[0], prefix_dtype=dtypes[1], scale=1.0, **rest
+        ),
+        b=st.integers(1, 2),
+        h_kv=st.integers(1, 2),
+        group=st.integers(1, 3),
+        s=st.integers(1, 24),
+        l=st.integers(0, 24),
+        p=st.integers(1, 20),
+        d=st.sampled_from([32, 40, 64]),
+        dtypes=st.sampled_from(DTYPES),
+        causal=st.booleans(),
+        shared=st.booleans(),
+        padding=st.sampled_from(PADDINGS),
+        layout=st.sampled_from(["heads", "tokens", "strided", "columns"]),
+    ),
+    exact_draws=12,
+    exact_examples=(Case(b=1, s=17, l=20, scale=1.0),),
+    repeated=tuple(
+        (Case(b=3, h=2, h_kv=1, s=18, l=20, p=20, dtype=dtype, shared=shared, padding="random"), variant)
+        for dtype in HALF_AND_FULL
+        for shared in (False, True)
+        for variant in WITH_SPLIT
+    ),
+    deterministic=True,
+    typical=Case(h=2, h_kv=1, s=17, l=19, padding="random"),
+    kinds=(
+        *(
+            Case(s=3, l=4, p=2, d=4, shared=shared, padding=padding)
+            for shared in (False, True)
+            for padding in ("none", "random")
+        ),
+        Case(s=6, l=7, p=3, d=8, dtype=torch.bfloat16, prefix_dtype=torch.float32, padding="left"),
+    ),
+    gradcheck=tuple(
+        # With more queries than keys, so that without a prefix some queries attend to nothing.
+        Case(s=4, l=3, p=p, d=2, dtype=torch.float64, causal=causal, shared=shared, padding="random", scale=0.6)
+        for causal, p in ((False, 2), (True, 2), (True, 0))
+        for shared in (False, True)
+    ),
+    far=(Case(b=3, h=2, h_kv=1, s=6, l=6, d=16, dtype=torch.bfloat16), ("q", "k", "v")),
+    empty=tuple(
+        replace(Case(s=6, l=6, d=16, padding="left", shared=shared), **sizes)
+        for sizes in (
+            {"b": 0},
+            {"s": 0},
+            {"l": 0, "p": 0},
+            {"l": 0},
+            {"b": 0, "p": 0},
+            {"s": 0, "l": 0},
+            {"h": 0, "h_kv": 1},
         )
-        return Result(y.detach(), *torch.autograd.grad(y, leaves, dy))
-
-
-def run_eager(case: Case, tensors: Tensors, dy: Tensor, backend: SDPBackend = SDPBackend.MATH) -> Result:
-    """Forward and all gradients by eager torch in the same dtypes: what the error budget is measured in."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors[:5]]
-    y = oracle.eager(*leaves, causal=case.causal, scale=case.scale, key_padding_mask=tensors.mask, backend=backend)
-    return Result(y.detach(), *torch.autograd.grad(y, leaves, dy))
-
-
-def run_oracle(case: Case, tensors: Tensors, dy: Tensor) -> Result:
-    """Forward and all gradients in float64, on the same rounded inputs: a float32 prefix is cast to q's dtype first."""
-    wide = [tensor.to(case.dtype).double() for tensor in tensors[:5]]
-    options = {"causal": case.causal, "scale": case.scale, "key_padding_mask": tensors.mask}
-    return Result(oracle.forward(*wide, **options), *oracle.backward(dy.double(), *wide, **options))
-
-
-def check_budget(
-    case: Case,
-    device: torch.device,
-    run: Callable[[Case, Tensors, Tensor], Result],
-    yardstick: Callable[[Case, Tensors, Tensor], Result] | None = None,
-) -> None:
-    """Hold a way to run a case against the error budget, and see that it leaves its inputs alone.
-
-    The yardstick is torch's math path unless another is given.
-
-    The budget compares norms of rounding errors, which scatter by 1 / sqrt(n) for n independent values. A row's scores
-    are one such value for its D results: where there are few rows, further draws join them.
-    """
-    draws: list[tuple[Result, Result, Result]] = []
-    for seed in range(max(1, min(4, 64 // (case.b * case.h * case.s)))):
-        tensors, dy = make(case, device, seed), output_gradient(case, device, seed)
-        arguments = [tensor for tensor in (*tensors, dy) if tensor is not None]
-        before = [tensor.clone() for tensor in arguments]
-        ours = run(case, tensors, dy)
-        for old, new in zip(before, arguments, strict=True):
-            compare.assert_bitwise_equal("an input after the call", new, old)
-        draws.append((ours, (yardstick or run_eager)(case, tensors, dy), run_oracle(case, tensors, dy)))
-    for label in Result._fields:
-        ours, eager, exact = (torch.stack([getattr(draw[index], label) for draw in draws]) for index in range(3))
-        compare.assert_close(f"{case} {label}", ours, eager, exact)
-
-
-def _laid_out(x: Tensor, layout: str) -> Tensor:
-    if layout == "tokens":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "strided":
-        return torch.cat((x, x), dim=-1)[..., : x.shape[-1]]
-    if layout == "columns":
-        return x.transpose(2, 3).contiguous().transpose(2, 3)
-    return x
-
-
-def _mask(case: Case, device: torch.device, generator: torch.Generator) -> Tensor | None:
-    if case.padding == "none":
-        return None
-    if case.padding in ("left", "right"):
-        padded = torch.arange(1, case.b + 1)[:, None] * case.l // (2 * max(1, case.b))
-        index = torch.arange(case.l)[None, :]
-        return ((index >= padded) if case.padding == "left" else (index < case.l - padded)).to(device)
-    mask = torch.rand(case.b, case.l, generator=generator) < 0.7
-    mask[:1] = False
-    return mask.to(device)
+        for shared in (False, True)
+    ),
+    wrong_case=Case(s=3, l=5, p=6, d=8),
+    wrong=(
+        ({"q": [1.0]}, "q must be a torch.Tensor, got list"),
+        ({"q": torch.randn(4, 3, 8)}, r"q must be \(B, H, S, D\), got a tensor of shape \(4, 3, 8\)"),
+        ({"q": torch.ones(2, 4, 3, 8, dtype=torch.int64)}, "q must have one of the dtypes .*got torch.int64"),
+        ({"k": torch.randn(2, 2, 5)}, r"k must be \(B, H_kv, L, D\)"),
+        ({"k": torch.randn(2, 2, 5, 7)}, r"k must be \(B, H_kv, L, D\) = \(2, 2, 5, 8\), got \(2, 2, 5, 7\)"),
+        ({"k": torch.randn(1, 2, 5, 8)}, r"k must be \(B, H_kv, L, D\) = \(2, 2, 5, 8\), got \(1, 2, 5, 8\)"),
+        ({"k": torch.randn(2, 3, 5, 8)}, "v must be"),
+        ({"k": torch.randn(2, 3, 5, 8), "v": torch.randn(2, 3, 5, 8)}, "H_kv, k's heads, must divide H = 4.*got 3"),
+        ({"k": torch.randn(2, 0, 5, 8), "v": torch.randn(2, 0, 5, 8)}, "H_kv, k's heads, must divide H = 4.*got 0"),
+        ({"v": torch.randn(2, 2, 4, 8)}, r"v must be \(B, H_kv, L, D\) = \(2, 2, 5, 8\), got \(2, 2, 4, 8\)"),
+        ({"v": torch.randn(2, 2, 5, 8).bfloat16()}, r"v must have the dtype of q \(torch.float32\)"),
+        ({"k": torch.randn(2, 2, 5, 8, device="meta")}, r"k must be on the device of q \(cpu\), got meta"),
+        ({"prefix_k": torch.randn(6, 8)}, r"prefix_k must be \(H_kv, P, D\) or \(B, H_kv, P, D\)"),
+        ({"prefix_k": torch.randn(4, 6, 8)}, r"prefix_k must be \(H_kv, P, D\) = \(2, 6, 8\), got \(4, 6, 8\)"),
+        ({"prefix_k": torch.randn(1, 2, 6, 8)}, r"prefix_k must be \(B, H_kv, P, D\) = \(2, 2, 6, 8\)"),
+        ({"prefix_v": torch.randn(2, 5, 8)}, r"prefix_v must be \(H_kv, P, D\) = \(2, 6, 8\), got \(2, 5, 8\)"),
+        ({"prefix_k": torch.randn(2, 6, 8).bfloat16()}, "prefix_k must have the dtype of q, or float32"),
+        ({"prefix_v": torch.randn(2, 6, 8).double()}, "prefix_v must have the dtype of prefix_k"),
+        (
+            {"key_padding_mask": torch.ones(2, 5)},
+            "key_padding_mask must be torch.bool, True = attend, got torch.float32",
+        ),
+        (
+            {"key_padding_mask": torch.ones(2, 11, dtype=torch.bool)},
+            r"key_padding_mask must be \(B, L\) = \(2, 5\), got \(2, 11\)",
+        ),
+        ({"key_padding_mask": [True]}, "key_padding_mask must be a torch.Tensor, got list"),
+        ({"causal": 1}, "causal must be a bool, got 1"),
+        ({"scale": "1"}, "scale must be a float or None, got str"),
+        ({"scale": torch.tensor(1.0)}, "scale must be a float or None, got Tensor"),
+    ),
+    unsupported=(
+        ("cuda", Case(s=2, l=2, d=8), "there is no 'cuda' implementation"),
+        ("triton", Case(s=2, l=2, d=8, dtype=torch.float64), "backend 'triton' cannot run this problem: .*float64"),
+        ("triton", Case(s=2, l=2, d=257), "at most 256 dimensions, got 257"),
+    ),
+)

@@ -1,15 +1,20 @@
-"""Problems, their tensors, and the ways to run them, shared by the tests of the prompt tuning family."""
+"""Problems of the prompt tuning family, and what its operator owes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import itertools
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_kernels.prompt.op import prompt_tuning
+from peft_kernels.prompt import op
 from python_ref import prompt as oracle
+from tests.contract.draw import DTYPES, Draw, dtypes_name
+from tests.contract.operators import Operator
 
 BACKENDS = ("torch", "triton")
 
@@ -27,26 +32,23 @@ class Case:
     prompt_dtype: torch.dtype | None = None
     strided: bool = False
 
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        return self.n * self.b, self.p + self.l, self.d
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        return self.dtype
+
     def __str__(self) -> str:
-        names = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.prompt_dtype) if dtype)
-        return f"n{self.n}-b{self.b}-p{self.p}-l{self.l}-d{self.d}-{names}{'-strided' * self.strided}"
+        dtypes = dtypes_name(self.dtype, self.prompt_dtype)
+        return f"n{self.n}-b{self.b}-p{self.p}-l{self.l}-d{self.d}-{dtypes}{'-strided' * self.strided}"
 
 
-class Result(NamedTuple):
-    """Output and gradients of one run."""
-
-    y: Tensor
+class Tensors(NamedTuple):
     prompts: Tensor
     tokens: Tensor
 
-
-DTYPES = (
-    (torch.float32, None),
-    (torch.bfloat16, None),
-    (torch.float16, None),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-)
 
 GRID = (
     *(Case(dtype=dtype, prompt_dtype=prompt) for dtype, prompt in DTYPES),
@@ -60,35 +62,79 @@ GRID = (
 )
 
 
-def make(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw prompts, tokens and an output gradient."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    prompts = normal(case.n, case.p, case.d).to(device, case.prompt_dtype or case.dtype)
-    tokens = normal(case.b, case.l, case.d).to(device, case.dtype)
+def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
+    """Draw prompts and tokens."""
+    draw = Draw(seed)
+    prompts = draw.normal(case.n, case.p, case.d).to(device, case.prompt_dtype or case.dtype)
+    tokens = draw.normal(case.b, case.l, case.d).to(device, case.dtype)
     if case.strided:
         prompts, tokens = (torch.stack((x, x), -1)[..., 0].transpose(0, 1) for x in (prompts, tokens))
         prompts, tokens = (x.contiguous().transpose(0, 1) for x in (prompts, tokens))
         tokens = tokens.transpose(1, 2).contiguous().transpose(1, 2)
-    return prompts, tokens, normal(case.n * case.b, case.p + case.l, case.d).to(device, case.dtype)
+    return Tensors(prompts, tokens)
 
 
-def run_ours(case: Case, prompts: Tensor, tokens: Tensor, dy: Tensor, backend: str) -> Result:
-    leaves = [prompts.detach().requires_grad_(), tokens.detach().requires_grad_()]
-    y = prompt_tuning(*leaves, backend=backend)
-    return Result(y.detach(), *torch.autograd.grad(y, leaves, dy))
+def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors, Tensor]:
+    """Sums of a few small integers leave nothing to round; y is a copy of whatever there is."""
+    return make(case, device, seed), OPERATOR.output_gradient(case, device, seed).mul(4).round()
 
 
-def run_eager(case: Case, prompts: Tensor, tokens: Tensor, dy: Tensor) -> Result:
-    leaves = [prompts.detach().requires_grad_(), tokens.detach().requires_grad_()]
-    y = oracle.eager(*leaves)
-    return Result(y.detach(), *torch.autograd.grad(y, leaves, dy))
+def arguments(case: Case, tensors: Tensors) -> dict[str, Tensor]:
+    return {"prompts": tensors.prompts, "tokens": tensors.tokens}
 
 
-def run_oracle(case: Case, prompts: Tensor, tokens: Tensor, dy: Tensor) -> Result:
-    """In float64, on the same rounded inputs: float32 prompts are cast to the tokens' dtype first."""
-    wide = prompts.to(case.dtype).double(), tokens.double()
-    return Result(oracle.forward(*wide), *oracle.backward(dy.double(), *wide))
+def _oracle(case: Case, tensors: Tensors, dy: Tensor) -> tuple[Tensor, oracle.Gradients]:
+    """Float32 prompts are cast to the tokens' dtype first."""
+    wide = tensors.prompts.to(case.dtype).double(), tensors.tokens.double()
+    y = oracle.forward(*wide) if case.n * case.b else wide[0].new_empty(case.y_shape)
+    return y, oracle.backward(dy.double(), *wide)
+
+
+OPERATOR = Operator(
+    function=op.prompt_tuning,
+    op=op,
+    differentiable=Tensors._fields,
+    variants=BACKENDS,
+    pin=contextlib.nullcontext,
+    make=make,
+    make_exact=make_exact,
+    arguments=arguments,
+    eager=lambda case, tensors: oracle.eager(*tensors),
+    oracle=_oracle,
+    draws=lambda case: min(8, 200 // (case.n * case.d)),
+    unrounded=("y",),
+    budget=tuple(itertools.product(GRID, BACKENDS)),
+    exact=st.builds(
+        lambda dtypes, **sizes: Case(dtype=dtypes[0], prompt_dtype=dtypes[1], **sizes),
+        n=st.integers(1, 4),
+        b=st.integers(1, 4),
+        p=st.integers(0, 20),
+        l=st.integers(0, 20),
+        d=st.integers(1, 40),
+        dtypes=st.sampled_from(DTYPES),
+        strided=st.booleans(),
+    ),
+    exact_draws=25,
+    exact_examples=(Case(),),
+    repeated=tuple((Case(b=30, dtype=torch.bfloat16), backend) for backend in BACKENDS),
+    typical=Case(),
+    kinds=(Case(), Case(dtype=torch.bfloat16, prompt_dtype=torch.float32)),
+    gradcheck=(Case(d=3, dtype=torch.float64),),
+    far=(Case(n=1, b=3, dtype=torch.bfloat16), ("tokens",)),
+    empty=tuple(replace(Case(), **sizes) for sizes in ({"b": 0}, {"n": 0}, {"p": 0, "l": 0}, {"d": 0})),
+    wrong_case=Case(d=8),
+    wrong=(
+        ({"prompts": [1.0]}, "prompts must be a torch.Tensor, got list"),
+        ({"tokens": None}, "tokens must be a torch.Tensor, got NoneType"),
+        ({"prompts": torch.ones(4, 8)}, r"prompts must be \(N, P, D\), got a tensor of shape \(4, 8\)"),
+        ({"tokens": torch.ones(5, 8)}, r"tokens must be \(B, L, D\)"),
+        ({"prompts": torch.ones(2, 4, 7)}, r"prompts must be \(N, P, D\) = \(2, 4, 8\), got \(2, 4, 7\)"),
+        ({"tokens": torch.ones(3, 5, 8, dtype=torch.int64)}, "tokens must have one of the dtypes .*got torch.int64"),
+        ({"prompts": torch.ones(2, 4, 8).bfloat16()}, "prompts must have the dtype of tokens, or float32"),
+        ({"prompts": torch.ones(2, 4, 8, device="meta")}, r"prompts must be on the device of tokens \(cpu\), got meta"),
+    ),
+    unsupported=(
+        ("cuda", Case(), "there is no 'cuda' implementation"),
+        ("triton", Case(dtype=torch.float64), "backend 'triton' cannot run this problem: .*float64"),
+    ),
+)

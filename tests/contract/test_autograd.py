@@ -1,0 +1,141 @@
+"""Autograd, torch.library and torch.compile: what holds for every operator, on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from python_ref import compare
+from tests.contract import observe
+from tests.contract.operators import CPU, Operator, over
+
+each_operator = over("", lambda operator: [()])
+each_kind = over("case", lambda operator: itertools.product(operator.kinds))
+
+
+def _leaves(operator: Operator, case: Any) -> tuple[Any, list[Tensor]]:
+    """Tensors of a case, and those of them that want a gradient."""
+    leaves = operator.leaves(operator.make(case, CPU))
+    return leaves, list(operator.wanted(leaves).values())
+
+
+@over("case", lambda operator: itertools.product(operator.gradcheck))
+def test_gradcheck(operator: Operator, case: Any) -> None:
+    leaves, wanted = _leaves(operator, case)
+
+    def call(*given: Tensor) -> Tensor:
+        # What gradcheck perturbs in place it passes too: a tensor that is read twice is one tensor here.
+        return operator.call(case, leaves._replace(**dict(zip(operator.wanted(leaves), given, strict=True))))
+
+    assert torch.autograd.gradcheck(call, wanted)
+
+
+@each_operator
+def test_second_derivative_is_refused(operator: Operator) -> None:
+    leaves, wanted = _leaves(operator, operator.typical)
+    dy = operator.output_gradient(operator.typical, CPU).requires_grad_()
+    gradient, *_ = torch.autograd.grad(operator.call(operator.typical, leaves), wanted, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@each_kind
+def test_opcheck(operator: Operator, case: Any) -> None:
+    """The registered operators on what a compiled call gives them, asked for all gradients and for every second."""
+    leaves, wanted = _leaves(operator, case)
+    dy = operator.output_gradient(case, CPU)
+    forward, backward = observe.registered_calls(lambda: operator.call(case, leaves, "torch"), wanted, dy)
+    assert [str(target) for target, _ in (forward, backward)] == [
+        f"peft_kernels.{operator.name}{which}.default" for which in ("", "_backward")
+    ]
+    torch.library.opcheck(forward[0], tuple(_fresh(argument, requires_grad=True) for argument in forward[1]))
+    arguments = tuple(_fresh(argument) for argument in backward[1])
+    torch.library.opcheck(backward[0], arguments)
+    fewer = tuple(
+        [need and index % 2 == 0 for index, need in enumerate(argument)] if isinstance(argument, list) else argument
+        for argument in arguments
+    )
+    assert fewer != arguments
+    torch.library.opcheck(backward[0], fewer)
+
+
+def _fresh(argument: Any, requires_grad: bool = False) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    fresh = argument.detach().clone()
+    # A tensor of no dimensions is a scalar: it has no gradient.
+    return fresh.requires_grad_(requires_grad and fresh.is_floating_point() and fresh.dim() > 0)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@each_kind
+def test_compile_without_graph_break(operator: Operator, case: Any, compiler: str) -> None:
+    torch._dynamo.reset()
+    leaves, wanted = _leaves(operator, case)
+    dy, first = operator.output_gradient(case, CPU), operator.differentiable[0]
+
+    # What the compiler fuses with rounds nothing, neither forward nor backward.
+    def call(given: Any) -> Tensor:
+        return operator.call(case, given._replace(**{first: getattr(given, first) * 2})).relu()
+
+    eager = call(leaves)
+    expected = torch.autograd.grad(eager, wanted, dy)
+    got = torch.compile(call, fullgraph=True, backend=compiler)(leaves)
+    exactly = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {}
+    torch.testing.assert_close(got, eager, **exactly)
+    torch.testing.assert_close(torch.autograd.grad(got, wanted, dy), expected, **exactly)
+
+
+@over("case", lambda operator: itertools.product(operator.scaled[:1]))
+def test_scale_s_value_does_not_recompile(operator: Operator, case: Any) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    given = operator.arguments(case, operator.make(case, CPU))
+
+    def call(scale: Tensor) -> Tensor:
+        return operator.function(**given | {"scale": scale})
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for value in (0.5, 2.0, 3.0):
+        torch.testing.assert_close(compiled(torch.tensor(value)), call(torch.tensor(value)))
+    assert counter.frame_count == 1
+
+
+@each_kind
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(operator: Operator, case: Any, use_reentrant: bool) -> None:
+    leaves, wanted = _leaves(operator, case)
+
+    def call(*given: Tensor | None) -> Tensor:
+        return operator.call(case, leaves._make(given))
+
+    y = call(*leaves)
+    expected = torch.autograd.grad(y.square().sum(), wanted)
+    again = checkpoint(call, *leaves, use_reentrant=use_reentrant)
+    compare.assert_bitwise_equal("y", again, y)
+    again.square().sum().backward()  # reentrant checkpointing knows no autograd.grad
+    for tensor, gradient in zip(wanted, expected, strict=True):
+        compare.assert_bitwise_equal("gradient", tensor.grad, gradient)
+
+
+@each_operator
+def test_inference_saves_nothing(operator: Operator) -> None:
+    tensors = operator.make(operator.typical, CPU)
+    with observe.saved(()) as (added, _), torch.no_grad():
+        y = operator.call(operator.typical, operator.leaves(tensors))
+    assert y.grad_fn is None and not added
+    assert operator.call(operator.typical, tensors).grad_fn is None
+
+
+@each_operator
+def test_eager_calls_bypass_the_registered_operator(operator: Operator) -> None:
+    leaves, wanted = _leaves(operator, operator.typical)
+    with observe.RegisteredOperators() as registered:
+        torch.autograd.grad(operator.call(operator.typical, leaves).sum(), wanted)
+    assert not registered.called

@@ -1,0 +1,143 @@
+"""Every variant of every operator on every case: results, their bits, and what is not touched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.contract.operators import Operator, assert_bitwise_equal, assert_close, assert_exact, over
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+each_variant = over("variant", lambda operator: itertools.product(operator.variants))
+
+
+@over("case, variant", lambda operator: operator.budget)
+def test_error_budget(operator: Operator, case: Any, variant: str, device: torch.device) -> None:
+    operator.check_budget(case, device, functools.partial(operator.run_ours, variant=variant))
+
+
+@each_variant
+def test_exact_in_every_shape_stride_and_dtype(operator: Operator, variant: str, device: torch.device) -> None:
+    """Integers leave nothing to round, so nothing may differ from the oracle, whatever the order of the sums."""
+
+    @settings(max_examples=operator.exact_draws, deadline=None)
+    @given(case=operator.exact, seed=st.integers(0, 100))
+    def check(case: Any, seed: int) -> None:
+        tensors, dy = operator.make_exact(case, device, seed)
+        got, exact = operator.run_ours(case, tensors, dy, variant), operator.run_oracle(case, tensors, dy)
+        assert_exact(got, exact, str(case))
+
+    for case in operator.exact_examples:
+        check = example(case=case, seed=0)(check)
+    check()
+
+
+@each_variant
+def test_gradient_of_a_sum(operator: Operator, variant: str, device: torch.device) -> None:
+    """sum() hands over an expanded gradient, whose strides are all zero."""
+    case = operator.exact_examples[0]
+    tensors, dy = operator.make_exact(case, device)
+    ones = torch.ones((), dtype=dy.dtype, device=device).expand(dy.shape)
+    assert_exact(operator.run_ours(case, tensors, ones, variant), operator.run_oracle(case, tensors, ones))
+
+
+@contextlib.contextmanager
+def _as_deterministic_as_asked(operator: Operator) -> Iterator[None]:
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=warn_only and not operator.deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
+@over("case, variant", lambda operator: operator.repeated)
+def test_two_runs_give_the_same_bits(operator: Operator, case: Any, variant: str, device: torch.device) -> None:
+    tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
+    with _as_deterministic_as_asked(operator):
+        first, second = (operator.run_ours(case, tensors, dy, variant) for _ in range(2))
+    assert_bitwise_equal(first, second)
+
+
+@each_variant
+def test_each_gradient_alone(operator: Operator, variant: str, device: torch.device) -> None:
+    """A gradient does not depend on which others are asked for, and nothing else gets one."""
+    case = operator.typical
+    tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
+    together = operator.run_ours(case, tensors, dy, variant)
+    for name in operator.differentiable:
+        alone = replace(operator, differentiable=(name,))
+        leaves = alone.leaves(tensors)
+        with operator.using(variant) as backend:
+            operator.call(case, leaves, backend).backward(dy)
+        gradients = {label: leaf.grad for label, leaf in operator.wanted(leaves).items()}
+        got = {label: gradient for label, gradient in gradients.items() if gradient is not None}
+        assert_bitwise_equal(type(together)(**got), type(together)(**{name: getattr(together, name)}))
+
+
+@each_variant
+def test_tensors_beyond_two_to_the_31_elements(operator: Operator, variant: str, device: torch.device) -> None:
+    """Offsets are 64-bit: first dimensions have strides of 2^30, and nothing between what they hold is touched."""
+    case, names = operator.far
+    tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
+    stride, rows = 2**30, max(len(tensor) for tensor in (dy, *(getattr(tensors, name) for name in names)))
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # poison would touch all of it
+    try:
+        far = torch.empty((rows - 1) * stride + 4096, dtype=dy.dtype, device=device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    starts = iter(range(0, 4096, 512))
+
+    def moved(tensor: Tensor) -> Tensor:
+        return far.as_strided(tensor.shape, (stride, *tensor.stride()[1:]), next(starts)).copy_(tensor)
+
+    apart = tensors._replace(**{name: moved(getattr(tensors, name)) for name in names})
+    near, got = operator.run_ours(case, tensors, dy, variant), operator.run_ours(case, apart, moved(dy), variant)
+    assert_bitwise_equal(got, near)
+
+
+@over("case, variant", lambda operator: itertools.product(operator.empty, operator.variants))
+def test_empty(operator: Operator, case: Any, variant: str, device: torch.device) -> None:
+    tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
+    got, exact = operator.run_ours(case, tensors, dy, variant), operator.run_oracle(case, tensors, dy)
+    for label, value in vars(got).items():
+        torch.testing.assert_close(value.double(), getattr(exact, label), rtol=1e-5, atol=1e-5)
+
+
+@over("case, names, variant", lambda operator: ((*row, each) for row in operator.rows for each in operator.variants))
+@pytest.mark.parametrize("leading", [(), (2, 3), (2, 1, 3), (0,), (3, 0)], ids=str)
+def test_leading_dimensions(
+    operator: Operator, case: Any, names: tuple[str, ...], variant: str, leading: tuple[int, ...], device: torch.device
+) -> None:
+    case = replace(case, m=torch.Size(leading).numel())
+    tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
+
+    def shaped(matrix: Tensor) -> Tensor:
+        return matrix.view(*leading, matrix.shape[-1])
+
+    several = tensors._replace(**{name: shaped(getattr(tensors, name)) for name in names})
+    expected = operator.run_ours(case, tensors, dy, variant)
+    got = operator.run_ours(case, several, shaped(dy), variant)
+    assert got.y.is_contiguous()
+    for label in ("y", *names):
+        setattr(expected, label, shaped(getattr(expected, label)))
+    assert_bitwise_equal(got, expected)
+
+
+@over("case, variant", lambda operator: itertools.product(operator.scaled, operator.variants))
+def test_tensor_scale_is_its_value(operator: Operator, case: Any, variant: str, device: torch.device) -> None:
+    given = operator.make(case, device), operator.output_gradient(case, device)
+    got = operator.run_ours(replace(case, scale=torch.tensor(case.scale, device=device)), *given, variant)
+    assert_close(got, operator.run_eager(case, *given), operator.run_oracle(case, *given))
