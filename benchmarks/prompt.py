@@ -114,7 +114,7 @@ def _eager(problem: Problem, inputs: Inputs) -> Call:
 
 
 def _ours(problem: Problem, inputs: Inputs, backend: str) -> Call:
-    return Call(lambda: prompt_tuning(inputs.prompts, inputs.tokens, backend=backend), (inputs.prompts,), inputs.dy)
+    return Call(lambda: prompt_tuning(inputs.tokens, inputs.prompts, backend=backend), (inputs.prompts,), inputs.dy)
 
 
 def _runs(problem: Problem, device: torch.device) -> str | None:

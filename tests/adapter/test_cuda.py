@@ -24,7 +24,7 @@ from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.device import Hardware
 from peft_kernels.adapter import cuda_impl, torch_impl
 from peft_kernels.adapter.kernels import config
-from peft_kernels.adapter.problem import BottleneckAdapterProblem, Inputs, describe
+from peft_kernels.adapter.problem import BottleneckAdapterProblem, Inputs, make_problem
 from python_ref import adapter as oracle
 from python_ref import compare
 from tests.adapter import simt_forward
@@ -67,9 +67,8 @@ def _forward(case: Case, tensors: Any, scale: float | Tensor | None = None) -> t
 
 
 def _problem(case: Case, tensors: Any, scale: float | Tensor | None = None) -> tuple[BottleneckAdapterProblem, Inputs]:
-    given = (*tensors, case.scale if scale is None else scale)
-    problem = describe(*tensors, case.residual == "x", case.activation, given[-1])
-    return problem, Inputs(*given)
+    inputs = Inputs(*tensors, case.residual == "x", case.activation, case.scale if scale is None else scale)
+    return make_problem(inputs), inputs
 
 
 def _check(case: Case, tensors: Any, y: Tensor, z: Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from peft_kernels.adapter import triton_impl
-from peft_kernels.adapter.problem import Inputs, Needs, describe
+from peft_kernels.adapter.problem import Inputs, Needs, make_problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTH = 4096
@@ -74,8 +74,10 @@ def _launch(
         down_bias=make(r, dtype=adapter),
         up_bias=make(width, dtype=adapter),
         residual=None if serial else make(m, width, dtype=out_dtype),
+        serial=serial,
+        activation=activation,
         scale=0.5,
     )
-    problem = describe(*inputs[:6], serial, activation, inputs.scale)
+    problem = make_problem(inputs)
     _, z = triton_impl.forward(problem, inputs)
     triton_impl.backward(problem, inputs, z, make(m, width, dtype=out_dtype), Needs(*[True] * 5))

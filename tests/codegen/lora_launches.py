@@ -10,7 +10,7 @@ import torch
 
 from peft_kernels.lora.kernels import config
 from peft_kernels.lora.linear import triton_impl
-from peft_kernels.lora.linear.problem import Inputs, Needs, describe
+from peft_kernels.lora.linear.problem import Inputs, Needs, make_problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -49,9 +49,10 @@ def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: co
         lora_b=make(n, r, dtype=adapter),
         scale=0.5,
         bias=make(n, dtype=dtype),
+        dropout_p=p,
         seed=make((), dtype=torch.int64) if p else None,
     )
-    problem = describe(*inputs[:6], p, inputs.seed)
+    problem = make_problem(inputs)
     chosen = config.base_product_path
     config.base_product_path = lambda *_: path
     try:

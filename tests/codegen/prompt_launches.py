@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from peft_kernels.prompt import triton_impl
-from peft_kernels.prompt.problem import Needs, describe
+from peft_kernels.prompt.problem import Inputs, Needs, make_problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -28,10 +28,10 @@ def _case(dtype: torch.dtype, prompt: torch.dtype, n: int, d: int) -> tuple[str,
 
 def _launch(dtype: torch.dtype, prompt: torch.dtype, n: int, d: int) -> None:
     make = functools.partial(torch.empty, device="meta")
-    prompts, tokens = make(n, 20, d, dtype=prompt), make(8, 512, d, dtype=dtype)
-    problem = describe(prompts, tokens)
-    y = triton_impl.forward(problem, prompts, tokens)
-    triton_impl.backward(problem, y, Needs(prompts=True, tokens=True))
+    inputs = Inputs(token_embeddings=make(8, 512, d, dtype=dtype), prompts=make(n, 20, d, dtype=prompt))
+    problem = make_problem(inputs)
+    y = triton_impl.forward(problem, inputs)
+    triton_impl.backward(problem, y, Needs(*[True] * 2))
 
 
 def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:

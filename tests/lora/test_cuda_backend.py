@@ -103,7 +103,7 @@ def test_tensors_without_addresses_are_described() -> None:
     """As when a graph is traced; where they could be read 16 bytes at a time, nobody launches on them."""
     with FakeTensorMode():
         fake = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2, 8), (16, 8), (1, 8), (16, 1))]
-        described = problem.describe(*fake, 1.0, None, 0.0, None)
+        described = problem.make_problem(problem.Inputs(*fake, 1.0, None, 0.0, None))
     assert described.device.type == "cuda" and not described.rows_aligned
 
 
@@ -116,7 +116,7 @@ def test_cpu_tensors_are_refused() -> None:
 def test_auto_takes_no_unverified_kernel(emulated: EmulatedExtension, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_impl, "VERIFIED_ARCHS", frozenset())
     tensors = make(Case(m=1, n=8, k=8, r=1, dtype=torch.bfloat16), CPU)
-    described = problem.describe(*tensors[:4], 1.0, None, 0.0, None)
+    described = problem.make_problem(problem.Inputs(*tensors[:4], 1.0, None, 0.0, None))
     assert cuda_impl.why_not(described) is None
     assert cuda_impl.why_not_auto(described) == "it has not been verified on sm_90; backend='cuda' runs it all the same"
     pk.lora_linear(*tensors[:4])

@@ -146,7 +146,7 @@ def test_refusals(change: dict[str, Any], reason: str) -> None:
 @pytest.mark.cpu_only
 def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(m=40, n=72, k=64, r=4, dtype=BF16)
-    described = problem.describe(*make(case, CPU)[:4], 1.0, None, 0.0, None)
+    described = problem.make_problem(problem.Inputs(*make(case, CPU)[:4], 1.0, None, 0.0, None))
     emulated_extension.install(monkeypatch)
     monkeypatch.setattr(cuda_impl, "hardware", lambda device: Hardware(arch=100, sm_count=148))
     assert "gemm: it is written in sm_90a's instructions, got sm_100" in (cuda_impl.why_not(described) or "")

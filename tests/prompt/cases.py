@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -46,8 +46,8 @@ class Case:
 
 
 class Tensors(NamedTuple):
+    token_embeddings: Tensor
     prompts: Tensor
-    tokens: Tensor
 
 
 GRID = (
@@ -71,7 +71,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Tensors:
         prompts, tokens = (torch.stack((x, x), -1)[..., 0].transpose(0, 1) for x in (prompts, tokens))
         prompts, tokens = (x.contiguous().transpose(0, 1) for x in (prompts, tokens))
         tokens = tokens.transpose(1, 2).contiguous().transpose(1, 2)
-    return Tensors(prompts, tokens)
+    return Tensors(tokens, prompts)
 
 
 def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors, Tensor]:
@@ -79,15 +79,16 @@ def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors
     return make(case, device, seed), OPERATOR.output_gradient(case, device, seed).mul(4).round()
 
 
-def arguments(case: Case, tensors: Tensors) -> dict[str, Tensor]:
-    return {"prompts": tensors.prompts, "tokens": tensors.tokens}
+def _as_oracle(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    return tensors.prompts, tensors.token_embeddings
 
 
-def _oracle(case: Case, tensors: Tensors, dy: Tensor) -> tuple[Tensor, oracle.Gradients]:
+def _oracle(case: Case, tensors: Tensors, dy: Tensor) -> tuple[Tensor, Any]:
     """Float32 prompts are cast to the tokens' dtype first."""
-    wide = tensors.prompts.to(case.dtype).double(), tensors.tokens.double()
+    wide = tensors.prompts.to(case.dtype).double(), tensors.token_embeddings.double()
     y = oracle.forward(*wide) if case.n * case.b else wide[0].new_empty(case.y_shape)
-    return y, oracle.backward(dy.double(), *wide)
+    prompts, tokens = oracle.backward(dy.double(), *wide)
+    return y, Tensors(tokens, prompts)
 
 
 OPERATOR = Operator(
@@ -98,8 +99,8 @@ OPERATOR = Operator(
     pin=contextlib.nullcontext,
     make=make,
     make_exact=make_exact,
-    arguments=arguments,
-    eager=lambda case, tensors: oracle.eager(*tensors),
+    arguments=lambda case, tensors: tensors._asdict(),
+    eager=lambda case, tensors: oracle.eager(*_as_oracle(tensors)),
     oracle=_oracle,
     draws=lambda case: min(8, 200 // (case.n * case.d)),
     unrounded=("y",),
@@ -120,18 +121,24 @@ OPERATOR = Operator(
     typical=Case(),
     kinds=(Case(), Case(dtype=torch.bfloat16, prompt_dtype=torch.float32)),
     gradcheck=(Case(d=3, dtype=torch.float64),),
-    far=(Case(n=1, b=3, dtype=torch.bfloat16), ("tokens",)),
+    far=(Case(n=1, b=3, dtype=torch.bfloat16), ("token_embeddings",)),
     empty=tuple(replace(Case(), **sizes) for sizes in ({"b": 0}, {"n": 0}, {"p": 0, "l": 0}, {"d": 0})),
     wrong_case=Case(d=8),
     wrong=(
         ({"prompts": [1.0]}, "prompts must be a torch.Tensor, got list"),
-        ({"tokens": None}, "tokens must be a torch.Tensor, got NoneType"),
+        ({"token_embeddings": None}, "token_embeddings must be a torch.Tensor, got NoneType"),
         ({"prompts": torch.ones(4, 8)}, r"prompts must be \(N, P, D\), got a tensor of shape \(4, 8\)"),
-        ({"tokens": torch.ones(5, 8)}, r"tokens must be \(B, L, D\)"),
+        ({"token_embeddings": torch.ones(5, 8)}, r"token_embeddings must be \(B, L, D\)"),
         ({"prompts": torch.ones(2, 4, 7)}, r"prompts must be \(N, P, D\) = \(2, 4, 8\), got \(2, 4, 7\)"),
-        ({"tokens": torch.ones(3, 5, 8, dtype=torch.int64)}, "tokens must have one of the dtypes .*got torch.int64"),
-        ({"prompts": torch.ones(2, 4, 8).bfloat16()}, "prompts must have the dtype of tokens, or float32"),
-        ({"prompts": torch.ones(2, 4, 8, device="meta")}, r"prompts must be on the device of tokens \(cpu\), got meta"),
+        (
+            {"token_embeddings": torch.ones(3, 5, 8, dtype=torch.int64)},
+            "token_embeddings must have one of the dtypes .*got torch.int64",
+        ),
+        ({"prompts": torch.ones(2, 4, 8).bfloat16()}, "prompts must have the dtype of token_embeddings, or float32"),
+        (
+            {"prompts": torch.ones(2, 4, 8, device="meta")},
+            r"prompts must be on the device of token_embeddings \(cpu\), got meta",
+        ),
     ),
     unsupported=(
         ("cuda", Case(), "there is no 'cuda' implementation"),

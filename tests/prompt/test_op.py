@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.memory import peak_bytes
 from peft_kernels.prompt import triton_impl
-from peft_kernels.prompt.problem import describe
+from peft_kernels.prompt.problem import Inputs, make_problem
 from tests.contract import observe
 from tests.contract.operators import CPU
 from tests.prompt.cases import OPERATOR, Case, make
@@ -18,7 +18,7 @@ def test_autocast_changes_nothing() -> None:
     tensors = make(Case(), CPU)
     with torch.autocast("cpu", torch.bfloat16):
         y = OPERATOR.call(Case(), tensors)
-        assert y.dtype == torch.cat((tensors.tokens, tensors.tokens)).dtype == torch.float32
+        assert y.dtype == torch.cat((tensors.token_embeddings, tensors.token_embeddings)).dtype == torch.float32
 
 
 def test_nothing_is_saved() -> None:
@@ -28,10 +28,10 @@ def test_nothing_is_saved() -> None:
 
 
 def test_triton_refuses_many_rows_and_leaves_the_cpu_to_torch() -> None:
-    large = torch.empty(1, 2**30, 1, device="meta"), torch.empty(2, 1, 1, device="meta")
+    large = Inputs(torch.empty(2, 1, 1, device="meta"), torch.empty(1, 2**30, 1, device="meta"))
     with OPERATOR.using("triton"):
-        assert "less than 2^31" in triton_impl.why_not(describe(*large))
-    assert "for tests" in triton_impl.why_not_auto(describe(*make(Case(), CPU)))
+        assert "less than 2^31" in triton_impl.why_not(make_problem(large))
+    assert "for tests" in triton_impl.why_not_auto(make_problem(Inputs(*make(Case(), CPU))))
 
 
 @pytest.mark.cpu_only

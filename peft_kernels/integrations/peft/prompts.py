@@ -129,7 +129,7 @@ class RepeatedPrompt:
         (prompt, embeddings), dim = args[0], (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
         if dim != 1 or not isinstance(prompt, cls):
             raise ValueError("prompt_tuning: a prompt can only be joined with token embeddings that follow it")
-        return prompt_tuning(prompt.weight[None], embeddings)
+        return prompt_tuning(embeddings, prompt.weight[None])
 
 
 class _Model(Site):
