@@ -18,7 +18,9 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_kernels as pk
+from peft_kernels.integrations import apply_revert
 from peft_kernels.integrations.peft.layers import FusedLoraLinear, PeftLinear
+from peft_kernels.integrations.sites import Site
 from python_ref import compare
 from tests.integrations.models import CLOSE, assert_same, build, lora_layers, pair, run, tokens
 
@@ -50,6 +52,20 @@ class TestApply:
         assert {type(layer) for layer in lora_layers(model)} == {PeftLinear, FusedLoraLinear}
         assert len(pk.apply(model).fused) == 4
         assert {type(layer) for layer in lora_layers(model)} == {FusedLoraLinear}
+
+    @pytest.mark.filterwarnings("ignore:apply. nothing in")
+    @pytest.mark.parametrize("reason", [None, "one is too wide"])
+    def test_site_of_several_modules(self, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is swapped as one or not at all, and the report counts its modules."""
+        model = build()
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, PeftLinear)}
+        site = Site(layers, {PeftLinear: FusedLoraLinear}, lambda: reason)
+        monkeypatch.setattr(apply_revert, "_sites", lambda _: [site])
+        report, names = pk.apply(model), tuple(layers)
+        assert (report.fused, report.fallbacks) == (((), dict.fromkeys(names, reason)) if reason else (names, {}))
+        assert {type(layer) for layer in layers.values()} == {PeftLinear if reason else FusedLoraLinear}
+        pk.revert(model)
+        assert {type(layer) for layer in layers.values()} == {PeftLinear}
 
     def test_strict_changes_nothing(self) -> None:
         with warnings.catch_warnings():

@@ -160,8 +160,7 @@ def _why_not(model: Any) -> str | None:
         return _OTHER_KIND(kind=model.peft_type.value)
     if type(model) not in (*_FUSED, *_FUSED.values()):
         return _NO_TASK(model=type(model).__name__)
-    reason: str | None = _prefixes().why_not(model) if model.peft_type == PeftType.PREFIX_TUNING else None
-    return reason
+    return _prefixes().why_not(model) if model.peft_type == PeftType.PREFIX_TUNING else None
 
 
 def _prefixes() -> ModuleType:
@@ -182,5 +181,4 @@ def _why_not_call(model: Any) -> str | None:
         return _HOOKED()
     if type(encoder.embedding) is not nn.Embedding or type(encoder.embedding.weight) not in (nn.Parameter, Tensor):
         return _OTHER_EMBEDDING()
-    reason: str | None = None if config.peft_type == PeftType.PROMPT_TUNING else _prefixes().why_not_call(model)
-    return reason
+    return _prefixes().why_not_call(model) if config.peft_type == PeftType.PREFIX_TUNING else None
