@@ -51,10 +51,14 @@ class Row:
         for letters in self.letters:
             if letters[0] == "...":
                 count = len(letters) - 1
-                split = len(shape) - count
+                split, leading = len(shape) - count, "..." in sizes
                 if split >= 0 and self._fit((*letters[1:], "..."), (*shape[split:], shape[:split]), sizes):
                     return None
-                return self._wrong(letters, shape, sizes)
+                if leading or split < 0:
+                    return self._wrong(letters, shape, sizes)
+                last = letters[-1]
+                meaning = (self.meanings or {}).get(last, "")
+                return f"must be {_form(letters)} with {last} = {sizes[last]}, {meaning}, got {_numbers(shape)}"
             if len(letters) == len(shape):
                 return None if self._fit(letters, shape, sizes) else self._wrong(letters, shape, sizes)
         return self._wrong(self.letters[0], shape, sizes)
@@ -66,13 +70,10 @@ class Row:
         return fits
 
     def _wrong(self, letters: tuple[str, ...], shape: torch.Size, sizes: Sizes) -> str:
-        """In numbers where all letters are bound; where the first dimensions are free, the last one in numbers."""
+        """In numbers where all letters are bound."""
         if all(letter in sizes for letter in letters):
             expected = [size for each in letters for size in (sizes[each] if each == "..." else [sizes[each]])]
             return f"must be {_form(letters)} = {_numbers(expected)}, got {_numbers(shape)}"
-        if letters[0] == "..." and len(shape) > 0:
-            last, meaning = letters[-1], (self.meanings or {}).get(letters[-1], "")
-            return f"must be {_form(letters)} with {last} = {sizes[last]}, {meaning}, got {_numbers(shape)}"
         got = f"a tensor of shape {_numbers(shape)}" if len(shape) > 0 else "a 0-d tensor"
         return f"must be {' or '.join(map(_form, self.letters))}, got {got}"
 

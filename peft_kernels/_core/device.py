@@ -34,7 +34,9 @@ def hardware(device: torch.device) -> Hardware:
 
 
 def why_not_verified(device: torch.device, verified_archs: frozenset[int], backend: str) -> str | None:
-    """Reason why ``auto`` passes over kernels that run on this CUDA device: nobody has verified them there; or None."""
+    """Reason why ``auto`` passes over kernels that run on this device: nobody has verified them there; or None."""
+    if backend == "triton" and device.type != "cuda":
+        return "on a CPU it runs in Triton's interpreter, which is for tests"
     arch = hardware(device).arch
     if arch not in verified_archs:
         return f"it has not been verified on sm_{arch}; backend='{backend}' runs it all the same"

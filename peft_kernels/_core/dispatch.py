@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_kernels._core.device import why_not_verified
 from peft_kernels._core.errors import UnsupportedError
 
 BACKENDS = ("torch", "triton", "cuda")
@@ -57,8 +58,8 @@ class Implementation:
         why_not_environment: reason why it cannot run in this process at all, or None.
         why_not: reason why it cannot run this problem, or None; implies the environment's reason. A value of the
             problem stands at the end of a reason, after ", got", so that a warning can leave it out.
-        why_not_auto: reason why ``auto`` passes over it although it can run (never verified on this GPU), or None.
-        path: which of its ways it takes for a problem that it can run, in words; "" where there is one.
+        verified_archs: architectures on which its tests and benchmarks have run, as ``Hardware`` numbers them; ``auto``
+            takes it nowhere else. None: it needs no verification.
         borrows: backends whose functions do what this one has no kernels for.
     """
 
@@ -67,9 +68,14 @@ class Implementation:
     backward: Callable[..., Any]
     why_not_environment: Callable[[], str | None] = _never
     why_not: Callable[[Any], str | None] = _never
-    why_not_auto: Callable[[Any], str | None] = _never
-    path: Callable[[Any], str] = lambda problem: ""
+    verified_archs: frozenset[int] | None = None
     borrows: tuple[str, ...] = ()
+
+    def why_not_auto(self, problem: Any) -> str | None:
+        """Reason why ``auto`` passes over it although it can run the problem, or None."""
+        if self.verified_archs is None:
+            return None
+        return why_not_verified(problem.device, self.verified_archs, self.name)
 
 
 @contextmanager
@@ -165,8 +171,7 @@ def select_backend(
 def explain_backend(operator: str, implementations: Sequence[Implementation], problem: Any, backend: str) -> str:
     """Describe the choice that ``select_backend`` makes, and why it passed over the others; a line each."""
     chosen = select_backend(operator, implementations, problem, backend)
-    path = chosen.path(problem)
-    lines = [f"{operator}: {chosen.name}{f', {path}' if path else ''}"]
+    lines = [f"{operator}: {chosen.name}"]
     if backend != "auto":
         lines.append(f"  backend={backend!r} is forced")
         return "\n".join(lines)

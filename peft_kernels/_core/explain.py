@@ -30,9 +30,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         args, kwargs: what it is called with.
 
     Returns:
-        For each operation a line with its name, backend and path, and below it a line for each backend that was passed
-        over, with the reason; for each layer that ``apply`` left to its library the reason. What happened several times
-        stands once, with the count. A refusal (UnsupportedError) is part of the text.
+        For each operation a line with its name and backend, and below it a line for each backend that was passed over,
+        with the reason, and for the path that the backend took where it has several; for each layer that ``apply`` left
+        to its library the reason. What happened several times stands once, with the count. A refusal
+        (UnsupportedError) is part of the text.
 
     Raises:
         Exception: whatever else the function raises.
@@ -53,5 +54,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         found[f"refused: {error}"] += 1
     finally:
         _listener.reset(token)
-    lines = (text if count == 1 else f"{count} x {text}" for text, count in found.items())
+    lines = []
+    for text, count in found.items():
+        first, *rest = text.split("\n")
+        lines += [first if count == 1 else f"{first} ({count} times)", *rest]
     return "\n".join(lines) or "nothing of peft_kernels was called"

@@ -8,7 +8,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from peft_kernels._core import device as devices
 from peft_kernels._core.device import Hardware
 
 MINIMUM_ARCH = 80
@@ -63,13 +62,6 @@ def why_not_device(device: torch.device) -> str | None:
     if major * 10 + minor < MINIMUM_ARCH:
         return f"it needs sm_{MINIMUM_ARCH} or newer, {device} is sm_{major}{minor}"
     return None
-
-
-def why_not_verified(device: torch.device, verified_archs: frozenset[int]) -> str | None:
-    """Reason why ``auto`` passes over kernels that run on this device: nobody has verified them there; or None."""
-    if device.type != "cuda":
-        return "on a CPU it runs in Triton's interpreter, which is for tests"
-    return devices.why_not_verified(device, verified_archs, "triton")
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import cuda_tools, extension
-from peft_kernels._core.device import hardware, why_not_verified
+from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels.adapter import torch_impl
 from peft_kernels.adapter.kernels import cuda_bottleneck
 from peft_kernels.adapter.kernels.config import CUDA_ARCH, cuda_forward_config
 from peft_kernels.adapter.problem import BottleneckAdapterProblem, Inputs
-
-# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
-VERIFIED_ARCHS: frozenset[int] = frozenset()
 
 ROW_ELEMENTS = 8  # half-precision elements in 16 bytes, of which the rows that TMA reads are multiples
 
@@ -22,11 +19,6 @@ ROW_ELEMENTS = 8  # half-precision elements in 16 bytes, of which the rows that 
 def why_not(problem: BottleneckAdapterProblem) -> str | None:
     """Reason why the kernel cannot run this problem, or None."""
     return _why_not_device(problem.device) or why_not_shape(problem)
-
-
-def why_not_auto(problem: BottleneckAdapterProblem) -> str | None:
-    """Reason why ``auto`` passes over the kernel although it runs, or None."""
-    return why_not_verified(problem.device, VERIFIED_ARCHS, "cuda")
 
 
 def why_not_shape(problem: BottleneckAdapterProblem) -> str | None:
@@ -75,7 +67,7 @@ IMPLEMENTATION = Implementation(
     name="cuda",
     why_not_environment=extension.why_not,
     why_not=why_not,
-    why_not_auto=why_not_auto,
+    verified_archs=frozenset(),
     forward=forward,
     # The forward pass saves what that of torch saves.
     backward=torch_impl.backward,

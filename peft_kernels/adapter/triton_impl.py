@@ -11,11 +11,9 @@ from torch import Tensor
 from peft_kernels._core import tma, triton_tools
 from peft_kernels._core.device import Hardware, hardware
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.explain import note
 from peft_kernels.adapter.kernels import config
 from peft_kernels.adapter.problem import BottleneckAdapterProblem, Gradients, Inputs, Needs
-
-# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
-VERIFIED_ARCHS: frozenset[int] = frozenset()
 
 
 def why_not(problem: BottleneckAdapterProblem) -> str | None:
@@ -29,11 +27,6 @@ def why_not(problem: BottleneckAdapterProblem) -> str | None:
     if largest >= triton_tools.INDEX_LIMIT:
         return f"M, N and K must be below 2^31, got {largest}"
     return None
-
-
-def why_not_auto(problem: BottleneckAdapterProblem) -> str | None:
-    """Reason why ``auto`` passes over the kernels although they run, or None."""
-    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
 
 
 def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -88,7 +81,9 @@ class _Launches(NamedTuple):
 
     def is_fused(self) -> bool:
         """Whether both products of a direction run in one launch."""
-        return config.product_path(self.problem.m, self.problem.r, self.hardware) == "fused"
+        path = config.product_path(self.problem.m, self.problem.r, self.hardware)
+        note(lambda: f"  bottleneck_adapter's products: {path}")
+        return path == "fused"
 
     def bottleneck_config(self, t: Tensor, out_dtype: torch.dtype) -> config.BottleneckConfig:
         """The config of a fused launch whose first product reads t, and whose second writes ``out_dtype``."""
@@ -158,7 +153,7 @@ IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
-    why_not_auto=why_not_auto,
+    verified_archs=frozenset(),
     forward=forward,
     backward=backward,
 )

@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from peft_kernels._core.explain import note
+
 # Calls that a fused layer handed to its library's own forward, by layer and reason. Beside the layers, not on them:
 # they stay what their library made them, for pickling and for revert.
 _fallen_back: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
@@ -48,6 +50,7 @@ def count_fallback(module: nn.Module, reason: str) -> None:
     """Remember that a fused module ran its library's forward; a compiled graph is not made to remember."""
     if not torch.compiler.is_compiling():
         _fallen_back.setdefault(module, Counter())[reason] += 1
+        note(lambda: f"{type(module).__name__}: its library's own forward\n  peft_kernels: {reason}")
 
 
 def forget(module: nn.Module) -> None:

@@ -11,9 +11,6 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
 
-# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
-VERIFIED_ARCHS: frozenset[int] = frozenset()
-
 _LARGEST_HEAD = 256
 
 
@@ -32,11 +29,6 @@ def why_not(problem: PrefixAttentionProblem) -> str | None:
         if number >= triton_tools.INDEX_LIMIT:
             return f"queries and keys of all heads and batch rows must number less than 2^31, got {number}"
     return None
-
-
-def why_not_auto(problem: PrefixAttentionProblem) -> str | None:
-    """Reason why ``auto`` passes over the kernels although they run, or None."""
-    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
 
 
 def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -85,7 +77,7 @@ IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
-    why_not_auto=why_not_auto,
+    verified_archs=frozenset(),
     forward=forward,
     backward=backward,
 )

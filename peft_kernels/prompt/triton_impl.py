@@ -10,9 +10,6 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels.prompt.kernels import config
 from peft_kernels.prompt.problem import Gradients, Inputs, Needs, PromptTuningProblem
 
-# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
-VERIFIED_ARCHS: frozenset[int] = frozenset()
-
 
 def why_not(problem: PromptTuningProblem) -> str | None:
     """Reason why the kernels cannot run this problem, or None."""
@@ -25,11 +22,6 @@ def why_not(problem: PromptTuningProblem) -> str | None:
     if largest >= triton_tools.INDEX_LIMIT:
         return f"positions of all rows, and dimensions, must number less than 2^31, got {largest}"
     return None
-
-
-def why_not_auto(problem: PromptTuningProblem) -> str | None:
-    """Reason why ``auto`` passes over the kernels although they run, or None."""
-    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
 
 
 def forward(problem: PromptTuningProblem, inputs: Inputs) -> Tensor:
@@ -54,7 +46,7 @@ IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
-    why_not_auto=why_not_auto,
+    verified_archs=frozenset(),
     forward=forward,
     backward=backward,
 )

@@ -210,8 +210,8 @@ def test_never_in_auto() -> None:
     """Until a GPU has run it, on whatever GPU it could run."""
     case = Case(m=2, k=72, r=16, dtype=BF16)
     problem, _ = _problem(case, make(case, CPU))
-    assert not cuda_impl.VERIFIED_ARCHS
-    assert "has not been verified on sm_90" in str(cuda_impl.why_not_auto(problem))
+    assert cuda_impl.IMPLEMENTATION.verified_archs == frozenset()
+    assert "has not been verified on sm_90" in str(cuda_impl.IMPLEMENTATION.why_not_auto(problem))
 
 
 def test_refuses_cpu_tensors_with_a_reason() -> None:

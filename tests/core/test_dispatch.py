@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +22,8 @@ class Problem:
     device: torch.device
 
 
-def _implementation(name: str, why_not: str | None = None, why_not_auto: str | None = None) -> Implementation:
-    return Implementation(
-        name=name,
-        why_not_environment=lambda: None,
-        why_not=lambda problem: why_not,
-        why_not_auto=lambda problem: why_not_auto,
-        forward=lambda: None,
-        backward=lambda: None,
-    )
+def _implementation(name: str, why_not: str | None = None, **others: Any) -> Implementation:
+    return Implementation(name, lambda: None, lambda: None, why_not=lambda problem: why_not, **others)
 
 
 def _choose(backend: str, *implementations: Implementation, device: str = "cpu") -> str:
@@ -42,7 +36,7 @@ def test_auto_takes_the_first_without_a_reason() -> None:
 
 
 def test_auto_passes_over_what_only_runs_on_request() -> None:
-    triton, torch_ = _implementation("triton", why_not_auto="never verified"), _implementation("torch")
+    triton, torch_ = _implementation("triton", verified_archs=frozenset()), _implementation("torch")
     assert _choose("auto", triton, torch_) == "torch"
     assert _choose("triton", triton, torch_) == "triton"
 
@@ -158,18 +152,17 @@ def test_each_choice_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     ]
 
 
-def test_explain_names_backend_path_and_refusals() -> None:
-    fast = dataclasses.replace(_implementation("triton"), path=lambda problem: "fused")
-    implementations = _implementation("cuda", "no GPU"), fast, _implementation("torch")
+def test_explain_names_backend_and_refusals() -> None:
+    implementations = _implementation("cuda", "no GPU"), _implementation("triton"), _implementation("torch")
     text = dispatch.explain_backend("family", implementations, Problem(torch.device("cpu")), "auto")
-    assert text.splitlines() == ["family: triton, fused", "  cuda: no GPU", "  torch: comes after"]
+    assert text.splitlines() == ["family: triton", "  cuda: no GPU", "  torch: comes after"]
 
 
 def test_explain_counts_and_leaves_the_generator_alone() -> None:
     layer = pk.FusedLoRALinear(4, 3, r=2, lora_dropout=0.5)
     state = torch.get_rng_state()
     text = pk.explain(lambda x: layer(layer(x)[:, :1].expand(-1, 4)), torch.ones(2, 4))
-    assert text.startswith("2 x lora_linear: torch\n")
+    assert text.startswith("lora_linear: torch (2 times)\n  cuda: ")
     assert torch.equal(torch.get_rng_state(), state)
     assert pk.explain(abs, -1) == "nothing of peft_kernels was called"
     refused = pk.explain(pk.prompt_tuning, torch.ones(1, 1, 1), torch.ones(1, 1, 1), backend="cuda")

@@ -49,6 +49,6 @@ def test_next_power_of_2(value: int, power: int) -> None:
 def test_only_verified_architectures_are_chosen_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "hardware", lambda device: Hardware(arch=90, sm_count=132))
     cuda = torch.device("cuda", 0)
-    assert triton_tools.why_not_verified(cuda, frozenset({80, 90})) is None
-    assert "not been verified on sm_90" in (triton_tools.why_not_verified(cuda, frozenset({80})) or "")
-    assert "for tests" in (triton_tools.why_not_verified(torch.device("cpu"), frozenset({90})) or "")
+    assert device.why_not_verified(cuda, frozenset({80, 90}), "triton") is None
+    assert "not been verified on sm_90" in (device.why_not_verified(cuda, frozenset({80}), "triton") or "")
+    assert "for tests" in (device.why_not_verified(torch.device("cpu"), frozenset({90}), "triton") or "")

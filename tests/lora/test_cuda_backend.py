@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
-from peft_kernels.lora.linear import cuda_impl, problem
+from peft_kernels.lora.linear import cuda_impl, op, problem
 from python_ref import compare
 from tests.lora import emulated_extension
 from tests.lora.cases import OPERATOR, Case, check_budget, make, make_exact, run_oracle
@@ -114,14 +114,17 @@ def test_cpu_tensors_are_refused() -> None:
 
 
 def test_auto_takes_no_unverified_kernel(emulated: EmulatedExtension, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_impl, "VERIFIED_ARCHS", frozenset())
     tensors = make(Case(m=1, n=8, k=8, r=1, dtype=torch.bfloat16), CPU)
     described = problem.make_problem(problem.Inputs(*tensors[:4], 1.0, None, 0.0, None))
     assert cuda_impl.why_not(described) is None
-    assert cuda_impl.why_not_auto(described) == "it has not been verified on sm_90; backend='cuda' runs it all the same"
+    assert (
+        cuda_impl.IMPLEMENTATION.why_not_auto(described)
+        == "it has not been verified on sm_90; backend='cuda' runs it all the same"
+    )
     pk.lora_linear(*tensors[:4])
     assert not emulated.calls
-    monkeypatch.setattr(cuda_impl, "VERIFIED_ARCHS", frozenset({90}))
+    verified = dataclasses.replace(cuda_impl.IMPLEMENTATION, verified_archs=frozenset({90}))
+    monkeypatch.setattr(op.OPERATOR, "implementations", (verified, *op.OPERATOR.implementations[1:]))
     pk.lora_linear(*tensors[:4])
     assert len(emulated.calls) == 1
 

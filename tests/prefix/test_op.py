@@ -149,4 +149,4 @@ def test_too_many_rows_are_refused_by_triton() -> None:
 def test_no_architecture_is_verified_unless_it_was() -> None:
     """`auto` takes Triton only where tests and benchmarks ran; whoever adds an architecture has run them there."""
     problem = describe(*make(Case(), CPU)[:5], True, None, None)
-    assert "for tests" in triton_impl.why_not_auto(problem)
+    assert "for tests" in triton_impl.IMPLEMENTATION.why_not_auto(problem)

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import cuda_tools, extension
-from peft_kernels._core.device import hardware, why_not_verified
+from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.explain import note
 from peft_kernels.lora.kernels import cuda_decode, cuda_gemm
 from peft_kernels.lora.kernels.config import decode_config
 from peft_kernels.lora.linear import torch_impl
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
-
-# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
-VERIFIED_ARCHS: frozenset[int] = frozenset()
 
 HALVES = (torch.bfloat16, torch.float16)
 VECTOR = 8  # half-precision elements in 16 bytes
@@ -117,14 +115,11 @@ def why_not(problem: LoraLinearProblem) -> str | None:
     return chosen if isinstance(chosen, str) else None
 
 
-def why_not_auto(problem: LoraLinearProblem) -> str | None:
-    """Reason why ``auto`` passes over the kernels although they run, or None."""
-    return why_not_verified(problem.device, VERIFIED_ARCHS, "cuda")
-
-
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r) float32."""
-    return _chosen(problem).forward(problem, inputs)
+    chosen = _chosen(problem)
+    note(lambda: f"  lora_linear's kernel: {chosen.name}")
+    return chosen.forward(problem, inputs)
 
 
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
@@ -157,7 +152,7 @@ IMPLEMENTATION = Implementation(
     name="cuda",
     why_not_environment=extension.why_not,
     why_not=why_not,
-    why_not_auto=why_not_auto,
+    verified_archs=frozenset(),
     forward=forward,
     backward=backward,
     borrows=("torch",),

@@ -12,12 +12,10 @@ from torch import Tensor
 from peft_kernels._core import triton_tools
 from peft_kernels._core.device import Hardware, hardware
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.explain import note
 from peft_kernels.lora.kernels import config
 from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
-
-# Architectures on which the tests and benchmarks of this backend have run; `auto` takes it nowhere else.
-VERIFIED_ARCHS: frozenset[int] = frozenset()
 
 
 def why_not(problem: LoraLinearProblem) -> str | None:
@@ -31,11 +29,6 @@ def why_not(problem: LoraLinearProblem) -> str | None:
     if largest >= triton_tools.INDEX_LIMIT:
         return f"M, N and K must be below 2^31, got {largest}"
     return None
-
-
-def why_not_auto(problem: LoraLinearProblem) -> str | None:
-    """Reason why ``auto`` passes over the kernels although they run, or None."""
-    return triton_tools.why_not_verified(problem.device, VERIFIED_ARCHS)
 
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -100,7 +93,9 @@ class _Launches(NamedTuple):
         """x w^T + bias + the rank product, by the fused kernel or by cuBLAS and one pass in place."""
         (m, k), n, r = x.shape, w.shape[0], term[1].shape[1]
         rank_product, aligned = self.fwd.RankProduct(*term), self.fwd.has_aligned_rows(x, w)
-        if config.base_product_path(m, n, k, x.dtype, aligned, self.hardware) == "fused":
+        path = config.base_product_path(m, n, k, x.dtype, aligned, self.hardware)
+        note(lambda: f"  lora_linear's base product: {path}")
+        if path == "fused":
             chosen = config.product_config(r, x.dtype, dropout.seed is not None, aligned, self.hardware)
             return self.fwd.product(x, w, rank_product, bias, dropout, self.hardware.sm_count, chosen)
         y = F.linear(x, w, bias)
@@ -131,7 +126,7 @@ IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
-    why_not_auto=why_not_auto,
+    verified_archs=frozenset(),
     forward=forward,
     backward=backward,
 )
