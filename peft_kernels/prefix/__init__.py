@@ -15,10 +15,12 @@ Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Gener
 
 Map, top to bottom:
     problem.py      the tensors of a call, the facts backends decide on, every check
-    config.py       what the torch backend runs, and block sizes; chosen by pure functions
+    torch_config.py what the torch backend runs, and in which blocks; chosen by pure functions
     torch_blocks.py exact softmax by blocks of queries
     torch_fused.py  torch's fused attention behind a concatenation
     torch_impl.py   the torch backend: one of these for each pass
+    attention.py    what kernels compute: sizes, masks, scale; a segment of keys and values
+    config.py       block sizes of the kernels, chosen by pure functions
     triton_rows.py  how kernels address queries and keys, and what masks
     triton_fwd.py   kernels `prefix_attention`, `merge` and their launcher                       (y, stats)
     triton_bwd.py   kernels `delta`, `grad_q`, `grad_kv`, `grad_prefix` and their launchers     (all gradients)

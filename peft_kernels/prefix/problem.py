@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import checks
+from peft_kernels.prefix.kernels.attention import Attention
 
 NAME = "prefix_attention"
 
@@ -78,50 +78,10 @@ class Gradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PrefixAttentionProblem:
-    """The facts that choose a backend and its configs.
+class PrefixAttentionProblem(Attention):
+    """The facts that choose a backend and its configs: an attention and the device of its tensors."""
 
-    Attributes:
-        b, s, l, p, d: batch, queries, keys of the sequence, keys of the prefix, head dimension.
-        h, h_kv: query heads; key and value heads.
-        dtype: of q, k, v and the result.
-        prefix_dtype: of the prefix as it was given: dtype, or float32 beside half precision.
-        device: of all tensors.
-        causal: query i sees the sequence's keys up to i + l - s.
-        scale: factor of the products of queries and keys.
-        shared: one prefix for the whole batch.
-        padded: there is a padding mask.
-    """
-
-    b: int
-    h: int
-    h_kv: int
-    s: int
-    l: int  # noqa: E741
-    p: int
-    d: int
-    dtype: torch.dtype
-    prefix_dtype: torch.dtype
     device: torch.device
-    causal: bool
-    scale: float
-    shared: bool
-    padded: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads that read one key head."""
-        return self.h // self.h_kv
-
-    @property
-    def shift(self) -> int:
-        """Query i sees key j of the sequence if j <= i + shift; without a causal mask, if j < l."""
-        return self.l - self.s
-
-    @property
-    def scale_log2(self) -> float:
-        """Factor of the scores whose powers of two, instead of e, are the weights."""
-        return self.scale * math.log2(math.e)
 
     @property
     def is_empty(self) -> bool:

@@ -5,7 +5,7 @@ Equation  p = 2^(z - top) / total, z = scale log2(e) q k'^T, top = max z, total 
           with k' = [prefix_k; k], v' = [prefix_v; v]
 Tensors   as problem.Inputs; results contiguous
 Saved     nothing: a block holds whole rows of z, from which the backward pass has top and total again
-Temporary a block of z (config.torch_block), and keys and values of its heads, in the wide dtype
+Temporary a block of z (torch_block), and keys and values of its heads, in the wide dtype
 Refused   nothing
 """
 
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.prefix.kernels.config import torch_block
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
+from peft_kernels.prefix.torch_config import torch_block
 
 # 2^x as e^(x ln 2): torch's exp2 takes nine times as long as exp on a CPU (2^18 float32 values, one core of a Xeon).
 _LN_2 = math.log(2)

@@ -5,7 +5,7 @@ Tensors   as problem.Inputs; results contiguous
 Saved     nothing: the backward pass joins again and recomputes the forward pass, 7 products where 5 would do
 Temporary [prefix_k; k] and [prefix_v; v] (B, H_kv, P + L, D), in the backward pass their gradients too; in ranges:
           the mask of one; in one call: with padding, 8 more columns of q, keys and values
-Refused   what config.torch_config gives to blocks
+Refused   what torch_config.py gives to blocks
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.prefix.kernels.config import PADDING_COLUMNS, torch_mask_rows
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
+from peft_kernels.prefix.torch_config import PADDING_COLUMNS, torch_mask_rows
 
 # The scores of a padded key: 8 products of this factor and its negative, -8 * 2^30 scale, which no score of numbers
-# that attention is used with comes near (config.LEAST_SCALE); a float16 holds it.
+# that attention is used with comes near (torch_config.LEAST_SCALE); a float16 holds it.
 _PADDING_FACTOR = 2.0**15
 
 

@@ -9,6 +9,7 @@ from peft_kernels._core import triton_tools
 from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels.prefix.kernels import config
+from peft_kernels.prefix.kernels.attention import Segment
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
 
 _LARGEST_HEAD = 256
@@ -35,8 +36,10 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Te
     """Return y (B, H, S, D) and stats (2, B, H, S) float32."""
     from peft_kernels.prefix.kernels import triton_fwd
 
+    q, k, v, prefix_k, prefix_v, *_, mask = inputs
+    prefix, sequence = Segment(prefix_k, prefix_v), Segment(k, v, mask)
     chosen = config.forward_config(problem, hardware(problem.device))
-    return triton_fwd.attend(problem, inputs, chosen, config.merge_config(problem, chosen.SPLIT))
+    return triton_fwd.attend(problem, q, prefix, sequence, chosen, config.merge_config(problem.d, chosen.SPLIT))
 
 
 def backward(
@@ -45,22 +48,23 @@ def backward(
     """Return the gradients that ``needs`` asks for."""
     from peft_kernels.prefix.kernels import triton_bwd
 
+    q, k, v, prefix_k, prefix_v, *_, mask = inputs
+    prefix, sequence = Segment(prefix_k, prefix_v), Segment(k, v, mask)
+    rows = triton_bwd.Rows(q, dy, stats, triton_bwd.delta(y, dy, config.delta_config(problem.d)))
     chip = hardware(problem.device)
-    delta = triton_bwd.delta(problem, y, dy, config.delta_config(problem))
-    rows = triton_bwd.Rows(inputs.q, dy, stats, delta)
     dq = dk = dv = dprefix_k = dprefix_v = None
     if needs.q:
-        dq = triton_bwd.grad_q(problem, inputs, rows, config.grad_q_config(problem, chip))
+        dq = triton_bwd.grad_q(problem, rows, prefix, sequence, config.grad_q_config(problem, chip))
     if (needs.k or needs.v) and problem.l > 0:
-        dk, dv = triton_bwd.grad_kv(problem, inputs, rows, config.grad_kv_config(problem, chip))
+        dk, dv = triton_bwd.grad_kv(problem, rows, sequence, config.grad_kv_config(problem, chip))
     if (needs.prefix_k or needs.prefix_v) and problem.p > 0:
-        dprefix_k, dprefix_v = triton_bwd.grad_prefix(problem, inputs, rows, config.grad_prefix_config(problem, chip))
+        dprefix_k, dprefix_v = triton_bwd.grad_prefix(problem, rows, prefix, config.grad_prefix_config(problem, chip))
     return Gradients(
         q=dq,
-        k=_asked(needs.k, dk, inputs.k),
-        v=_asked(needs.v, dv, inputs.v),
-        prefix_k=_asked(needs.prefix_k, dprefix_k, inputs.prefix_k, problem.prefix_dtype),
-        prefix_v=_asked(needs.prefix_v, dprefix_v, inputs.prefix_v, problem.prefix_dtype),
+        k=_asked(needs.k, dk, k),
+        v=_asked(needs.v, dv, v),
+        prefix_k=_asked(needs.prefix_k, dprefix_k, prefix_k, problem.prefix_dtype),
+        prefix_v=_asked(needs.prefix_v, dprefix_v, prefix_v, problem.prefix_dtype),
     )
 
 

@@ -13,7 +13,7 @@ Map, top to bottom:
     problem.py      the tensors of a call, the facts backends decide on, every check
     config.py       block sizes, chosen by pure functions
     torch_impl.py   the torch backend
-    triton_fwd.py   kernel `gather` and its launcher                                            (y)
+    triton_fwd.py   kernel `concatenate` and its launcher                                       (y)
     triton_bwd.py   kernel `sum` and its launcher                                               (both gradients)
     triton_impl.py  what Triton can run, and the order of its launches
     op.py           the function, autograd, torch.library

@@ -28,17 +28,21 @@ def forward(problem: PromptTuningProblem, inputs: Inputs) -> Tensor:
     """Return y (N B, P + L, D) in the tokens' dtype."""
     from peft_kernels.prompt.kernels import triton_fwd
 
-    return triton_fwd.gather(problem, inputs.prompts, inputs.token_embeddings, config.gather_config(problem.d))
+    return triton_fwd.concatenate(inputs.prompts, inputs.token_embeddings, config.concatenate_config(problem.d))
 
 
 def backward(problem: PromptTuningProblem, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
     from peft_kernels.prompt.kernels import triton_bwd
 
-    chosen = config.sum_config(problem.d)
+    p, chosen = problem.p, config.sum_config(problem.d)
+    by_prompt = dy.unflatten(0, (problem.n, problem.b))
+    by_row = by_prompt.transpose(0, 1)
     return Gradients(
-        prompts=triton_bwd.sum_over_batch(problem, dy, chosen) if needs.prompts else None,
-        token_embeddings=triton_bwd.sum_over_prompts(problem, dy, chosen) if needs.token_embeddings else None,
+        prompts=triton_bwd.sum_terms(by_prompt[:, :, :p], problem.prompt_dtype, chosen) if needs.prompts else None,
+        token_embeddings=triton_bwd.sum_terms(by_row[:, :, p:], problem.dtype, chosen)
+        if needs.token_embeddings
+        else None,
     )
 
 

@@ -151,12 +151,12 @@ def _tune(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(why_not_installed() is not None, reason=str(why_not_installed()))
 def test_prune(tmp_path: Path) -> None:
     """No compile ends within the budget, so each run starts one problem, and goes on after what is on file."""
-    command = ("prompt_tuning", "gather_config", "--prune", "90", "--changes", "1", "--out", str(tmp_path))
+    command = ("prompt_tuning", "concatenate_config", "--prune", "90", "--changes", "1", "--out", str(tmp_path))
     for _ in range(2):
         result = _tune(*command, "--budget-s", "0.01")
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("candidates left") == 1
-    (written,) = tmp_path.glob("sm_90/tuning/prompt_tuning-gather_config.jsonl")
+    (written,) = tmp_path.glob("sm_90/tuning/prompt_tuning-concatenate_config.jsonl")
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     own = [line for line in lines if line["candidate"] == "as is"]
     assert len(own) == len({json.dumps(line["problem"]) for line in lines}) == 2

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from peft_kernels.prefix import triton_impl
-from peft_kernels.prefix.problem import Inputs, Needs, describe
+from peft_kernels.prefix.problem import Inputs, Needs, default_scale, make_problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H, H_KV = 32, 8
@@ -73,11 +73,14 @@ def _launch(
         q=make(1, H, s, d, dtype=dtype),
         k=make(1, H_KV, l, d, dtype=dtype),
         v=make(1, H_KV, l, d, dtype=dtype),
-        prefix_k=given.to(dtype),
-        prefix_v=given.to(dtype),
+        prefix_k=given,
+        prefix_v=given,
+        causal=causal,
+        scale=default_scale(d),
         key_padding_mask=make(1, l, dtype=torch.bool) if padded else None,
     )
-    problem = describe(*inputs[:3], given, given, causal, None, inputs.key_padding_mask)
+    problem = make_problem(inputs)
+    inputs = inputs._replace(prefix_k=given.to(dtype), prefix_v=given.to(dtype))
     y, stats = triton_impl.forward(problem, inputs)
     if s > 8:
         triton_impl.backward(problem, inputs, y, stats, make(1, H, s, d, dtype=dtype), Needs(*[True] * 5))

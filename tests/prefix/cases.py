@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend
 from peft_kernels.prefix import op, torch_blocks, torch_fused, torch_impl
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.problem import PrefixAttentionProblem
+from peft_kernels.prefix.torch_config import TorchConfig, torch_config
 from python_ref import prefix as oracle
 from tests.contract.draw import DTYPES, Draw, dtypes_name
 from tests.contract.operators import Operator
@@ -201,10 +202,10 @@ def _pin(variant: str) -> Iterator[str]:
         patches += [(config, function, _small(getattr(config, function), splits)) for function in functions]
         # Fewer parts at once than there are.
         merge = config.MergeConfig(BLOCK_S=2, BLOCK_D=0, num_warps=4)
-        patches.append((config, "merge_config", lambda problem, _: replace(merge, BLOCK_D=config._block_d(problem.d))))
+        patches.append((config, "merge_config", lambda d, _: replace(merge, BLOCK_D=config._block_d(d))))
     elif pinned:
         patches += [
-            (torch_impl, "torch_config", functools.partial(_pinned, pinned, config.torch_config)),
+            (torch_impl, "torch_config", functools.partial(_pinned, pinned, torch_config)),
             (torch_blocks, "torch_block", _all_but_one_row if pinned == "rows" else _all_but_one_head),
             (torch_fused, "torch_mask_rows", lambda keys: 5),
         ]
@@ -222,11 +223,11 @@ def _all_but_one_row(batch: int, heads: int, group: int, queries: int, *_: objec
     return max(1, batch - 1), heads, max(1, queries)
 
 
-def _pinned(pinned: str, choose: Callable[..., config.TorchConfig], problem: PrefixAttentionProblem) -> object:
+def _pinned(pinned: str, choose: Callable[..., TorchConfig], problem: PrefixAttentionProblem) -> object:
     chosen = choose(problem)
     if pinned in ("small", "rows") or chosen.forward == "blocks":
-        return config.TorchConfig(forward="blocks", backward="blocks")
-    return config.TorchConfig("fused", "fused") if pinned == "fused" else config.TorchConfig("ranges", "blocks")
+        return TorchConfig(forward="blocks", backward="blocks")
+    return TorchConfig("fused", "fused") if pinned == "fused" else TorchConfig("ranges", "blocks")
 
 
 def _small(choose: Callable[..., object], splits: int) -> Callable[..., object]:

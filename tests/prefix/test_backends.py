@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend
 
 from peft_kernels.prefix import torch_blocks, triton_impl
-from peft_kernels.prefix.problem import Inputs, describe
+from peft_kernels.prefix.problem import Inputs, default_scale, make_problem
 from python_ref import compare
 from tests.contract.operators import assert_bitwise_equal, assert_close
 from tests.prefix.cases import (
@@ -145,11 +145,12 @@ def test_split_keys_keep_the_same_statistics(device: torch.device) -> None:
     """The largest score is the same number however keys are split; the backward pass reads both."""
     case = Case(s=2, l=40, p=5, padding="random")
     tensors = make(case, device)
-    problem = describe(*tensors[:5], case.causal, None, tensors.mask)
+    inputs = Inputs(*tensors[:5], case.causal, default_scale(case.d), tensors.mask)
+    problem = make_problem(inputs)
     stats = {}
     for name in ("triton-small", "triton-split"):
         with OPERATOR.using(name):
-            _, stats[name] = triton_impl.forward(problem, Inputs(*tensors))
+            _, stats[name] = triton_impl.forward(problem, inputs)
     compare.assert_bitwise_equal("top", *(stat[0] for stat in stats.values()))
     torch.testing.assert_close(*(stat[1] for stat in stats.values()), rtol=1e-6, atol=0)
 

@@ -14,6 +14,13 @@ from peft_kernels._core.device import Hardware
 from peft_kernels.prefix import torch_fused
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.problem import PrefixAttentionProblem
+from peft_kernels.prefix.torch_config import (
+    LEAST_SCALE,
+    PADDING_COLUMNS,
+    torch_block,
+    torch_config,
+    torch_mask_rows,
+)
 
 HARDWARE = [
     Hardware(arch=80, sm_count=108),
@@ -79,7 +86,7 @@ def test_keys_are_split_where_programs_are_few(problem: PrefixAttentionProblem, 
         assert problem.l >= 4 * chosen.BLOCK_N * chosen.SPLIT
     elif 2 * tiles <= hardware.sm_count:
         assert problem.l < 8 * chosen.BLOCK_N
-    merge = config.merge_config(problem, chosen.SPLIT)
+    merge = config.merge_config(problem.d, chosen.SPLIT)
     assert problem.d <= merge.BLOCK_D and merge.BLOCK_S & (merge.BLOCK_S - 1) == 0
     assert merge.BLOCK_S * merge.BLOCK_D <= 8192 and merge.BLOCK_S < 2 * chosen.SPLIT
 
@@ -91,7 +98,7 @@ def test_keys_are_split_where_programs_are_few(problem: PrefixAttentionProblem, 
 def test_torch_blocks_hold_their_elements(
     device_type: str, batch: int, heads: int, group: int, queries: int, keys: int
 ) -> None:
-    block_batch, block_heads, rows = config.torch_block(batch, heads, group, queries, keys, device_type)
+    block_batch, block_heads, rows = torch_block(batch, heads, group, queries, keys, device_type)
     assert 1 <= block_batch <= batch
     assert 1 <= block_heads <= heads
     assert 1 <= rows <= max(1, queries)
@@ -103,7 +110,7 @@ def test_torch_blocks_hold_their_elements(
 
 def test_torch_blocks_take_small_batch_rows_together() -> None:
     """A batch of short texts is one block, not as many as it has texts."""
-    assert config.torch_block(32, 12, 1, 8, 16, "cpu") == (32, 12, 8)
+    assert torch_block(32, 12, 1, 8, 16, "cpu") == (32, 12, 8)
 
 
 def _problem(**changes: Any) -> PrefixAttentionProblem:
@@ -139,20 +146,20 @@ def test_torch_takes_its_fused_attention_where_it_can(
     changes: dict[str, Any], on_cpu: tuple[str, str], on_cuda: tuple[str, str]
 ) -> None:
     for device, expected in (("cpu", on_cpu), ("cuda", on_cuda)):
-        chosen = config.torch_config(_problem(**changes, device=torch.device(device)))
+        chosen = torch_config(_problem(**changes, device=torch.device(device)))
         assert (chosen.forward, chosen.backward) == expected, device
 
 
 def test_padding_is_beyond_any_score() -> None:
     """With the least scale, a padded key's score in the fused path is far below -104, where float32's exp is zero."""
-    assert -(torch_fused._PADDING_FACTOR**2) * config.PADDING_COLUMNS * config.LEAST_SCALE < -1e6
+    assert -(torch_fused._PADDING_FACTOR**2) * PADDING_COLUMNS * LEAST_SCALE < -1e6
     assert torch.finfo(torch.float16).max > torch_fused._PADDING_FACTOR
-    assert config.PADDING_COLUMNS * torch.float16.itemsize % 16 == 0
+    assert PADDING_COLUMNS * torch.float16.itemsize % 16 == 0
 
 
 @given(st.integers(1, 1 << 22))
 def test_torch_s_ranges_have_small_masks(keys: int) -> None:
-    rows = config.torch_mask_rows(keys)
+    rows = torch_mask_rows(keys)
     assert rows >= 1 and (rows == 1 or rows * keys <= 1 << 17)
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peft_kernels as pk
 from benchmarks.memory import peak_bytes
 from peft_kernels.prefix import triton_impl
-from peft_kernels.prefix.problem import describe
+from peft_kernels.prefix.problem import Inputs, make_problem
 from python_ref import compare
 from tests.contract import observe
 from tests.contract.operators import CPU
@@ -143,10 +143,10 @@ def test_too_many_rows_are_refused_by_triton() -> None:
         pytest.skip(reason)
     meta = {"device": "meta", "dtype": torch.bfloat16}
     q, k, prefix = torch.empty(1, 8, 2**28, 8, **meta), torch.empty(1, 1, 4, 8, **meta), torch.empty(1, 2, 8, **meta)
-    assert "less than 2^31" in triton_impl.why_not(describe(q, k, k, prefix, prefix, True, None, None))
+    assert "less than 2^31" in triton_impl.why_not(make_problem(Inputs(q, k, k, prefix, prefix, True, 1.0, None)))
 
 
 def test_no_architecture_is_verified_unless_it_was() -> None:
     """`auto` takes Triton only where tests and benchmarks ran; whoever adds an architecture has run them there."""
-    problem = describe(*make(Case(), CPU)[:5], True, None, None)
+    problem = make_problem(Inputs(*make(Case(), CPU)[:5], True, 1.0, None))
     assert "for tests" in triton_impl.IMPLEMENTATION.why_not_auto(problem)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from peft_kernels._core.triton_math import dot
 from peft_kernels._core.triton_tools import dot_precision
-from peft_kernels.prefix.kernels.config import DeltaConfig, GradKeysConfig, GradPrefixConfig, GradQConfig
-from peft_kernels.prefix.kernels.triton_fwd import mask_bytes, prefix_strides
+from peft_kernels.prefix.kernels.attention import Attention, Segment
+from peft_kernels.prefix.kernels.config import DeltaConfig, GradKVConfig, GradPrefixConfig, GradQConfig
 from peft_kernels.prefix.kernels.triton_rows import (
     attended,
     key_ranges,
@@ -33,7 +33,6 @@ from peft_kernels.prefix.kernels.triton_rows import (
     row_index,
     store_rows,
 )
-from peft_kernels.prefix.problem import Inputs, PrefixAttentionProblem
 
 
 class Rows(NamedTuple):
@@ -280,70 +279,66 @@ def prefix_grad_prefix_kernel(
     store_rows(dv_ptr + start, offs_n, dv, offs_n < P, D, BLOCK_D)
 
 
-def delta(problem: PrefixAttentionProblem, y: Tensor, dy: Tensor, config: DeltaConfig) -> Tensor:
+def delta(y: Tensor, dy: Tensor, config: DeltaConfig) -> Tensor:
     """Launch delta = sum over D of dy * y and return it, (B, H, S) float32."""
-    out = torch.empty(y.shape[:3], dtype=torch.float32, device=y.device)
+    b, h, s, d = y.shape
+    out = torch.empty(b, h, s, dtype=torch.float32, device=y.device)
 
-    prefix_delta_kernel[(triton.cdiv(problem.s, config.BLOCK_M) * problem.b * problem.h,)](
-        y, dy, out, problem.h, problem.s, *y.stride()[:3], *dy.stride()[:3], D=problem.d, **asdict(config)
+    prefix_delta_kernel[(triton.cdiv(s, config.BLOCK_M) * b * h,)](
+        y, dy, out, h, s, *y.stride()[:3], *dy.stride()[:3], D=d, **asdict(config)
     )  # fmt: skip
     return out
 
 
-def grad_q(problem: PrefixAttentionProblem, inputs: Inputs, rows: Rows, config: GradQConfig) -> Tensor:
+def grad_q(attention: Attention, rows: Rows, prefix: Segment, sequence: Segment, config: GradQConfig) -> Tensor:
     """Launch dq and return it, (B, H, S, D) in q's dtype."""
-    q, k, v, prefix_k, prefix_v, _ = inputs
+    q = rows.q
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    valid, valid_strides = mask_bytes(inputs)
+    valid, valid_strides = sequence.mask_bytes()
 
-    blocks_m = triton.cdiv(problem.group * problem.s, config.BLOCK_M)
-    prefix_grad_q_kernel[(blocks_m * problem.b * problem.h_kv,)](
-        q, k, v, prefix_k, prefix_v, valid, rows.dy, *rows.stats, rows.delta, dq,
-        problem.h_kv, problem.s, problem.l, problem.p, problem.shift, problem.scale, problem.scale_log2,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *prefix_strides(prefix_k), *prefix_strides(prefix_v), *valid_strides, *rows.dy.stride()[:3],
-        CAUSAL=problem.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=problem.group,
-        D=problem.d, **asdict(config),
+    blocks_m = triton.cdiv(attention.group * attention.s, config.BLOCK_M)
+    prefix_grad_q_kernel[(blocks_m * attention.b * attention.h_kv,)](
+        q, sequence.k, sequence.v, prefix.k, prefix.v, valid, rows.dy, *rows.stats, rows.delta, dq,
+        attention.h_kv, attention.s, attention.l, attention.p, attention.shift, attention.scale, attention.scale_log2,
+        *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides, *rows.dy.stride()[:3],
+        CAUSAL=attention.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=attention.group,
+        D=attention.d, **asdict(config),
     )  # fmt: skip
     return dq
 
 
-def grad_kv(
-    problem: PrefixAttentionProblem, inputs: Inputs, rows: Rows, config: GradKeysConfig
-) -> tuple[Tensor, Tensor]:
+def grad_kv(attention: Attention, rows: Rows, sequence: Segment, config: GradKVConfig) -> tuple[Tensor, Tensor]:
     """Launch dk and dv and return them, (B, H_kv, L, D) in q's dtype."""
-    q, k, v = inputs[:3]
+    q, k, v = rows.q, sequence.k, sequence.v
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    valid, valid_strides = mask_bytes(inputs)
+    valid, valid_strides = sequence.mask_bytes()
 
-    prefix_grad_kv_kernel[(triton.cdiv(problem.l, config.BLOCK_N) * problem.b * problem.h_kv,)](
+    prefix_grad_kv_kernel[(triton.cdiv(attention.l, config.BLOCK_N) * attention.b * attention.h_kv,)](
         q, k, v, valid, rows.dy, *rows.stats, rows.delta, dk, dv,
-        problem.h_kv, problem.s, problem.l, problem.shift, problem.scale, problem.scale_log2,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *valid_strides, *rows.dy.stride()[:3],
-        CAUSAL=problem.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=problem.group,
-        D=problem.d, **asdict(config),
+        attention.h_kv, attention.s, attention.l, attention.shift, attention.scale, attention.scale_log2,
+        *q.stride()[:3], *sequence.strides(), *valid_strides, *rows.dy.stride()[:3],
+        CAUSAL=attention.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=attention.group,
+        D=attention.d, **asdict(config),
     )  # fmt: skip
     return dk, dv
 
 
-def grad_prefix(
-    problem: PrefixAttentionProblem, inputs: Inputs, rows: Rows, config: GradPrefixConfig
-) -> tuple[Tensor, Tensor]:
-    """Launch dprefix_k and dprefix_v and return them in the prefix's shape and the dtype it was given in."""
-    q, prefix_k, prefix_v = inputs.q, inputs.prefix_k, inputs.prefix_v
-    owners, batches = (1, problem.b) if problem.shared else (problem.b, 1)
-    size = (config.SPLIT, *prefix_k.shape)
+def grad_prefix(attention: Attention, rows: Rows, prefix: Segment, config: GradPrefixConfig) -> tuple[Tensor, Tensor]:
+    """Launch dprefix_k and dprefix_v and return them in the prefix's shape, and in ``attention.prefix_dtype``."""
+    q, dtype = rows.q, attention.prefix_dtype
+    owners, batches = (1, attention.b) if attention.shared else (attention.b, 1)
+    size = (config.SPLIT, *prefix.k.shape)
     dk, dv = (torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2))
 
-    programs = triton.cdiv(problem.p, config.BLOCK_N) * problem.h_kv * owners * config.SPLIT
+    programs = triton.cdiv(attention.p, config.BLOCK_N) * attention.h_kv * owners * config.SPLIT
     prefix_grad_prefix_kernel[(programs,)](
-        q, prefix_k, prefix_v, rows.dy, *rows.stats, rows.delta, dk, dv,
-        problem.h_kv, problem.s, problem.p, owners, batches, problem.scale, problem.scale_log2,
-        *q.stride()[:3], *prefix_strides(prefix_k), *prefix_strides(prefix_v), *rows.dy.stride()[:3],
-        EXACT=problem.prefix_dtype != problem.dtype, PRECISION=dot_precision(q.dtype), GROUP=problem.group,
-        D=problem.d, **asdict(config),
+        q, prefix.k, prefix.v, rows.dy, *rows.stats, rows.delta, dk, dv,
+        attention.h_kv, attention.s, attention.p, owners, batches, attention.scale, attention.scale_log2,
+        *q.stride()[:3], *prefix.strides(), *rows.dy.stride()[:3],
+        EXACT=dtype != q.dtype, PRECISION=dot_precision(q.dtype), GROUP=attention.group, D=attention.d,
+        **asdict(config),
     )  # fmt: skip
-    return _summed(dk, problem.prefix_dtype), _summed(dv, problem.prefix_dtype)
+    return _summed(dk, dtype), _summed(dv, dtype)
 
 
 def _summed(partials: Tensor, dtype: torch.dtype) -> Tensor:

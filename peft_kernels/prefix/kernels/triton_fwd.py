@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels._core.triton_tools import dot_precision
+from peft_kernels.prefix.kernels.attention import Attention, Segment
 from peft_kernels.prefix.kernels.config import ForwardConfig, MergeConfig
 from peft_kernels.prefix.kernels.triton_rows import (
     attended,
@@ -33,7 +34,6 @@ from peft_kernels.prefix.kernels.triton_rows import (
     row_index,
     store_rows,
 )
-from peft_kernels.prefix.problem import Inputs, PrefixAttentionProblem
 
 
 @triton.jit
@@ -186,51 +186,45 @@ def prefix_merge_kernel(
 
 
 def attend(
-    problem: PrefixAttentionProblem, inputs: Inputs, config: ForwardConfig, merge: MergeConfig
+    attention: Attention, q: Tensor, prefix: Segment, sequence: Segment, config: ForwardConfig, merge: MergeConfig
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel, and `merge` where it splits; return y (B, H, S, D) and stats (2, B, H, S) float32."""
-    q, rows, splits = inputs.q, problem.group * problem.s, config.SPLIT
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stats = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
-    if splits == 1:
-        _attend(problem, inputs, config, y, stats)
+    if config.SPLIT == 1:
+        _attend(attention, q, prefix, sequence, config, y, stats)
         return y, stats
-    groups = problem.b * problem.h_kv
-    parts = torch.empty(groups, splits, rows, problem.d, dtype=torch.float32, device=q.device)
+    groups, rows, splits = attention.b * attention.h_kv, attention.group * attention.s, config.SPLIT
+    parts = torch.empty(groups, splits, rows, attention.d, dtype=torch.float32, device=q.device)
     part_stats = torch.empty(2, groups, splits, rows, dtype=torch.float32, device=q.device)
 
-    _attend(problem, inputs, config, parts, part_stats)
+    _attend(attention, q, prefix, sequence, config, parts, part_stats)
     prefix_merge_kernel[(rows * groups,)](
-        parts, *part_stats, y, *stats, rows, splits, D=problem.d, **asdict(merge)
+        parts, *part_stats, y, *stats, rows, splits, D=attention.d, **asdict(merge)
     )  # fmt: skip
     return y, stats
 
 
-def _attend(problem: PrefixAttentionProblem, inputs: Inputs, config: ForwardConfig, y: Tensor, stats: Tensor) -> None:
+def _attend(
+    attention: Attention,
+    q: Tensor,
+    prefix: Segment,
+    sequence: Segment,
+    config: ForwardConfig,
+    y: Tensor,
+    stats: Tensor,
+) -> None:
     """Launch the forward kernel; where it splits, into parts of y and stats."""
-    q, k, v, prefix_k, prefix_v, _ = inputs
-    valid, valid_strides = mask_bytes(inputs)
+    valid, valid_strides = sequence.mask_bytes()
     blocks = asdict(config)
     splits = blocks.pop("SPLIT")
-    span = triton.cdiv(triton.cdiv(problem.l, splits), config.BLOCK_N) * config.BLOCK_N
+    span = triton.cdiv(triton.cdiv(attention.l, splits), config.BLOCK_N) * config.BLOCK_N
 
-    blocks_m = triton.cdiv(problem.group * problem.s, config.BLOCK_M)
-    prefix_attention_kernel[(blocks_m * problem.b * problem.h_kv * splits,)](
-        q, k, v, prefix_k, prefix_v, valid, y, *stats,
-        problem.h_kv, problem.s, problem.l, problem.p, problem.shift, problem.scale_log2, splits, span,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *prefix_strides(prefix_k), *prefix_strides(prefix_v), *valid_strides,
-        CAUSAL=problem.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=problem.group,
-        D=problem.d, IS_SPLIT=splits > 1, **blocks,
+    blocks_m = triton.cdiv(attention.group * attention.s, config.BLOCK_M)
+    prefix_attention_kernel[(blocks_m * attention.b * attention.h_kv * splits,)](
+        q, sequence.k, sequence.v, prefix.k, prefix.v, valid, y, *stats,
+        attention.h_kv, attention.s, attention.l, attention.p, attention.shift, attention.scale_log2, splits, span,
+        *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides,
+        CAUSAL=attention.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=attention.group,
+        D=attention.d, IS_SPLIT=splits > 1, **blocks,
     )  # fmt: skip
-
-
-def mask_bytes(inputs: Inputs) -> tuple[Tensor | None, tuple[int, int]]:
-    """The padding mask as bytes, a view, and its strides."""
-    mask = inputs.key_padding_mask
-    return (None, (0, 0)) if mask is None else (mask.view(torch.uint8), (mask.stride(0), mask.stride(1)))
-
-
-def prefix_strides(prefix: Tensor) -> tuple[int, ...]:
-    """Strides of batch, head and key; a shared prefix is the same in every batch row."""
-    return (0, *prefix.stride()[:2]) if prefix.dim() == 3 else prefix.stride()[:3]

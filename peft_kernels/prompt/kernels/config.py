@@ -8,7 +8,7 @@ from peft_kernels._core.triton_tools import next_power_of_2
 
 
 @dataclass(frozen=True)
-class GatherConfig:
+class ConcatenateConfig:
     """y."""
 
     BLOCK_T: int
@@ -25,10 +25,10 @@ class SumConfig:
     num_warps: int
 
 
-def gather_config(d: int) -> GatherConfig:
+def concatenate_config(d: int) -> ConcatenateConfig:
     """Tiles of 4096 elements, 32 a thread: enough loads in flight to hide a memory access (assumed)."""
     block_d = _block_d(d)
-    return GatherConfig(BLOCK_T=max(1, 4096 // block_d), BLOCK_D=block_d, num_warps=4)
+    return ConcatenateConfig(BLOCK_T=max(1, 4096 // block_d), BLOCK_D=block_d, num_warps=4)
 
 
 def sum_config(d: int) -> SumConfig:

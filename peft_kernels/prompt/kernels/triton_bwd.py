@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.prompt.kernels.config import SumConfig
-from peft_kernels.prompt.problem import PromptTuningProblem
 
 
 @triton.jit
@@ -52,20 +51,8 @@ def prompt_sum_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sum_over_batch(problem: PromptTuningProblem, dy: Tensor, config: SumConfig) -> Tensor:
-    """Launch dprompts and return it, (N, P, D) in the prompts' dtype."""
-    part = dy.unflatten(0, (problem.n, problem.b))[:, :, : problem.p]
-    return _sum(part, problem.prompt_dtype, config)
-
-
-def sum_over_prompts(problem: PromptTuningProblem, dy: Tensor, config: SumConfig) -> Tensor:
-    """Launch dtokens and return it, (B, L, D) in the tokens' dtype."""
-    part = dy.unflatten(0, (problem.n, problem.b))[:, :, problem.p :].transpose(0, 1)
-    return _sum(part, problem.dtype, config)
-
-
-def _sum(part: Tensor, dtype: torch.dtype, config: SumConfig) -> Tensor:
-    """Sum (owners, terms, T, D) over its second dimension."""
+def sum_terms(part: Tensor, dtype: torch.dtype, config: SumConfig) -> Tensor:
+    """Launch the sum of a part of dy, (owners, terms, T, D), over its terms and return it, (owners, T, D)."""
     owners, terms, positions, d = part.shape
     out = torch.empty(owners, positions, d, dtype=dtype, device=part.device)
     if out.numel() == 0:

@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels.prompt.kernels.config import GatherConfig
-from peft_kernels.prompt.problem import PromptTuningProblem
+from peft_kernels.prompt.kernels.config import ConcatenateConfig
 
 
 @triton.jit
-def prompt_gather_kernel(
+def prompt_concatenate_kernel(
     # pointers
     prompts_ptr, tokens_ptr, y_ptr,
     # sizes
@@ -49,14 +48,15 @@ def prompt_gather_kernel(
         tl.store(out[:, None] + offs_d[None, :], value, mask=(offs_t < T)[:, None] & mask_d)
 
 
-def gather(problem: PromptTuningProblem, prompts: Tensor, tokens: Tensor, config: GatherConfig) -> Tensor:
+def concatenate(prompts: Tensor, tokens: Tensor, config: ConcatenateConfig) -> Tensor:
     """Launch y and return it, (N B, P + L, D) in the tokens' dtype."""
-    rows, positions = problem.n * problem.b, problem.p + problem.l
-    y = torch.empty(rows, positions, problem.d, dtype=problem.dtype, device=problem.device)
+    (n, p, d), (b, length, _) = prompts.shape, tokens.shape
+    rows, positions = n * b, p + length
+    y = torch.empty(rows, positions, d, dtype=tokens.dtype, device=tokens.device)
 
-    prompt_gather_kernel[(triton.cdiv(positions, config.BLOCK_T) * rows,)](
+    prompt_concatenate_kernel[(triton.cdiv(positions, config.BLOCK_T) * rows,)](
         prompts, tokens, y,
-        problem.b, problem.p, positions, problem.d,
+        b, p, positions, d,
         *prompts.stride(), *tokens.stride(),
         **asdict(config),
     )  # fmt: skip
