@@ -18,11 +18,28 @@ if not HAS_CUDA:
 
 
 def _mend_interpreter() -> None:
-    """Make the interpreter's arithmetic that of a GPU, where it is not.
+    """Make the interpreter's arithmetic that of a GPU, where it is not, and the same on every processor.
 
     It holds bfloat16 values as 16-bit integers and would multiply those; it cuts float32 to bfloat16 where a GPU rounds
     to the nearest; it multiplies TF32 operands with all their bits, where the tensor cores read the upper 19; and it
     sums rows one after another, where the threads of a GPU sum in a tree.
+
+    It leaves products to numpy's BLAS, which sums in an order that it chooses by processor, and the exponential to
+    instructions that not every processor has. Here a product is summed as by the instructions that a GPU would run:
+
+    - float32 by fused multiply-adds, one product after another, each sum rounded once: FFMA, which Triton makes of such
+      a tl.dot (GenericFMAVectorMultiplier in its FMA.cpp). Triton's chain runs through all of a loop over k; here one
+      ends after 64 products and is added to the accumulator, because the error budget compares with eager torch on this
+      processor. Its chains end by 256 (MKL's AVX2 code; its SSE2 code's by 128), and one of 256 would be 1.4 times as
+      wrong whatever the kernel does.
+    - half precision and TF32 as a tensor core does, 32 bytes of an operand's row at a time, which is the k of wgmma and
+      of the largest mma.sync (PTX ISA, "Matrix Shape"): 16 products or 8, exact, and the accumulator, in one sum. It is
+      rounded to the nearest here; hardware drops bits below those of its largest addend, and before Hopper it sums
+      half of them at a time (Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ CS 2021).
+    - exp and exp2 as the float64 result, rounded. A GPU's ex2.approx is within two units in the last place of that.
+
+    Sums are taken in float64 and then rounded to the accumulator. For FFMA those are two roundings; they differ from
+    one where float64 lands on the middle of two float32 values, once in 2^29 sums.
     """
     import numpy as np
     import triton.language as tl
@@ -30,21 +47,50 @@ def _mend_interpreter() -> None:
     from triton.runtime import interpreter
 
     create_dot = interpreter.InterpreterBuilder.create_dot
+    unary_op = interpreter.InterpreterBuilder.unary_op
     convert_float = interpreter._convert_float
     sum_in_order = interpreter.ReduceOps.sum
+    multiplied = (tl.float32, tl.bfloat16, tl.float16)
 
-    def as_multiplied(handle: interpreter.TensorHandle, is_tf32: bool) -> interpreter.TensorHandle:
-        if handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16:
-            values = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        elif handle.dtype.scalar == tl.float32 and is_tf32:
-            values = (np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-        else:
-            return handle
-        return interpreter.TensorHandle(values, tl.float32)
+    def as_multiplied(handle: interpreter.TensorHandle, is_tf32: bool) -> np.ndarray:
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        if handle.dtype.scalar == tl.float32 and is_tf32:
+            return (np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+        return handle.data
+
+    def add_products(total: np.ndarray, columns: np.ndarray, rows: np.ndarray, at_a_time: int) -> None:
+        at_a_time = min(at_a_time, len(columns))
+        products = np.empty((at_a_time, *total.shape))
+        for k in range(0, len(columns), at_a_time):
+            np.multiply(columns[k : k + at_a_time], rows[k : k + at_a_time], out=products)
+            addend = products[0] if at_a_time == 1 else np.add.reduce(products, axis=0)
+            np.add(addend, total, out=total, casting="same_kind")
 
     def create_dot_as_on_a_gpu(self, a, b, acc, input_precision, *rest):
+        if a.dtype.scalar not in multiplied:
+            # No kernel has one; integers are exact in any order.
+            return create_dot(self, a, b, acc, input_precision, *rest)
         is_tf32 = input_precision == ir.INPUT_PRECISION.TF32
-        return create_dot(self, as_multiplied(a, is_tf32), as_multiplied(b, is_tf32), acc, input_precision, *rest)
+        # k is the first dimension of both, and what is left at each k makes a matrix of products.
+        columns = np.moveaxis(as_multiplied(a, is_tf32), -1, 0)[..., :, None].astype(np.float64)
+        rows = np.moveaxis(as_multiplied(b, is_tf32), -2, 0)[..., None, :].astype(np.float64)
+        total = acc.data.copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            if a.dtype.scalar != tl.float32 or is_tf32:
+                add_products(total, columns, rows, at_a_time=8 if a.dtype.scalar == tl.float32 else 16)
+            else:
+                for k in range(0, len(columns), 64):
+                    chain = np.zeros_like(total)
+                    add_products(chain, columns[k : k + 64], rows[k : k + 64], at_a_time=1)
+                    total += chain
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+    def unary_op_in_float64(self, handle, function):
+        if function not in (np.exp, np.exp2) or handle.dtype.scalar != tl.float32:
+            return unary_op(self, handle, function)
+        with np.errstate(over="ignore"):
+            return interpreter.TensorHandle(function(handle.data, dtype=np.float64).astype(np.float32), tl.float32)
 
     def convert_float_to_nearest(values, source, target, rounding_mode):
         if source != tl.float32 or target != tl.bfloat16:
@@ -64,6 +110,7 @@ def _mend_interpreter() -> None:
         return self.to_tensor(total, values.dtype)
 
     interpreter.InterpreterBuilder.create_dot = create_dot_as_on_a_gpu
+    interpreter.InterpreterBuilder.unary_op = unary_op_in_float64
     interpreter.ReduceOps.sum = sum_in_a_tree
     interpreter._convert_float = convert_float_to_nearest
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ MARKS = [
     ),
 ]
 WORLD = 2
+# Two processes that import torch take seconds, and minutes on cores that other work keeps busy; nothing that is right
+# fails for that. It is what pytest's timeout of a test leaves for saying which process hung.
+SECONDS = 540
 
 
 class Training(NamedTuple):
@@ -41,42 +46,70 @@ class Training(NamedTuple):
 
 def check(training: Training, how: str, folder: Path, parameters: int) -> None:
     """Compare gradients of ``parameters`` parameters under "ddp" or "fsdp2"; a failure has the process's traceback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    assert run(_compare, folder, training, how) == [parameters] * WORLD
+
+
+def run(work: Callable[..., int], folder: Path, *arguments: Any, seconds: float = SECONDS) -> list[int]:
+    """Call ``work(rank, *arguments)`` in WORLD processes that are one gloo group.
+
+    Processes meet at a file of ``folder``: a port that is free when it is picked can be another program's, or the
+    other end of a process's own connection, by the time that the group listens on it.
+
+    Raises:
+        AssertionError: a process failed, which ends the others, or did not end in time; with every traceback there is.
+    """
     context = mp.get_context("spawn")
-    arguments = (training, how, port, str(folder))
-    processes = [context.Process(target=_worker, args=(rank, *arguments)) for rank in range(WORLD)]
+    processes = [context.Process(target=_process, args=(rank, work, folder, arguments)) for rank in range(WORLD)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(timeout=120)
-        if process.is_alive():
-            process.kill()
-    errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
-    assert [process.exitcode for process in processes] == [0] * WORLD, errors
-    assert [Path(folder, f"{rank}.ok").read_text() for rank in range(WORLD)] == [str(parameters)] * WORLD
-
-
-def _worker(rank: int, training: Training, how: str, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        whole, batch = training.model(), training.batch()
-        model = _wrapped(copy.deepcopy(whole), training, how)
-        got = _gradients(model, batch.chunk(WORLD)[rank])
-        expected = _gradients(whole, batch)
-        for name, gradient in expected.items():
-            full = _full(got[name if how == "fsdp2" else f"module.{name}"])
-            assert gradient.any(), name
-            torch.testing.assert_close(full, gradient)
-        Path(folder, f"{rank}.ok").write_text(str(len(expected)))
+        in_time = _wait(processes, seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in processes]
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
+    assert in_time, f"still running after {seconds} s: exit codes {codes} {errors}"
+    assert codes == [0] * WORLD, f"exit codes {codes} {errors}"
+    return [int(Path(folder, f"{rank}.ok").read_text()) for rank in range(WORLD)]
+
+
+def _wait(processes: list[mp.Process], seconds: float) -> bool:
+    """Until all have ended or one has failed, whose group the others would wait for; False when the time is over."""
+    deadline = time.monotonic() + seconds
+    while (running := [p.sentinel for p in processes if p.exitcode is None]) and not any(p.exitcode for p in processes):
+        if not connection.wait(running, timeout=max(0, deadline - time.monotonic())):
+            return False
+    return True
+
+
+def _process(rank: int, work: Callable[..., int], folder: Path, arguments: tuple[Any, ...]) -> None:
+    # Gloo would look up the host's name, and listen on whatever interface has its address.
+    os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), WORLD), rank=rank, world_size=WORLD)
+        Path(folder, f"{rank}.ok").write_text(str(work(rank, *arguments)))
     except BaseException:
-        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        # Before the group ends, which fails the other process: the cause is written first.
+        Path(folder, f"{rank}.error").write_text(f"process {rank}: {traceback.format_exc()}")
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _compare(rank: int, training: Training, how: str) -> int:
+    whole, batch = training.model(), training.batch()
+    model = _wrapped(copy.deepcopy(whole), training, how)
+    got = _gradients(model, batch.chunk(WORLD)[rank])
+    expected = _gradients(whole, batch)
+    for name, gradient in expected.items():
+        full = _full(got[name if how == "fsdp2" else f"module.{name}"])
+        assert gradient.any(), name
+        torch.testing.assert_close(full, gradient)
+    return len(expected)
 
 
 def _wrapped(model: nn.Module, training: Training, how: str) -> nn.Module:

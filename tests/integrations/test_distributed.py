@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import socket
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from tests import two_processes
+from tests.two_processes import WORLD
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-pytestmark = [
-    pytest.mark.cpu_only,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo: torch.distributed is missing"
-    ),
-]
+pytestmark = [*two_processes.MARKS, pytest.mark.slow]
 
-WORLD, ROWS = 2, 2
+ROWS = 2
 MODELS = ("peft lora", "peft prefix", "peft prompt", "prefix", "prefix checkpointed", "prompt", "ensemble")
 # 14 LoRA layers of two factors; one table each; a table and an MLP, twice; a prompt; three prompts.
 PARAMETERS = 28 + 1 + 1 + 5 + 5 + 1 + 3
@@ -81,20 +73,14 @@ def _wrapped(model: nn.Module, how: str) -> nn.Module:
     return fully_shard(model)
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    checked, case = 0, ("", "")
-    try:
-        for case in itertools.product(("ddp", "fsdp2"), MODELS):
+def _check_all(rank: int) -> int:
+    checked = 0
+    for case in itertools.product(("ddp", "fsdp2"), MODELS):
+        try:
             checked += _check(*case, rank)
-        Path(folder, f"{rank}.ok").write_text(str(checked))
-    except BaseException:
-        Path(folder, f"{rank}.error").write_text(f"{case}: {traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
+        except Exception as error:
+            raise AssertionError(case) from error
+    return checked
 
 
 def _check(how: str, name: str, rank: int) -> int:
@@ -116,17 +102,4 @@ def _check(how: str, name: str, rank: int) -> int:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(rank, port, str(tmp_path))) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-        if process.is_alive():
-            process.kill()
-    errors = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.error")))
-    assert [process.exitcode for process in processes] == [0] * WORLD, errors
-    assert [Path(tmp_path, f"{rank}.ok").read_text() for rank in range(WORLD)] == [str(2 * PARAMETERS)] * WORLD
+    assert two_processes.run(_check_all, tmp_path) == [2 * PARAMETERS] * WORLD
