@@ -11,8 +11,10 @@ struct Named {
   Enum value;
   const char* name;
 };
+template <typename Enum>
+Named(Enum, const char*) -> Named<Enum>;
 
-// The enumerator of a name in the table names_of(Enum), which stands beside the enumeration. `what` is for the error.
+// The enumerator of a name in names_of(Enum), which stands beside the enumeration. `what` is for the error.
 template <typename Enum>
 Enum value_of(const std::string& name, const std::string& what) {
   std::string known;
