@@ -64,6 +64,6 @@ class EmulatedExtension:
 
 def _memory(address: int, shape: tuple[int, ...], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The elements from the first to the last that a strided tensor reaches; a stride that is not given is 1."""
-    last = sum((size - 1) * stride for size, stride in zip(shape, (*strides, 1), strict=False))
+    last = sum((size - 1) * stride for size, stride in zip(shape, (*strides, 1), strict=False) if size > 1)
     content = ctypes.string_at(address, (last + 1) * dtype.itemsize)
     return torch.frombuffer(bytearray(content), dtype=dtype)
