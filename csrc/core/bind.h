@@ -24,7 +24,9 @@ namespace peft_kernels {
 
 class Arguments {
  public:
-  Arguments(const char* function, const pybind11::kwargs& given) : function_(function), given_(given) {}
+  Arguments(const char* function, const pybind11::kwargs& given) : function_(function), given_(given) {
+    taken_.reserve(given.size());
+  }
 
   template <typename... Members>
   void operator()(const char* name, Members&... members) {
@@ -61,7 +63,7 @@ class Arguments {
   template <typename T>
   void convert(const char* name, pybind11::handle value, T& member) const {
     if constexpr (std::is_enum_v<T>) {
-      member = value_of<T>(load<std::string>(name, "a name", value), function_ + ": " + name);
+      member = value_of<T>(load<std::string>(name, "a name", value), name);
     } else if constexpr (std::is_pointer_v<T>) {
       member = value.is_none() ? nullptr : reinterpret_cast<T>(load<uintptr_t>(name, "an address or None", value));
     } else if constexpr (std::is_same_v<T, bool>) {
@@ -69,13 +71,13 @@ class Arguments {
     } else if constexpr (std::is_floating_point_v<T>) {
       member = load<T>(name, "a number", value);
     } else {
-      const char* sign = std::is_signed_v<T> ? "a signed" : "an unsigned";
-      member = load<T>(name, sign + (" integer of " + std::to_string(8 * sizeof(T))) + " bits", value);
+      const char* signed_integer = sizeof(T) == 8 ? "an integer of 64 bits" : "an integer of 32 bits";
+      member = load<T>(name, std::is_signed_v<T> ? signed_integer : "an unsigned integer", value);
     }
   }
 
   template <typename T>
-  T load(const char* name, const std::string& expected, pybind11::handle value) const {
+  T load(const char* name, const char* expected, pybind11::handle value) const {
     pybind11::detail::make_caster<T> caster;
     // An integer is a number too; nothing else is converted.
     if (!caster.load(value, std::is_floating_point_v<T>)) {
