@@ -10,10 +10,10 @@
 namespace py = pybind11;
 
 namespace peft_kernels::lora {
-void bind(pybind11::module_& module);
+void bind(pybind11::module_ module);
 }
 namespace peft_kernels::adapter {
-void bind(pybind11::module_& module);
+void bind(pybind11::module_ module);
 }
 
 namespace peft_kernels {
@@ -57,8 +57,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("why_no_device", &peft_kernels::why_no_device, "Reason why device_count() is 0, or None.");
   module.def("driver_version", &peft_kernels::driver_version,
              "The driver's CUDA version, such as 13000; 0 where there is no driver.");
-  py::module_ lora = module.def_submodule("lora");
-  peft_kernels::lora::bind(lora);
-  py::module_ adapter = module.def_submodule("adapter");
-  peft_kernels::adapter::bind(adapter);
+  peft_kernels::lora::bind(module.def_submodule("lora"));
+  peft_kernels::adapter::bind(module.def_submodule("adapter"));
 }

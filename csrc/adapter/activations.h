@@ -2,6 +2,7 @@
 // Plain C++ for host and device, so that a host compiler alone can test it.
 #pragma once
 
+#include <array>
 #include <cmath>
 
 #include "core/host_device.h"
@@ -11,17 +12,15 @@ namespace peft_kernels::adapter {
 
 enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kLeakyRelu, kIdentity };
 
-inline constexpr Named<Activation> kActivations[] = {{Activation::kRelu, "relu"},
-                                                     {Activation::kGelu, "gelu"},
-                                                     {Activation::kGeluTanh, "gelu_tanh"},
-                                                     {Activation::kSilu, "silu"},
-                                                     {Activation::kTanh, "tanh"},
-                                                     {Activation::kSigmoid, "sigmoid"},
-                                                     {Activation::kLeakyRelu, "leaky_relu"},
-                                                     {Activation::kIdentity, "identity"}};
-
-constexpr const auto& names_of(Activation) {
-  return kActivations;
+constexpr auto names_of(Activation) {
+  return std::array{Named{Activation::kRelu, "relu"},
+                    Named{Activation::kGelu, "gelu"},
+                    Named{Activation::kGeluTanh, "gelu_tanh"},
+                    Named{Activation::kSilu, "silu"},
+                    Named{Activation::kTanh, "tanh"},
+                    Named{Activation::kSigmoid, "sigmoid"},
+                    Named{Activation::kLeakyRelu, "leaky_relu"},
+                    Named{Activation::kIdentity, "identity"}};
 }
 
 constexpr float kLeakySlope = 0.01f;

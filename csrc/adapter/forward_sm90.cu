@@ -149,12 +149,12 @@ void forward_sm90(const ForwardParams& params, cudaStream_t stream) {
            ", " + std::to_string(params.k));
   }
   const int64_t ctas = ceil_div(params.m, kBlockM) * params.cluster;
-  const LaunchShape shape{dim3(static_cast<unsigned>(ctas)), dim3(kThreads), static_cast<size_t>(variant.shared_bytes)};
-  const auto cluster = static_cast<unsigned>(params.cluster);
-  prepare_clusters(kName, variant.kernel, shape, cluster);
+  LaunchShape shape{dim3(static_cast<unsigned>(ctas)), dim3(kThreads), static_cast<size_t>(variant.shared_bytes)};
+  shape.cluster = static_cast<unsigned>(params.cluster);
+  prepare_clusters(kName, variant.kernel, shape);
   const ForwardMaps maps = make_maps(params, variant.rank);
 
-  launch_clusters(kName, variant.kernel, shape, cluster, stream, maps, make_arguments(params));
+  launch(kName, variant.kernel, shape, stream, maps, make_arguments(params));
 }
 
 }  // namespace peft_kernels::adapter

@@ -7,7 +7,6 @@
 
 #include "adapter/activations.h"
 #include "core/dtype.h"
-#include "core/fields.h"
 
 namespace peft_kernels::adapter {
 
@@ -37,24 +36,26 @@ struct ForwardParams {
   int cluster;  // CTAs that share a block of rows
 };
 
-inline constexpr auto kForwardFields =
-    std::make_tuple(field("x", &ForwardParams::x, &ForwardParams::x_stride),
-                    field("down_weight", &ForwardParams::down_weight, &ForwardParams::down_weight_stride),
-                    field("up_weight", &ForwardParams::up_weight, &ForwardParams::up_weight_stride),
-                    field("down_bias", &ForwardParams::down_bias),
-                    field("up_bias", &ForwardParams::up_bias),
-                    field("residual", &ForwardParams::residual, &ForwardParams::residual_stride),
-                    field("scale", &ForwardParams::scale, &ForwardParams::scale_value),
-                    field("z", &ForwardParams::z),
-                    field("y", &ForwardParams::y),
-                    field("m", &ForwardParams::m),
-                    field("n", &ForwardParams::n),
-                    field("k", &ForwardParams::k),
-                    field("r", &ForwardParams::r),
-                    field("serial", &ForwardParams::serial),
-                    field("activation", &ForwardParams::activation),
-                    field("dtype", &ForwardParams::dtype),
-                    field("cluster", &ForwardParams::cluster));
+template <typename Take>
+void fields(Take& take, ForwardParams& params) {
+  take("x", params.x, params.x_stride);
+  take("down_weight", params.down_weight, params.down_weight_stride);
+  take("up_weight", params.up_weight, params.up_weight_stride);
+  take("down_bias", params.down_bias);
+  take("up_bias", params.up_bias);
+  take("residual", params.residual, params.residual_stride);
+  take("scale", params.scale, params.scale_value);
+  take("z", params.z);
+  take("y", params.y);
+  take("m", params.m);
+  take("n", params.n);
+  take("k", params.k);
+  take("r", params.r);
+  take("serial", params.serial);
+  take("activation", params.activation);
+  take("dtype", params.dtype);
+  take("cluster", params.cluster);
+}
 
 // The largest K and N at this width that a cluster can hold.
 int64_t max_columns(int64_t r);

@@ -1,8 +1,8 @@
 // Flags in global memory by which CTAs of one launch hand results to each other without a second launch.
 //
 // A flag is 64 bits. It is published when it equals the launch's nonce, a number that no earlier launch had, so flags
-// need no reset: memory may hold anything else before. peft_kernels/lora/kernels/cuda_workspace.py draws the nonces, and
-// says what is different under a CUDA graph, whose replays repeat theirs.
+// need no reset: memory may hold anything else before. peft_kernels/lora/kernels/cuda_workspace.py draws the nonces,
+// and says what is different under a CUDA graph, whose replays repeat theirs.
 //
 // Order: a thread that publishes after __syncthreads() publishes what every thread of its CTA has written before
 // (release at device scope is cumulative); a thread that has seen the flag and then passes __syncthreads() hands on

@@ -11,15 +11,19 @@ struct Named {
   Enum value;
   const char* name;
 };
+template <typename Enum>
+Named(Enum, const char*) -> Named<Enum>;
 
-// The enumerator of a name in the table names_of(Enum), which stands beside the enumeration. `what` is for the error.
+// The enumerator of a name in names_of(Enum), which stands beside the enumeration. `what` is for the error.
 template <typename Enum>
 Enum value_of(const std::string& name, const std::string& what) {
-  std::string known;
   for (const Named<Enum>& entry : names_of(Enum{})) {
     if (name == entry.name) {
       return entry.value;
     }
+  }
+  std::string known;
+  for (const Named<Enum>& entry : names_of(Enum{})) {
     known += (known.empty() ? "" : ", ") + std::string(entry.name);
   }
   throw std::invalid_argument(what + " must be one of " + known + ", got " + name);

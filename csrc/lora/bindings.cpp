@@ -11,10 +11,7 @@ namespace {
 
 // The workspace begins with the flags; the partial sums follow.
 py::tuple decode_workspace(const py::kwargs& given) {
-  decode::Shape shape = {};
-  Arguments arguments("decode_workspace", given);
-  arguments.fill(shape, kDecodeShapeFields);
-  arguments.finish();
+  const auto shape = params_of<decode::Shape>("decode_workspace", given);
   return py::make_tuple(decode::flag_count(shape), decode::workspace_bytes(shape));
 }
 
@@ -25,18 +22,18 @@ py::tuple gemm_workspace(int64_t m, int64_t r) {
 
 }  // namespace
 
-void bind(py::module_& module) {
+void bind(py::module_ module) {
   module.doc() = "Kernels of LoRA, as lora/params.h describes them; the current device must be that of the tensors.";
   module.attr("GEMM_MAX_RANK") = kGemmMaxRank;
   module.def("decode_workspace", &decode_workspace,
              "Flags and bytes of decode_forward's workspace, which begins with the flags, 8 bytes each.");
   module.def("gemm_workspace", &gemm_workspace, py::kw_only(), py::arg("m"), py::arg("r"),
              "Flags and bytes of gemm_sm90's workspace, which begins with the flags, 8 bytes each.");
-  bind_launch(module, "dropout_mask", dropout_mask, kDropoutMaskFields,
+  bind_launch(module, "dropout_mask", dropout_mask,
               "Write the keep-mask (rows, cols), one byte an element, of the 0-d int64 seed.");
-  bind_launch(module, "decode_forward", decode_forward, kDecodeFields,
+  bind_launch(module, "decode_forward", decode_forward,
               "Write y (m, n) and S (m, r) of at most 16 tokens. scale: address of a float32 or None, and a number.");
-  bind_launch(module, "gemm_sm90", gemm_sm90, kGemmFields,
+  bind_launch(module, "gemm_sm90", gemm_sm90,
               "Write y (m, n) and S (m, r) as GemmParams says. scale: address of a float32 or None, and a number.");
 }
 

@@ -11,11 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PEFT_KERNELS_DECODE_CONFIG __host__ __device__ __forceinline__
-#else
-#define PEFT_KERNELS_DECODE_CONFIG inline
-#endif
+#include "core/host_device.h"
 
 namespace peft_kernels::lora::decode {
 
@@ -65,22 +61,22 @@ struct Unit {
   int tile;
   int split;
   int splits;
-  PEFT_KERNELS_DECODE_CONFIG bool is_last() const { return split + 1 == splits; }
+  PEFT_KERNELS_HOST_DEVICE bool is_last() const { return split + 1 == splits; }
 };
 
-PEFT_KERNELS_DECODE_CONFIG int tiles(int rows) {
+PEFT_KERNELS_HOST_DEVICE int tiles(int rows) {
   return (rows - 1) / kTileRows + 1;
 }
 
-PEFT_KERNELS_DECODE_CONFIG int down_units(const Shape& shape) {
+PEFT_KERNELS_HOST_DEVICE int down_units(const Shape& shape) {
   return tiles(shape.r) * shape.down_splits;
 }
 
-PEFT_KERNELS_DECODE_CONFIG int units(const Shape& shape) {
+PEFT_KERNELS_HOST_DEVICE int units(const Shape& shape) {
   return down_units(shape) + tiles(shape.n) * shape.splits;
 }
 
-PEFT_KERNELS_DECODE_CONFIG Unit unit_at(const Shape& shape, int index) {
+PEFT_KERNELS_HOST_DEVICE Unit unit_at(const Shape& shape, int index) {
   const int down = down_units(shape);
   if (index < down) {
     return {true, index / shape.down_splits, index % shape.down_splits, shape.down_splits};
@@ -89,32 +85,32 @@ PEFT_KERNELS_DECODE_CONFIG Unit unit_at(const Shape& shape, int index) {
 }
 
 // The unit that publishes S of a tile of A.
-PEFT_KERNELS_DECODE_CONFIG int unit_of_s(const Shape& shape, int tile) {
+PEFT_KERNELS_HOST_DEVICE int unit_of_s(const Shape& shape, int tile) {
   return (tile + 1) * shape.down_splits - 1;
 }
 
-PEFT_KERNELS_DECODE_CONFIG int chunks(int k) {
+PEFT_KERNELS_HOST_DEVICE int chunks(int k) {
   return (k - 1) / kChunkK + 1;
 }
 
 // The chunks of K that a split takes; warp w of a row group takes the chunks begin + w, begin + w + kWarpsOfK, ...
-PEFT_KERNELS_DECODE_CONFIG Range chunks_of(const Shape& shape, const Unit& unit) {
+PEFT_KERNELS_HOST_DEVICE Range chunks_of(const Shape& shape, const Unit& unit) {
   const int64_t all = chunks(shape.k);
   return {static_cast<int>(all * unit.split / unit.splits), static_cast<int>(all * (unit.split + 1) / unit.splits)};
 }
 
 // The place of a unit's partial sums, which all but the last split of a tile leave in memory.
-PEFT_KERNELS_DECODE_CONFIG int partial_of(const Shape& shape, const Unit& unit) {
+PEFT_KERNELS_HOST_DEVICE int partial_of(const Shape& shape, const Unit& unit) {
   const int first = unit.is_down ? 0 : tiles(shape.r) * (shape.down_splits - 1);
   return first + unit.tile * (unit.splits - 1) + unit.split;
 }
 
-PEFT_KERNELS_DECODE_CONFIG int partials(const Shape& shape) {
+PEFT_KERNELS_HOST_DEVICE int partials(const Shape& shape) {
   return units(shape) - tiles(shape.r) - tiles(shape.n);
 }
 
 // Floats of one unit's partial sums: (m, kTileRows).
-PEFT_KERNELS_DECODE_CONFIG int64_t partial_floats(const Shape& shape) {
+PEFT_KERNELS_HOST_DEVICE int64_t partial_floats(const Shape& shape) {
   return static_cast<int64_t>(shape.m) * kTileRows;
 }
 

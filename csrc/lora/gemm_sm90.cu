@@ -10,6 +10,8 @@
 namespace peft_kernels::lora {
 namespace {
 
+constexpr const char* kName = "launch of lora_linear's gemm_sm90";
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmArguments arguments) {
@@ -26,13 +28,12 @@ template <typename Config>
 void launch_gemm(const GemmParams& params, cudaStream_t stream) {
   const auto kernel = gemm_sm90_kernel<Config>;
   const GemmArguments arguments = gemm_arguments<Config>(params);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, gemm_shared_bytes<Config>()),
-        "cudaFuncSetAttribute of lora_linear's gemm_sm90");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, gemm_shared_bytes<Config>()), kName);
 
   const int64_t blocks = std::min<int64_t>(params.multiprocessors, arguments.order.count());
   LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), gemm_shared_bytes<Config>()};
   shape.cooperative = true;
-  launch("launch of lora_linear's gemm_sm90", kernel, shape, stream, arguments);
+  launch(kName, kernel, shape, stream, arguments);
 }
 
 template <HalfType kType, Direction kDirection>
@@ -49,18 +50,6 @@ void launch_rank(const GemmParams& params, cudaStream_t stream) {
   }
 }
 
-// Elsewhere the kernel is a trap.
-void check_device() {
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice for lora_linear's gemm_sm90");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  if (major != 9 || minor != 0) {
-    throw std::invalid_argument("lora_linear: gemm_sm90 runs on compute capability 9.0 alone, this device has " +
-                                std::to_string(major) + "." + std::to_string(minor));
-  }
-}
-
 }  // namespace
 
 void gemm_sm90(const GemmParams& given, cudaStream_t stream) {
@@ -71,7 +60,7 @@ void gemm_sm90(const GemmParams& given, cudaStream_t stream) {
     throw std::invalid_argument("lora_linear: multiprocessors must be positive, got " +
                                 std::to_string(params.multiprocessors));
   }
-  check_device();
+  require_hopper(kName);
   const bool bf16 = params.dtype == Dtype::kBfloat16;
   const auto launch_typed = bf16 ? (params.backward ? launch_rank<HalfType::kBf16, Direction::kBackward>
                                                     : launch_rank<HalfType::kBf16, Direction::kForward>)

@@ -6,10 +6,23 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "core/fields.h"
 #include "lora/decode_config.h"
 
 namespace peft_kernels::lora {
+
+namespace decode {
+
+template <typename Take>
+void fields(Take& take, Shape& shape) {
+  take("m", shape.m);
+  take("n", shape.n);
+  take("k", shape.k);
+  take("r", shape.r);
+  take("splits", shape.splits);
+  take("down_splits", shape.down_splits);
+}
+
+}  // namespace decode
 
 struct DropoutMaskParams {
   uint8_t* mask;        // (rows, cols), contiguous: 1 keeps, 0 drops
@@ -19,11 +32,14 @@ struct DropoutMaskParams {
   uint32_t threshold;  // a 16-bit draw below it drops its element
 };
 
-inline constexpr auto kDropoutMaskFields = std::make_tuple(field("mask", &DropoutMaskParams::mask),
-                                                           field("seed", &DropoutMaskParams::seed),
-                                                           field("rows", &DropoutMaskParams::rows),
-                                                           field("cols", &DropoutMaskParams::cols),
-                                                           field("threshold", &DropoutMaskParams::threshold));
+template <typename Take>
+void fields(Take& take, DropoutMaskParams& params) {
+  take("mask", params.mask);
+  take("seed", params.seed);
+  take("rows", params.rows);
+  take("cols", params.cols);
+  take("threshold", params.threshold);
+}
 
 void dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
 
@@ -52,28 +68,23 @@ struct DecodeParams {
   int grid;
 };
 
-inline constexpr auto kDecodeShapeFields = std::make_tuple(field("m", &decode::Shape::m),
-                                                           field("n", &decode::Shape::n),
-                                                           field("k", &decode::Shape::k),
-                                                           field("r", &decode::Shape::r),
-                                                           field("splits", &decode::Shape::splits),
-                                                           field("down_splits", &decode::Shape::down_splits));
-
-inline constexpr auto kDecodeFields =
-    std::make_tuple(field("x", &DecodeParams::x, &DecodeParams::x_stride),
-                    field("weight", &DecodeParams::weight, &DecodeParams::weight_stride),
-                    field("lora_a", &DecodeParams::lora_a, &DecodeParams::a_stride),
-                    field("lora_b", &DecodeParams::lora_b, &DecodeParams::b_stride_n, &DecodeParams::b_stride_r),
-                    field("bias", &DecodeParams::bias, &DecodeParams::bias_stride),
-                    field("scale", &DecodeParams::scale, &DecodeParams::scale_value),
-                    field("y", &DecodeParams::y),
-                    field("s", &DecodeParams::s),
-                    field("workspace", &DecodeParams::flags),
-                    field("nonce", &DecodeParams::nonce),
-                    part(&DecodeParams::shape, kDecodeShapeFields),
-                    field("dtype", &DecodeParams::dtype),
-                    field("adapter_dtype", &DecodeParams::adapter_dtype),
-                    field("grid", &DecodeParams::grid));
+template <typename Take>
+void fields(Take& take, DecodeParams& params) {
+  take("x", params.x, params.x_stride);
+  take("weight", params.weight, params.weight_stride);
+  take("lora_a", params.lora_a, params.a_stride);
+  take("lora_b", params.lora_b, params.b_stride_n, params.b_stride_r);
+  take("bias", params.bias, params.bias_stride);
+  take("scale", params.scale, params.scale_value);
+  take("y", params.y);
+  take("s", params.s);
+  take("workspace", params.flags);
+  take("nonce", params.nonce);
+  fields(take, params.shape);
+  take("dtype", params.dtype);
+  take("adapter_dtype", params.adapter_dtype);
+  take("grid", params.grid);
+}
 
 // `flags` is the beginning of a workspace of decode::workspace_bytes, in which partials finds its place. All CTAs must
 // be resident together: the launch is cooperative, and fails where `grid` is too large for that.
@@ -109,23 +120,26 @@ struct GemmParams {
   int multiprocessors;  // of the device
 };
 
-inline constexpr auto kGemmFields = std::make_tuple(field("x", &GemmParams::x, &GemmParams::x_stride),
-                                                    field("w", &GemmParams::w, &GemmParams::w_stride),
-                                                    field("down", &GemmParams::down, &GemmParams::down_stride),
-                                                    field("up", &GemmParams::up, &GemmParams::up_stride),
-                                                    field("bias", &GemmParams::bias),
-                                                    field("scale", &GemmParams::scale, &GemmParams::scale_value),
-                                                    field("y", &GemmParams::y),
-                                                    field("s", &GemmParams::s),
-                                                    field("workspace", &GemmParams::flags),
-                                                    field("nonce", &GemmParams::nonce),
-                                                    field("m", &GemmParams::m),
-                                                    field("n", &GemmParams::n),
-                                                    field("k", &GemmParams::k),
-                                                    field("r", &GemmParams::r),
-                                                    field("dtype", &GemmParams::dtype),
-                                                    field("backward", &GemmParams::backward),
-                                                    field("multiprocessors", &GemmParams::multiprocessors));
+template <typename Take>
+void fields(Take& take, GemmParams& params) {
+  take("x", params.x, params.x_stride);
+  take("w", params.w, params.w_stride);
+  take("down", params.down, params.down_stride);
+  take("up", params.up, params.up_stride);
+  take("bias", params.bias);
+  take("scale", params.scale, params.scale_value);
+  take("y", params.y);
+  take("s", params.s);
+  take("workspace", params.flags);
+  take("nonce", params.nonce);
+  take("m", params.m);
+  take("n", params.n);
+  take("k", params.k);
+  take("r", params.r);
+  take("dtype", params.dtype);
+  take("backward", params.backward);
+  take("multiprocessors", params.multiprocessors);
+}
 
 // `flags` is the beginning of a workspace of gemm_workspace_bytes, in which s_half finds its place. The device must be
 // of compute capability 9.0. Its multiprocessors bound the grid, whose blocks are all resident together: the launch is

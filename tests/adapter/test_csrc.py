@@ -63,7 +63,7 @@ int main(int, char** argv) {
   } else if (!std::strcmp(argv[1], "plan")) {
     number(2) == 64 ? print_plan<64>(number(3)) : print_plan<128>(number(3));
   } else if (!std::strcmp(argv[1], "names")) {
-    for (const auto& entry : kActivations) {
+    for (const auto& entry : names_of(Activation{})) {
       std::puts(entry.name);
     }
   } else {

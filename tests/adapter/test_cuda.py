@@ -324,7 +324,7 @@ def test_extension_knows_every_activation(built: ModuleType, activation: str) ->
 
 
 def test_other_activations_are_refused(built: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"forward: activation must be one of relu, gelu, .*, identity, got swish"):
+    with pytest.raises(ValueError, match=r"activation must be one of relu, gelu, .*, identity, got swish"):
         built.forward(**{**VALID, "activation": "swish"})
 
 

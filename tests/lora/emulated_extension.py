@@ -50,29 +50,20 @@ class EmulatedExtension:
         self.calls.append(call)
         m, n, k, r = (call[name] for name in ("m", "n", "k", "r"))
         dtype, adapter = getattr(torch, call["dtype"]), getattr(torch, call["adapter_dtype"])
-        (x, x_stride), (weight, weight_stride), (lora_a, a_stride) = call["x"], call["weight"], call["lora_a"]
-        lora_b, *b_strides = call["lora_b"]
-        bias, bias_stride = call["bias"] or (0, 0)
-        scale, scale_value = call["scale"]
-        inputs = {
-            "x": _memory(x, (m, k), (x_stride, 1), dtype),
-            "weight": _memory(weight, (n, k), (weight_stride, 1), dtype),
-            "lora_a": _memory(lora_a, (r, k), (a_stride, 1), adapter),
-            "lora_b": _memory(lora_b, (n, r), b_strides, adapter),
-            "bias": _memory(bias, (n,), (bias_stride,), dtype) if bias else None,
-            "scale": _memory(scale, (1,), (1,), torch.float32) if scale else None,
-        }
-        arguments = {name: call[name] for name in ("m", "n", "k", "r", "splits", "down_splits", "grid")}
-        arguments |= {"x_stride": x_stride, "weight_stride": weight_stride, "a_stride": a_stride}
-        arguments |= {"b_stride_n": b_strides[0], "b_stride_r": b_strides[1], "bias_stride": bias_stride}
-        arguments |= {"scale_value": scale_value, "repeat_nonce": 0, "zero_flags": 0}
+        shapes = {"x": (m, k), "weight": (n, k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,), "scale": (1,)}
+        dtypes = {"lora_a": adapter, "lora_b": adapter, "scale": torch.float32}
+        inputs, arguments = {}, {**call, "nonce": 0, "repeat_nonce": 0, "zero_flags": 0}
+        for name, shape in shapes.items():
+            address, *rest = arguments.pop(name) or (0, 0)
+            inputs[name] = _memory(address, shape, rest, dtypes.get(name, dtype)) if address else None
+            arguments |= {f"{name}_{i}": value for i, value in enumerate(rest)}
         y, s = simt_decode.run_on(dtype, adapter, inputs, arguments, schedules=1, first_seed=len(self.calls))
         for name, value in (("y", y), ("s", s)):
             ctypes.memmove(call[name], value.data_ptr(), value.numel() * value.element_size())
 
 
 def _memory(address: int, shape: tuple[int, ...], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The elements from the first to the last that a strided tensor at an address reaches."""
-    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    """The elements from the first to the last that a strided tensor reaches; a stride that is not given is 1."""
+    last = sum((size - 1) * stride for size, stride in zip(shape, (*strides, 1), strict=False) if size > 1)
     content = ctypes.string_at(address, (last + 1) * dtype.itemsize)
     return torch.frombuffer(bytearray(content), dtype=dtype)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from peft_kernels._core import cuda_tools
 from tests.lora.cases import Case, Tensors
 from tests.simt import build
 
@@ -15,49 +16,56 @@ PROGRAM = r"""
 
 using namespace peft_kernels::lora;
 
+// Fills the kernel's own list of fields: pointers from the buffers; what follows a pointer is numbered after its name.
+struct Take {
+  const simt::Arguments& arguments;
+  std::map<std::string, void*> memory;
+
+  template <typename T, typename... Rest>
+  void operator()(const std::string& name, T& member, Rest&... rest) {
+    if constexpr (std::is_pointer_v<T>) {
+      member = static_cast<T>(memory.at(name));
+    } else if constexpr (std::is_enum_v<T>) {
+      member = peft_kernels::value_of<T>(arguments.text(name), name);
+    } else {
+      member = static_cast<T>(arguments.integer(name));
+    }
+    [[maybe_unused]] int i = 0;
+    ((rest = static_cast<Rest>(arguments.number(name + "_" + std::to_string(i++)))), ...);
+  }
+};
+
 // The workspace is poisoned once: flags keep what the schedule before has left, and each has a nonce of its own.
 template <typename T, typename TAdapter>
 void test(const simt::Arguments& arguments) {
-  const auto size = [&](const char* name) { return static_cast<int>(arguments.integer(name)); };
-  const decode::Shape shape = {size("m"), size("n"), size("k"), size("r"), size("splits"), size("down_splits")};
+  decode::Shape shape = {};
+  Take take = {arguments, {}};
+  fields(take, shape);
   simt::Buffer x = arguments.input("x"), weight = arguments.input("weight"), lora_a = arguments.input("lora_a");
   simt::Buffer lora_b = arguments.input("lora_b"), bias = arguments.input("bias"), scale = arguments.input("scale");
   simt::Buffer y("y", sizeof(T) * static_cast<size_t>(shape.m) * static_cast<size_t>(shape.n));
   simt::Buffer s("s", sizeof(float) * static_cast<size_t>(shape.m) * static_cast<size_t>(shape.r));
   simt::Buffer workspace("workspace", static_cast<size_t>(decode::workspace_bytes(shape)));
   workspace.poison();
+  take.memory = {{"x", x.data()},           {"weight", weight.data()}, {"lora_a", lora_a.data()},
+                 {"lora_b", lora_b.data()}, {"bias", bias.data()},     {"scale", scale.data()},
+                 {"y", y.data()},           {"s", s.data()},           {"workspace", workspace.data()}};
 
   simt::run_schedules(
       arguments, {&x, &weight, &lora_a, &lora_b, &bias, &scale}, {&y, &s}, [&](uint64_t seed) {
         DecodeParams params = {};
-        params.x = x.data();
-        params.weight = weight.data();
-        params.lora_a = lora_a.data();
-        params.lora_b = lora_b.data();
-        params.bias = bias.data();
-        params.scale = scale.data<const float>();
-        params.y = y.data();
-        params.s = s.data<float>();
-        params.flags = workspace.data<uint64_t>();
+        fields(take, params);
         params.partials = reinterpret_cast<float*>(params.flags + decode::flag_count(shape));
-        params.x_stride = arguments.integer("x_stride");
-        params.weight_stride = arguments.integer("weight_stride");
-        params.a_stride = arguments.integer("a_stride");
-        params.b_stride_n = arguments.integer("b_stride_n");
-        params.b_stride_r = arguments.integer("b_stride_r");
-        params.bias_stride = arguments.integer("bias_stride");
         params.nonce = 0x9E3779B97F4A7C15u + (arguments.integer("repeat_nonce") ? 0 : seed);
         if (arguments.integer("zero_flags")) {
           std::fill_n(params.flags, decode::flag_count(shape), 0);
         }
-        params.scale_value = static_cast<float>(arguments.number("scale_value"));
-        params.shape = shape;
         // What the last launch has left in the partial sums must not be taken for this one's.
         std::fill_n(reinterpret_cast<uint16_t*>(params.partials),
                     decode::partials(shape) * decode::partial_floats(shape) * 2, simt::kPoison);
 
         simt::Config config;
-        config.grid = {static_cast<unsigned>(size("grid"))};
+        config.grid = {static_cast<unsigned>(params.grid)};
         config.block = {decode::kThreads};
         config.shared_bytes = decode::kSharedBytes;
         config.seed = seed;
@@ -72,7 +80,7 @@ void test_of(const simt::Arguments& arguments) {
       {"bfloat16+float32", test<__nv_bfloat16, float>},
       {"float16+float16", test<__half, __half>},
       {"float16+float32", test<__half, float>}};
-  tests.at(arguments.text("dtypes"))(arguments);
+  tests.at(arguments.text("dtype") + "+" + arguments.text("adapter_dtype"))(arguments);
 }
 
 int main(int argc, char** argv) {
@@ -92,7 +100,6 @@ def run(
     scale_tensor: bool = False,
     repeat_nonce: bool = False,
     zero_flags: bool = False,
-    source: str = PROGRAM,
 ) -> tuple[Tensor, Tensor]:
     """y (m, n) and S (m, r), the same bits under all schedules.
 
@@ -107,32 +114,32 @@ def run(
         "splits": splits,
         "down_splits": down_splits,
         "grid": grid,
-        "x_stride": case.k,
-        "weight_stride": case.k,
-        "a_stride": case.k,
-        "b_stride_n": case.r,
-        "b_stride_r": 1,
-        "bias_stride": 1,
-        "scale_value": float("nan") if scale_tensor else case.scale,
+        "nonce": 0,
+        "x_0": case.k,
+        "weight_0": case.k,
+        "lora_a_0": case.k,
+        "lora_b_0": case.r,
+        "lora_b_1": 1,
+        "bias_0": 1,
+        "scale_0": float("nan") if scale_tensor else case.scale,
         "repeat_nonce": int(repeat_nonce),
         "zero_flags": int(zero_flags),
     }
     inputs = {**tensors._asdict(), "scale": torch.tensor([case.scale]) if scale_tensor else None}
-    return run_on(case.dtype, case.adapter_dtype or case.dtype, inputs, arguments, schedules, first_seed, source)
+    return run_on(case.dtype, case.adapter_dtype or case.dtype, inputs, arguments, schedules, first_seed)
 
 
 def run_on(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     inputs: Mapping[str, Tensor | None],
-    arguments: Mapping[str, float],
+    arguments: Mapping[str, float | str],
     schedules: int,
     first_seed: int = 0,
-    source: str = PROGRAM,
 ) -> tuple[Tensor, Tensor]:
-    """As ``run``, on tensors that lie in memory as the strides among the arguments say."""
+    """As ``run``, on tensors that lie in memory as the strides among the arguments say: lora_b_0 and lora_b_1."""
     m, n, r = (int(arguments[name]) for name in ("m", "n", "r"))
-    names = "+".join(str(each).removeprefix("torch.") for each in (dtype, adapter_dtype))
+    names = {"dtype": cuda_tools.dtype_name(dtype), "adapter_dtype": cuda_tools.dtype_name(adapter_dtype)}
     outputs = {"y": ((m, n), dtype), "s": ((m, r), torch.float32)}
-    got = build.run(build.build(source), inputs, outputs, schedules, first_seed, dtypes=names, **arguments)
+    got = build.run(build.build(PROGRAM), inputs, outputs, schedules, first_seed, **{**arguments, **names})
     return got["y"], got["s"]

@@ -182,7 +182,7 @@ def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
         ({"down": (16, 56)}, "those of down are 56 elements apart, for 64 columns"),
         ({"up": (16, 4)}, "those of up are 4 elements apart"),
         ({"dtype": "float32"}, "takes bfloat16 or float16"),
-        ({"dtype": "int8"}, "gemm_sm90: dtype must be one of bfloat16, float16, float32, got int8"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got int8"),
         ({"multiprocessors": 0}, "multiprocessors must be positive, got 0"),
     ],
     ids=str,
@@ -202,7 +202,7 @@ def test_a_direction_is_true_or_false(built: ModuleType) -> None:
 def test_launch_without_a_device_says_so(built: ModuleType) -> None:
     if built.why_no_device() is None:
         pytest.skip("there is a CUDA device")
-    with pytest.raises(RuntimeError, match="cudaGetDevice for lora_linear's gemm_sm90 failed: cudaError"):
+    with pytest.raises(RuntimeError, match="launch of lora_linear's gemm_sm90 failed: cudaError"):
         built.lora.gemm_sm90(**ARGUMENTS)
 
 

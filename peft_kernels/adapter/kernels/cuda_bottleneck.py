@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import cuda_tools, extension
+from peft_kernels._core.cuda_tools import address, dtype_name, strided
 from peft_kernels._core.tma import readable
 from peft_kernels.adapter.kernels.config import CudaForwardConfig
 
@@ -44,23 +45,9 @@ def forward(
         z = torch.empty(m, r, dtype=torch.float32, device=x.device)
         y = torch.empty(m, n, dtype=x.dtype, device=x.device)
         extension.load().adapter.forward(
-            x=cuda_tools.strided(x),
-            down_weight=cuda_tools.strided(down_weight),
-            up_weight=cuda_tools.strided(up_weight),
-            down_bias=cuda_tools.address(down_bias),
-            up_bias=cuda_tools.address(up_bias),
-            residual=cuda_tools.strided(residual),
-            scale=(cuda_tools.address(scale_tensor), scale_value),
-            z=z.data_ptr(),
-            y=y.data_ptr(),
-            m=m,
-            n=n,
-            k=k,
-            r=r,
-            serial=serial,
-            activation=activation,
-            dtype=cuda_tools.dtype_name(x.dtype),
-            cluster=config.CLUSTER,
-            stream=stream,
-        )
+            x=strided(x), down_weight=strided(down_weight), up_weight=strided(up_weight),
+            down_bias=address(down_bias), up_bias=address(up_bias), residual=strided(residual),
+            scale=(address(scale_tensor), scale_value), z=address(z), y=address(y), m=m, n=n, k=k, r=r, serial=serial,
+            activation=activation, dtype=dtype_name(x.dtype), cluster=config.CLUSTER, stream=stream,
+        )  # fmt: skip
     return y, z

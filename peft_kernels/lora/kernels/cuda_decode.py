@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import cuda_tools, extension
+from peft_kernels._core.cuda_tools import address, dtype_name, strided
 from peft_kernels.lora.kernels import cuda_workspace
 from peft_kernels.lora.kernels.config import DecodeConfig
 
@@ -40,20 +41,9 @@ def forward(
         flags, size = kernels.decode_workspace(**shape)
         workspace = cuda_workspace.allocate(flags, size, device)
         kernels.decode_forward(
-            x=cuda_tools.strided(x),
-            weight=cuda_tools.strided(weight),
-            lora_a=cuda_tools.strided(lora_a),
-            lora_b=(lora_b.data_ptr(), *lora_b.stride()),
-            bias=cuda_tools.strided(bias),
-            scale=(cuda_tools.address(scale_tensor), scale_value),
-            y=y.data_ptr(),
-            s=s.data_ptr(),
-            workspace=workspace.tensor.data_ptr(),
-            nonce=workspace.nonce,
-            dtype=cuda_tools.dtype_name(x.dtype),
-            adapter_dtype=cuda_tools.dtype_name(lora_a.dtype),
-            grid=config.GRID,
-            stream=stream,
-            **shape,
-        )
+            x=strided(x), weight=strided(weight), lora_a=strided(lora_a), lora_b=(address(lora_b), *lora_b.stride()),
+            bias=strided(bias), scale=(address(scale_tensor), scale_value), y=address(y), s=address(s),
+            workspace=address(workspace.tensor), nonce=workspace.nonce, dtype=dtype_name(x.dtype),
+            adapter_dtype=dtype_name(lora_a.dtype), grid=config.GRID, stream=stream, **shape,
+        )  # fmt: skip
     return y, s

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import cuda_tools, extension
+from peft_kernels._core.cuda_tools import address, dtype_name, strided
 from peft_kernels._core.device import hardware
 from peft_kernels._core.tma import readable
 from peft_kernels.lora.kernels import cuda_workspace
@@ -51,25 +52,11 @@ def _launch(
         flags, size = kernels.gemm_workspace(m=m, r=r)
         workspace = cuda_workspace.allocate(flags, size, device)
         kernels.gemm_sm90(
-            x=cuda_tools.strided(x),
-            w=cuda_tools.strided(w),
-            down=cuda_tools.strided(down),
-            up=cuda_tools.strided(up),
-            bias=cuda_tools.address(bias),
-            scale=(cuda_tools.address(scale_tensor), scale_value),
-            y=y.data_ptr(),
-            s=s.data_ptr(),
-            workspace=workspace.tensor.data_ptr(),
-            nonce=workspace.nonce,
-            m=m,
-            n=n,
-            k=k,
-            r=r,
-            dtype=cuda_tools.dtype_name(x.dtype),
-            backward=backward,
-            multiprocessors=hardware(device).sm_count,
-            stream=stream,
-        )
+            x=strided(x), w=strided(w), down=strided(down), up=strided(up), bias=address(bias),
+            scale=(address(scale_tensor), scale_value), y=address(y), s=address(s),
+            workspace=address(workspace.tensor), nonce=workspace.nonce, m=m, n=n, k=k, r=r,
+            dtype=dtype_name(x.dtype), backward=backward, multiprocessors=hardware(device).sm_count, stream=stream,
+        )  # fmt: skip
     return y, s
 
 
