@@ -7,18 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_kernels._core.device import Hardware
+from benchmarks import aot
 from peft_kernels.adapter.kernels import config
 
-HARDWARE = [
-    Hardware(arch=80, sm_count=108),
-    Hardware(arch=89, sm_count=142),
-    Hardware(arch=90, sm_count=132),
-    Hardware(arch=100, sm_count=148),
-]
+H100 = aot.HARDWARE[90]
 sizes, widths = st.integers(1, 1 << 20), st.integers(1, 2048)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-chips = st.sampled_from(HARDWARE)
+chips = st.sampled_from(list(aot.HARDWARE.values()))
 
 
 def _is_block(size: int) -> bool:
@@ -57,12 +52,12 @@ def test_fused_block_holds_the_whole_width(m, r, dtype, adapter_dtype, out_dtype
     ],
 )
 def test_product_path(m, r, expected):
-    assert config.product_path(m, r, HARDWARE[2]) == expected
+    assert config.product_path(m, r, H100) == expected
 
 
 @pytest.mark.parametrize(("m", "block_m"), [(65536, 64), (8192, 64), (4096, 32), (2048, 16)])
 def test_fused_rows_give_the_multiprocessors_a_block_each(m, block_m):
-    chosen = config.bottleneck_config(m, 64, *[torch.bfloat16] * 3, True, HARDWARE[2])
+    chosen = config.bottleneck_config(m, 64, *[torch.bfloat16] * 3, True, H100)
     assert block_m == chosen.BLOCK_M
 
 

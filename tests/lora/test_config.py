@@ -7,20 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_kernels._core.device import Hardware
+from benchmarks import aot
 from peft_kernels.lora.kernels import config
 
-HARDWARE = [
-    Hardware(arch=80, sm_count=108),
-    Hardware(arch=89, sm_count=142),
-    Hardware(arch=90, sm_count=132),
-    Hardware(arch=100, sm_count=148),
-]
-# Bytes that a block may take: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+H100 = aot.HARDWARE[90]
 sizes, ranks = st.integers(1, 1 << 20), st.integers(1, 512)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-chips = st.sampled_from(HARDWARE)
+chips = st.sampled_from(list(aot.HARDWARE.values()))
 
 
 @given(sizes, sizes, ranks, dtypes, st.booleans(), chips)
@@ -40,7 +33,7 @@ def test_blocks_cover_and_splits_are_never_empty(m, k, r, dtype, exact, hardware
 def test_product_stages_fit_shared_memory(r, dtype, has_dropout, aligned, hardware):
     chosen = config.product_config(r, dtype, has_dropout, aligned, hardware)
     stage = (chosen.BLOCK_M + chosen.BLOCK_N) * chosen.BLOCK_K * dtype.itemsize
-    assert stage * chosen.num_stages <= SHARED_MEMORY[hardware.arch]
+    assert stage * chosen.num_stages <= aot.SHARED_LIMIT[hardware.arch]
     assert not chosen.USE_TMA or (aligned and hardware.arch >= 90)
 
 
@@ -61,7 +54,7 @@ def test_one_pass_over_dy_holds_all_ranks(m, n, r, dtype, exact, hardware):
     ],
 )
 def test_base_product_path(m, n, k, dtype, aligned, expected):
-    assert config.base_product_path(m, n, k, dtype, aligned, HARDWARE[2]) == expected
+    assert config.base_product_path(m, n, k, dtype, aligned, H100) == expected
 
 
 @given(st.integers(1, 1 << 24), st.sampled_from(["cpu", "cuda"]))

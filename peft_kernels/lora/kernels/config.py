@@ -141,7 +141,7 @@ def narrow_product_config(
         block_m //= 2
     # 32 KiB of a float32 operand's tile and its pieces in registers is what 255 registers a thread hold.
     block_k = 128 if block_r <= 32 else 64
-    if _multiplies_pieces(dtype, exact) or dtype == torch.float32:
+    if exact or dtype == torch.float32:
         block_k //= 2
     # On sm_100 it is the narrow ones that spill with four warps, and the widest with eight (ahead-of-time compiles).
     takes_eight_warps = block_r <= 64 if hardware.arch >= 100 else block_r > 32
@@ -204,7 +204,7 @@ def narrow_and_reduce_config(
 ) -> NarrowAndReduceConfig:
     """Rows are split until there is a program per multiprocessor; ``reads_dy_once`` bounds the rank."""
     block_n = 128
-    block_m = 32 if dtype == torch.float32 or _multiplies_pieces(dtype, exact) else 64
+    block_m = 32 if exact or dtype == torch.float32 else 64
     return NarrowAndReduceConfig(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -218,7 +218,7 @@ def narrow_and_reduce_config(
 def reduce_rows_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> ReduceRowsConfig:
     """As ``narrow_and_reduce_config``; ranks beyond 64 take further programs, which re-read x from L2."""
     block_r, block_k = min(64, max(16, next_power_of_2(r))), 128
-    block_m = 32 if dtype == torch.float32 or _multiplies_pieces(dtype, exact) else 64
+    block_m = 32 if exact or dtype == torch.float32 else 64
     return ReduceRowsConfig(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
@@ -263,8 +263,3 @@ def torch_rows_per_block(width: int, device_type: str) -> int:
     """
     elements = 1 << 19 if device_type == "cpu" else 1 << 24
     return max(1, elements // max(1, width))
-
-
-def _multiplies_pieces(dtype: torch.dtype, exact: bool) -> bool:
-    """Whether products are made of three pieces of a float32 operand, which live in registers beside it."""
-    return exact and dtype != torch.float32
