@@ -33,11 +33,13 @@ def test_forced_backend_never_falls_back(operator: Operator, backend: str, case:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @over("backend", lambda operator: [("torch",), ("triton",)])
-def test_backward_runs_where_forward_ran(operator: Operator, backend: str, compiled: bool) -> None:
+def test_backward_runs_where_forward_ran(
+    operator: Operator, backend: str, compiled: bool, device: torch.device
+) -> None:
     """Also where another backend is forced by then, and in another thread, which no ``use_backend`` block reaches."""
     torch._dynamo.reset()
     case, other = operator.kinds[0], {"torch": "triton", "triton": "torch"}[backend]
-    leaves = operator.leaves(operator.make(case, CPU))
+    leaves = operator.leaves(operator.make(case, device))
     wanted = list(operator.wanted(leaves).values())
 
     def call() -> torch.Tensor:
