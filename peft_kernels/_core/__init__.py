@@ -1,1 +1,12 @@
-"""The basement: what every kernel family stands on. Nothing here knows a family."""
+"""What every kernel family stands on. Nothing here knows a family.
+
+operator.py      one declaration makes an operator: the eager route, and what a backward pass is given
+registration.py  the same operator for torch.library: schema, fake, autograd of compiled calls
+signature.py     an operator's arguments in the forms that torch asks for
+checks.py        what arguments must be: a table of tensors whose letters bind sizes
+dispatch.py      which backend runs, and why not another; use_backend
+explain.py       what a call does, in words
+device.py        facts of a device that configs are chosen from
+triton_*.py      host-side questions about Triton; device functions that several families share
+cuda_tools.py, tma.py, extension.py   the CUDA extension: launches, alignment, what TMA reads, loading
+"""

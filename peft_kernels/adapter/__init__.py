@@ -13,20 +13,22 @@ arXiv:2110.04366.
 | cuda    | CUDA, sm_90           | bf16, fp16             | 128 | forward only, backward is torch's; tested in a      |
 |         |                       |                        |     | host emulator; run by no GPU yet: not in `auto`     |
 
-Map, top to bottom:
-    activations.py         the activations by name, in torch
-    problem.py             the tensors of a call, the facts backends decide on, every check
-    config.py              tile sizes and paths, chosen by pure functions
-    torch_impl.py          the torch backend
-    triton_activations.py  the activations and their derivatives in a kernel's registers
-    triton_products.py     the two products as device functions: into the bottleneck and out of it
-    triton_fwd.py          `bottleneck`, `narrow_product`, `wide_product`                       (z, y; also dz, dx)
-    triton_bwd.py          `bottleneck_grad`, `reduce_rows`                                     (dz, dx; dW, db)
-    triton_impl.py         what Triton can run, and the order of its launches
-    cuda_impl.py           what the CUDA kernel can run, and its launch; csrc/adapter has the kernel
-    op.py                  the public function, autograd, torch.library
-    module.py              SerialAdapter, ParallelAdapter
-    insertion.py           adapters in a transformer block
+Map, bottom to top:
+    kernels/                   tensors and a config in, tensors out
+        activations.py         the activations by name, in torch
+        config.py              tile sizes and paths, chosen by pure functions
+        triton_activations.py  the activations and their derivatives in a kernel's registers
+        triton_products.py     the two products as device functions: into the bottleneck and out of it
+        triton_fwd.py          `bottleneck`, `narrow_product`, `wide_product`                   (z, y; also dz, dx)
+        triton_bwd.py          `bottleneck_grad`, `reduce_rows`                                 (dz, dx; dW, db)
+        cuda_bottleneck.py     the launch of csrc/adapter/forward_sm90.cuh                      (z, y)
+    problem.py                 the arguments of a call, the facts that backends decide on, every check
+    torch_impl.py              the torch backend
+    triton_impl.py             what Triton can run, and the order of its launches
+    cuda_impl.py               what the CUDA kernel can run
+    op.py                      the public function, and the declaration that makes it an operator
+    module.py                  SerialAdapter, ParallelAdapter
+    insertion.py               adapters in a transformer block
 """
 
 from peft_kernels.adapter.insertion import insert_adapters

@@ -16,21 +16,23 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 |         |                       | likewise               |      | and dS in one launch, the rest by torch. As     |
 |         |                       |                        |      | above: emulator, no GPU yet, not in `auto`      |
 
-Map, top to bottom:
-    problem.py         the tensors of a call, the facts backends decide on, every check
-    dropout.py         which elements are dropped: one recipe of bits for all backends
-    config.py          tile sizes and paths, chosen by pure functions
-    torch_impl.py      the torch backend
-    triton_fwd.py      `narrow_product`, `product`, `add_rank_product`                     (S, y; also dS and dX)
-    triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                                  (dS, dB, dbias; dA)
-    triton_dropout.py  the mask, recomputed in a kernel's registers
-    triton_impl.py     what Triton can run, and the order of its launches
-    cuda_workspace.py  memory and nonces of launches whose blocks wait for each other
-    cuda_decode.py     what csrc/lora/decode.cuh can run, and its launch                   (S, y; M <= 16)
-    cuda_gemm.py       what csrc/lora/gemm_sm90.cuh can run, and its launches              (S, y; dS, dX)
-    cuda_impl.py       the CUDA kernels in the order in which they are tried
-    op.py              the public function, autograd, torch.library
-    module.py          FusedLoRALinear
+Map, bottom to top:
+    kernels/               tensors and a config in, tensors out
+        dropout.py         which elements are dropped: one recipe of bits for all backends
+        config.py          tile sizes and paths, chosen by pure functions
+        triton_fwd.py      `narrow_product`, `product`, `add_rank_product`                 (S, y; also dS and dX)
+        triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                              (dS, dB, dbias; dA)
+        triton_dropout.py  the mask, recomputed in a kernel's registers
+        cuda_workspace.py  memory and nonces of launches whose blocks wait for each other
+        cuda_decode.py     the launch of csrc/lora/decode.cuh                              (S, y; M <= 16)
+        cuda_gemm.py       the launches of csrc/lora/gemm_sm90.cuh                         (S, y; dS, dX)
+    linear/                the operator `lora_linear`
+        problem.py         the arguments of a call, the facts that backends decide on, every check
+        torch_impl.py      the torch backend
+        triton_impl.py     what Triton can run, and the order of its launches
+        cuda_impl.py       what the CUDA kernels can run, in the order in which they are tried
+        op.py              the public function, and the declaration that makes it an operator
+    module.py              FusedLoRALinear
 """
 
 from peft_kernels.lora.kernels.dropout import lora_linear_dropout_mask

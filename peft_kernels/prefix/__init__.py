@@ -13,20 +13,21 @@ Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Gener
 |         |                       |                        |          | for sm_80, 89, 90, 100; run by no GPU yet: not |
 |         |                       |                        |          | in `auto`                                      |
 
-Map, top to bottom:
-    problem.py      the tensors of a call, the facts backends decide on, every check
-    torch_config.py what the torch backend runs, and in which blocks; chosen by pure functions
-    torch_blocks.py exact softmax by blocks of queries
-    torch_fused.py  torch's fused attention behind a concatenation
-    torch_impl.py   the torch backend: one of these for each pass
-    attention.py    what kernels compute: sizes, masks, scale; a segment of keys and values
-    config.py       block sizes of the kernels, chosen by pure functions
-    triton_rows.py  how kernels address queries and keys, and what masks
-    triton_fwd.py   kernels `prefix_attention`, `merge` and their launcher                       (y, stats)
-    triton_bwd.py   kernels `delta`, `grad_q`, `grad_kv`, `grad_prefix` and their launchers     (all gradients)
-    triton_impl.py  what Triton can run, and the order of its launches
-    op.py           the public function, autograd, torch.library
-    module.py       PrefixEncoder
+Map, bottom to top:
+    kernels/            tensors and a config in, tensors out
+        attention.py    what kernels compute: sizes, masks, scale; a segment of keys and values
+        config.py       block sizes, chosen by pure functions
+        triton_rows.py  how kernels address queries and keys, and what masks
+        triton_fwd.py   `attend`, and `merge` of its parts                                   (y, stats)
+        triton_bwd.py   `delta`, `grad_q`, `grad_kv`, `grad_prefix`                          (all gradients)
+    problem.py          the arguments of a call, the facts that backends decide on, every check
+    torch_config.py     what the torch backend runs, and in which blocks; chosen by pure functions
+    torch_blocks.py     exact softmax by blocks of queries
+    torch_fused.py      torch's fused attention behind a concatenation
+    torch_impl.py       the torch backend: one of these for each pass
+    triton_impl.py      what Triton can run, and the order of its launches
+    op.py               the public function, and the declaration that makes it an operator
+    module.py           PrefixEncoder
 """
 
 from peft_kernels.prefix.module import PrefixEncoder

@@ -9,15 +9,16 @@ Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt T
 | triton  | CUDA, sm_80 and newer | fp32, bf16, fp16      | tested in Triton's interpreter and compiled for sm_80, 89, |
 |        |                      |                       | 90, 100; run by no GPU yet: not in `auto`                 |
 
-Map, top to bottom:
-    problem.py      the tensors of a call, the facts backends decide on, every check
-    config.py       block sizes, chosen by pure functions
-    torch_impl.py   the torch backend
-    triton_fwd.py   kernel `concatenate` and its launcher                                       (y)
-    triton_bwd.py   kernel `sum` and its launcher                                               (both gradients)
-    triton_impl.py  what Triton can run, and the order of its launches
-    op.py           the function, autograd, torch.library
-    module.py       PromptEmbedding, PromptEnsemble
+Map, bottom to top:
+    kernels/            tensors and a config in, tensors out
+        config.py       block sizes, chosen by pure functions
+        triton_fwd.py   `concatenate`                                                        (y)
+        triton_bwd.py   `sum_terms`                                                          (both gradients)
+    problem.py          the arguments of a call, the facts that backends decide on, every check
+    torch_impl.py       the torch backend
+    triton_impl.py      what Triton can run, and the order of its launches
+    op.py               the public function, and the declaration that makes it an operator
+    module.py           PromptEmbedding, PromptEnsemble
 """
 
 from peft_kernels.prompt.module import PromptEmbedding, PromptEnsemble

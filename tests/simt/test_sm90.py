@@ -78,7 +78,7 @@ def test_documented_layout_of_rows_of_k(width: int) -> None:
             assert address == _swizzle(mn % 8 * width + mn // 8 * stride + 2 * k, width)
 
 
-# One warpgroup multiplies x (60, 32) by w, (64, 32) or (32, 64), both brought by the copy engine, rows of kWidth bytes.
+# One warpgroup multiplies x (60, 32) by w, (64, 32) or (32, 64), both brought by TMA, rows of kWidth bytes.
 PRODUCT = r"""
 #include "core/sm90/barrier.cuh"
 #include "core/sm90/tensor_map.h"

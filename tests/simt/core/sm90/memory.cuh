@@ -1,5 +1,5 @@
 // Twin of csrc/core/sm90/memory.cuh. Words that an ordinary store wrote are remembered with their thread until it
-// fences; the copy engine and the tensor cores refuse to touch them before.
+// fences; TMA and the tensor cores refuse to touch them before.
 #pragma once
 
 #include <cuda_bf16.h>

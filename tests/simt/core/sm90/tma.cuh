@@ -28,7 +28,7 @@ struct TensorMap {
   }
 };
 
-// Where the copy engine keeps byte `offset` of a box that starts at `start`: bits 4 to 6 of the address are
+// Where TMA keeps byte `offset` of a box that starts at `start`: bits 4 to 6 of the address are
 // exclusive-ored with bits 7 to 9, as many of them as lines of this length have 16-byte chunks.
 inline uint32_t tma_address(uint32_t start, int offset, int line_bytes) {
   const uint32_t plain = start + static_cast<uint32_t>(offset);
