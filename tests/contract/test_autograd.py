@@ -47,7 +47,7 @@ def test_second_derivative_is_refused(operator: Operator) -> None:
 
 @each_kind
 def test_opcheck(operator: Operator, case: Any) -> None:
-    """The registered operators on what a compiled call gives them, asked for all gradients and for every second."""
+    """On what a compiled call gives them; asked for all gradients, for every second one, and for the others."""
     leaves, wanted = _leaves(operator, case)
     dy = operator.output_gradient(case, CPU)
     forward, backward = observe.registered_calls(lambda: operator.call(case, leaves, "torch"), wanted, dy)
@@ -55,16 +55,12 @@ def test_opcheck(operator: Operator, case: Any) -> None:
         f"peft_kernels.{operator.name}{which}.default" for which in ("", "_backward")
     ]
     torch.library.opcheck(forward[0], tuple(_fresh(argument, requires_grad=True) for argument in forward[1]))
-    arguments = tuple(_fresh(argument) for argument in backward[1])
-    torch.library.opcheck(backward[0], arguments)
-    fewer = tuple(
-        [need and index % 2 == 0 for index, need in enumerate(argument)]
-        if isinstance(argument, list) and isinstance(argument[0], bool)
-        else argument
-        for argument in arguments
-    )
-    assert fewer != arguments
-    torch.library.opcheck(backward[0], fewer)
+    (needs,) = (argument for argument in backward[1] if isinstance(argument, list))
+    assert all(needs)
+    every_second = [index % 2 == 0 for index, _ in enumerate(needs)]
+    for asked in (needs, every_second, [not need for need in every_second]):
+        arguments = (asked if argument is needs else _fresh(argument) for argument in backward[1])
+        torch.library.opcheck(backward[0], tuple(arguments))
 
 
 def _fresh(argument: Any, requires_grad: bool = False) -> Any:
