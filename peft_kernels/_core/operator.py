@@ -48,8 +48,8 @@ class Operator:
             of a tuple of tensors are a tuple. What it does not read of ``call`` and kept may be None.
         results: (problem, call, implementation) -> empty tensors like ``forward``'s.
         reads: needs -> names of the tensors, among arguments and kept results, that ``backward`` reads for them.
-        kept: names of the results that are there for ``backward`` alone.
-        keep: (y, *kept results) -> what is kept in their place; y itself is at hand without another tensor.
+        kept: names of the results that are there for ``backward`` alone; y's own among them where it reads y too.
+        keep: (y, *results for backward alone) -> what is kept of them, a tensor or None for each name in ``kept``.
         activations: arguments that nothing holds but a call's graph. A compiled backward pass has those that it reads
             and empty tensors in the place of the others; it always has all other arguments.
         passes: an argument whose gradient is dy itself, which no registered operator may return.
@@ -101,7 +101,11 @@ class Operator:
 
     def visible(self, results: Sequence[Any]) -> Any:
         """Of ``forward``'s results those that the caller sees."""
-        return tuple(results[: len(results) - len(self.kept)]) if self.several else results[0]
+        return tuple(results[: self.outputs(results)]) if self.several else results[0]
+
+    def outputs(self, results: Sequence[Any]) -> int:
+        """How many of ``forward``'s results, or of their gradients, are the caller's."""
+        return len(results) - sum(name != "y" for name in self.kept)
 
     def _plan(self, needed: tuple[bool, ...], lengths: tuple[int, ...]) -> _Plan:
         """What follows from which leaves need a gradient."""
@@ -117,8 +121,7 @@ class Operator:
 
     def keeps(self, results: Sequence[Any], reads: Iterable[str]) -> tuple[Tensor | None, ...]:
         """Of ``forward``'s results those that ``backward`` reads."""
-        first = len(results) - len(self.kept)
-        kept = self.keep(results[0], *results[first:])
+        kept = self.keep(results[0], *results[self.outputs(results) :])
         return tuple(value if name in reads else None for name, value in zip(self.kept, kept, strict=True))
 
 

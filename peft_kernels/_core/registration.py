@@ -98,7 +98,7 @@ def _register_autograd(operator: Any, forward: str, backward: str) -> None:
         ctx.save_for_backward(*tensors, *operator.keeps(output, plan.reads))
 
     def formula(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
-        dy, plan = dys[: len(dys) - len(operator.kept)], ctx.plan
+        dy, plan = dys[: operator.outputs(dys)], ctx.plan
         gradients: list[Any] = [None] * len(ctx.leaves)
         incoming, saved = dy if operator.several else dy[0], iter(ctx.saved_tensors)
         leaves = [next(saved) if there else leaf for leaf, there in zip(ctx.leaves, ctx.there, strict=True)]
