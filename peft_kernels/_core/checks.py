@@ -50,24 +50,28 @@ class Row:
         """Bind the letters that are free; return what is wrong with the shape, or None."""
         for letters in self.letters:
             if letters[0] == "...":
-                count = len(letters) - 1
-                split, leading = len(shape) - count, "..." in sizes
-                if split >= 0 and self._fit((*letters[1:], "..."), (*shape[split:], shape[:split]), sizes):
-                    return None
-                if leading or split < 0:
-                    return self._wrong(letters, shape, sizes)
-                last = letters[-1]
-                meaning = (self.meanings or {}).get(last, "")
-                return f"must be {_form(letters)} with {last} = {sizes[last]}, {meaning}, got {_numbers(shape)}"
+                return self._bind_last(letters, shape, sizes)
             if len(letters) == len(shape):
-                return None if self._fit(letters, shape, sizes) else self._wrong(letters, shape, sizes)
+                fits = True
+                for letter, size in zip(letters, shape):  # noqa: B905 (as many; this is on the way of every call)
+                    if sizes.setdefault(letter, size) != size:
+                        fits = False
+                return None if fits else self._wrong(letters, shape, sizes)
         return self._wrong(self.letters[0], shape, sizes)
 
-    def _fit(self, letters: tuple[str, ...], shape: tuple[Any, ...], sizes: Sizes) -> bool:
-        fits = True
-        for letter, size in zip(letters, shape, strict=True):
-            fits = sizes.setdefault(letter, size) == size and fits
-        return fits
+    def _bind_last(self, letters: tuple[str, ...], shape: torch.Size, sizes: Sizes) -> str | None:
+        """The same where any number of dimensions stand before one letter."""
+        last = letters[-1]
+        if len(shape) == 0:
+            return self._wrong(letters, shape, sizes)
+        was_free = "..." not in sizes
+        fits = sizes.setdefault(last, shape[-1]) == shape[-1]
+        if sizes.setdefault("...", shape[:-1]) == shape[:-1] and fits:
+            return None
+        if not was_free:
+            return self._wrong(letters, shape, sizes)
+        meaning = (self.meanings or {}).get(last, "")
+        return f"must be {_form(letters)} with {last} = {sizes[last]}, {meaning}, got {_numbers(shape)}"
 
     def _wrong(self, letters: tuple[str, ...], shape: torch.Size, sizes: Sizes) -> str:
         """In numbers where all letters are bound."""
@@ -103,35 +107,36 @@ class Table:
         for row in self.rows:
             tensor = getattr(call, row.name)
             if isinstance(tensor, Tensor):
+                wrong = row.bind(tensor.shape, sizes)
+                if wrong is not None:
+                    raise ValueError(f"{self.operator}: {row.name} {wrong}")
+                wrong = row.then(sizes) if row.then is not None else None
+                if wrong is not None:
+                    raise ValueError(f"{self.operator}: {wrong}")
                 there.append((row, tensor))
             elif tensor is not None or not row.optional:
                 raise ValueError(f"{self.operator}: {row.name} must be a torch.Tensor, got {type(tensor).__name__}")
-        for row, tensor in there:
-            wrong = row.bind(tensor.shape, sizes)
-            if wrong is not None:
-                raise ValueError(f"{self.operator}: {row.name} {wrong}")
-            wrong = row.then(sizes) if row.then is not None else None
-            if wrong is not None:
-                raise ValueError(f"{self.operator}: {wrong}")
         first = getattr(call, self.first)
-        if first.dtype not in FLOATING:
+        dtype, device = first.dtype, first.device
+        if dtype not in FLOATING:
             names = ", ".join(map(str, FLOATING))
-            raise ValueError(f"{self.operator}: {self.first} must have one of the dtypes {names}, got {first.dtype}")
+            raise ValueError(f"{self.operator}: {self.first} must have one of the dtypes {names}, got {dtype}")
         for row, tensor in there:
-            if row.dtype_of and tensor.dtype != getattr(call, row.dtype_of).dtype:
-                self._check_float32(row, tensor, getattr(call, row.dtype_of))
-            if tensor.device != first.device:
+            if row.dtype_of:
+                expected = dtype if row.dtype_of == self.first else getattr(call, row.dtype_of).dtype
+                if tensor.dtype != expected:
+                    self._check_float32(row, tensor, expected)
+            if tensor is not first and tensor.device != device:
                 raise ValueError(
-                    f"{self.operator}: {row.name} must be on the device of {self.first} ({first.device}), "
-                    f"got {tensor.device}"
+                    f"{self.operator}: {row.name} must be on the device of {self.first} ({device}), got {tensor.device}"
                 )
         return sizes
 
-    def _check_float32(self, row: Row, tensor: Tensor, like: Tensor) -> None:
-        mixes = row.or_float32 and like.dtype in (torch.bfloat16, torch.float16)
+    def _check_float32(self, row: Row, tensor: Tensor, dtype: torch.dtype) -> None:
+        mixes = row.or_float32 and dtype in (torch.bfloat16, torch.float16)
         if not (mixes and tensor.dtype == torch.float32):
             other = f"{row.dtype_of}, or float32 beside half precision," if row.or_float32 else row.dtype_of
-            choice = f"{like.dtype} or {torch.float32}" if mixes else str(like.dtype)
+            choice = f"{dtype} or {torch.float32}" if mixes else str(dtype)
             raise ValueError(
                 f"{self.operator}: {row.name} must have the dtype of {other} ({choice}), got {tensor.dtype}"
             )
