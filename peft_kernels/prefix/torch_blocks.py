@@ -162,7 +162,7 @@ def _new(problem: PrefixAttentionProblem, like: Tensor) -> Tensor:
 def _head_blocks(problem: PrefixAttentionProblem) -> Iterator[_Heads]:
     if problem.is_empty:
         return
-    batch, heads, _ = _block_sizes(problem)
+    batch, heads, _ = torch_block(problem)
     for row in range(0, problem.b, batch):
         for first in range(0, problem.h_kv, heads):
             last = min(first + heads, problem.h_kv)
@@ -171,7 +171,7 @@ def _head_blocks(problem: PrefixAttentionProblem) -> Iterator[_Heads]:
 
 
 def _query_blocks(problem: PrefixAttentionProblem) -> Iterator[_Block]:
-    _, _, size = _block_sizes(problem)
+    _, _, size = torch_block(problem)
     for first in range(0, problem.s, size):
         last = min(first + size, problem.s)
         visible = max(0, min(problem.l, last + problem.shift)) if problem.causal else problem.l
@@ -179,11 +179,6 @@ def _query_blocks(problem: PrefixAttentionProblem) -> Iterator[_Block]:
             # amax has no value for a row without keys; one masked key stands for none.
             visible = 1
         yield _Block(slice(first, last), visible)
-
-
-def _block_sizes(problem: PrefixAttentionProblem) -> tuple[int, int, int]:
-    keys, device_type = problem.p + problem.l, problem.device.type
-    return torch_block(problem.b, problem.h_kv, problem.group, problem.s, keys, device_type)
 
 
 def _joined(problem: PrefixAttentionProblem, inputs: Inputs, heads: _Heads) -> tuple[Tensor, Tensor]:

@@ -64,16 +64,16 @@ def torch_mask_rows(keys: int) -> int:
     return max(1, (1 << 17) // max(1, keys))
 
 
-def torch_block(batch: int, heads: int, group: int, queries: int, keys: int, device_type: str) -> tuple[int, int, int]:
-    """Batch rows, key heads and queries of a block of scores on the torch backend.
+def torch_block(problem: PrefixAttentionProblem) -> tuple[int, int, int]:
+    """Batch rows, key heads and queries of a block of scores.
 
     On a CPU blocks of 2^18 float32 scores were fastest or within a tenth of it over five shapes (one core of a Xeon
     with 2 MiB of L2, sizes 2^16 to 2^22); on a GPU a block should be worth its launches and small beside the
     activations. Only whole batch rows are taken together.
     """
-    elements = 1 << 18 if device_type == "cpu" else 1 << 26
-    row = group * max(1, keys)
-    rows = max(1, min(max(1, queries), elements // row))
-    together = max(1, min(heads, elements // (row * rows)))
-    whole = together == heads and rows >= queries
-    return max(1, min(batch, elements // (row * rows * heads))) if whole else 1, together, rows
+    elements = 1 << 18 if problem.device.type == "cpu" else 1 << 26
+    row = problem.group * max(1, problem.p + problem.l)
+    rows = max(1, min(problem.s, elements // row))
+    heads = max(1, min(problem.h_kv, elements // (row * rows)))
+    whole = heads == problem.h_kv and rows >= problem.s
+    return max(1, min(problem.b, elements // (row * rows * heads))) if whole else 1, heads, rows

@@ -215,12 +215,12 @@ def _pin(variant: str) -> Iterator[str]:
         yield backend
 
 
-def _all_but_one_head(batch: int, heads: int, *_: object) -> tuple[int, int, int]:
-    return 1, max(1, heads - 1), 7
+def _all_but_one_head(problem: PrefixAttentionProblem) -> tuple[int, int, int]:
+    return 1, max(1, problem.h_kv - 1), 7
 
 
-def _all_but_one_row(batch: int, heads: int, group: int, queries: int, *_: object) -> tuple[int, int, int]:
-    return max(1, batch - 1), heads, max(1, queries)
+def _all_but_one_row(problem: PrefixAttentionProblem) -> tuple[int, int, int]:
+    return max(1, problem.b - 1), problem.h_kv, max(1, problem.s)
 
 
 def _pinned(pinned: str, choose: Callable[..., TorchConfig], problem: PrefixAttentionProblem) -> object:

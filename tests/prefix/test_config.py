@@ -14,13 +14,7 @@ from peft_kernels._core.device import Hardware
 from peft_kernels.prefix import torch_fused
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.problem import PrefixAttentionProblem
-from peft_kernels.prefix.torch_config import (
-    LEAST_SCALE,
-    PADDING_COLUMNS,
-    torch_block,
-    torch_config,
-    torch_mask_rows,
-)
+from peft_kernels.prefix.torch_config import LEAST_SCALE, PADDING_COLUMNS, torch_block, torch_config, torch_mask_rows
 
 HARDWARE = [
     Hardware(arch=80, sm_count=108),
@@ -98,7 +92,8 @@ def test_keys_are_split_where_programs_are_few(problem: PrefixAttentionProblem, 
 def test_torch_blocks_hold_their_elements(
     device_type: str, batch: int, heads: int, group: int, queries: int, keys: int
 ) -> None:
-    block_batch, block_heads, rows = torch_block(batch, heads, group, queries, keys, device_type)
+    sizes = {"b": batch, "h": heads * group, "h_kv": heads, "s": queries, "l": keys, "p": 0}
+    block_batch, block_heads, rows = torch_block(_problem(**sizes, device=torch.device(device_type)))
     assert 1 <= block_batch <= batch
     assert 1 <= block_heads <= heads
     assert 1 <= rows <= max(1, queries)
@@ -110,7 +105,7 @@ def test_torch_blocks_hold_their_elements(
 
 def test_torch_blocks_take_small_batch_rows_together() -> None:
     """A batch of short texts is one block, not as many as it has texts."""
-    assert torch_block(32, 12, 1, 8, 16, "cpu") == (32, 12, 8)
+    assert torch_block(_problem(b=32, h=12, h_kv=12, s=8, l=8, p=8)) == (32, 12, 8)
 
 
 def _problem(**changes: Any) -> PrefixAttentionProblem:

@@ -206,13 +206,7 @@ def attend(
 
 
 def _attend(
-    attention: Attention,
-    q: Tensor,
-    prefix: Segment,
-    sequence: Segment,
-    config: ForwardConfig,
-    y: Tensor,
-    stats: Tensor,
+    attention: Attention, q: Tensor, prefix: Segment, sequence: Segment, config: ForwardConfig, y: Tensor, stats: Tensor
 ) -> None:
     """Launch the forward kernel; where it splits, into parts of y and stats."""
     valid, valid_strides = sequence.mask_bytes()
