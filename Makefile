@@ -44,7 +44,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-adapterhub codegen lint format demo bench report gpu gpu-tests gpu-bench gpu-sanitize clean
+.PHONY: help venv build test quick test-adapterhub codegen lint format demo bench report gpu gpu-tests gpu-bench gpu-sanitize clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -74,6 +74,14 @@ $(STAMP): setup.py pyproject.toml $(CSRC) $(VENV_STAMP)
 ## test     run the tests; skipped ones are listed with their reasons
 test: build
 	$(PYTHON) -m pytest tests -n $(WORKERS) $(PYTEST_ARGS)
+
+# Without compiles, the emulator, inductor and the demo: what is left says within minutes whether the code still works.
+QUICK := -m "not slow" --ignore=tests/codegen --ignore=tests/examples --ignore=tests/simt --ignore=tests/soak \
+  $(foreach name,adapter/test_csrc adapter/test_cuda lora/test_csrc lora/test_cuda,--ignore-glob='*/$(name)*')
+
+## quick    run the tests that take no more than seconds each
+quick: build
+	$(PYTHON) -m pytest tests -n $(WORKERS) $(QUICK) $(PYTEST_ARGS)
 
 ## test-adapterhub  run the tests that need AdapterHub, in .venv-adapterhub, which it creates
 test-adapterhub: $(ADAPTERHUB_STAMP)
