@@ -65,9 +65,9 @@ def test_flops_are_those_of_the_products() -> None:
 
 def test_the_frozen_layer_does_less() -> None:
     for mode in ("forward", "backward", "both"):
-        base, lora = (lora.work(LARGE, mode, PROVIDERS[name]) for name in ("base", "peft"))
-        assert base.bytes < lora.bytes
-        assert base.flops < lora.flops
+        base, adapted = (lora.work(LARGE, mode, PROVIDERS[name]) for name in ("base", "peft"))
+        assert base.bytes < adapted.bytes
+        assert base.flops < adapted.flops
     assert lora.work(LARGE, "both", PROVIDERS["base"]).flops == 4 * 8192 * 4096 * 4096
 
 
