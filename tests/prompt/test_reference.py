@@ -24,7 +24,7 @@ def test_backward_is_autograd_s(case: Case) -> None:
 
 def test_forward_is_the_equation_row_by_row() -> None:
     case = Case()
-    prompts, tokens = make(case, CPU)
+    tokens, prompts = make(case, CPU)
     y = oracle.forward(prompts, tokens)
     assert y.shape == (case.n * case.b, case.p + case.l, case.d)
     for n, b in itertools.product(range(case.n), range(case.b)):
@@ -34,7 +34,7 @@ def test_forward_is_the_equation_row_by_row() -> None:
 
 
 def test_eager_is_the_equation_and_casts() -> None:
-    prompts, tokens = make(Case(), CPU)
+    tokens, prompts = make(Case(), CPU)
     assert torch.equal(oracle.eager(prompts, tokens), oracle.forward(prompts, tokens))
     half = tokens.bfloat16()
     assert torch.equal(oracle.eager(prompts, half), oracle.forward(prompts.bfloat16(), half))
@@ -44,7 +44,7 @@ def test_peft_s_prompt_is_eager() -> None:
     """PEFT embeds the indices 0 to P - 1 for each row of the batch, and puts the result in front."""
     peft = pytest.importorskip("peft")
     case = Case(n=1)
-    prompts, tokens = make(case, CPU)
+    tokens, prompts = make(case, CPU)
     config = peft.PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=case.p, token_dim=case.d, num_transformer_submodules=1
     )
