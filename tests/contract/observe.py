@@ -14,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.contract.operators import Operator
 
-RegisteredCall = tuple[torch._ops.OpOverload, tuple[Any, ...]]
-
 
 @contextlib.contextmanager
 def implementations_run(operator: Operator) -> Iterator[list[tuple[str, str]]]:
@@ -56,23 +54,23 @@ class RegisteredOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def registered_calls(call: Callable[[], Tensor], wanted: Sequence[Tensor], dy: Tensor) -> list[RegisteredCall]:
-    """The package's operators that a compiled call and its backward pass run, with the arguments they get."""
-    calls: list[RegisteredCall] = []
+class Recorder:
+    """A backend of torch.compile that records the package's operators in a graph, with the arguments they get."""
 
-    class Recorder(torch.fx.Interpreter):
-        def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if is_ours(target):
-                calls.append((target, args))
-            return super().call_function(target, args, kwargs)
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[Any, ...]]] = []
+        self.compiler = aot_autograd(fw_compiler=self._compile)
 
-    def compiler(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        return make_boxed_func(Recorder(graph).run)
+    def _compile(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        calls = self.calls
 
-    torch._dynamo.reset()
-    y = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))()
-    torch.autograd.grad(y, wanted, dy)
-    return calls
+        class Interpreter(torch.fx.Interpreter):
+            def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if is_ours(target):
+                    calls.append((target, args))
+                return super().call_function(target, args, kwargs)
+
+        return make_boxed_func(Interpreter(graph).run)
 
 
 @contextlib.contextmanager

@@ -45,22 +45,45 @@ def test_second_derivative_is_refused(operator: Operator) -> None:
         gradient.sum().backward()
 
 
-@each_kind
-def test_opcheck(operator: Operator, case: Any) -> None:
-    """On what a compiled call gives them; asked for all gradients, for every second one, and for the others."""
+def _check_compiled(operator: Operator, case: Any, compiler: Any, **tolerances: float) -> None:
+    """Compile a call without a graph break and compare it and its gradients with eager ones."""
+    torch._dynamo.reset()
     leaves, wanted = _leaves(operator, case)
-    dy = operator.output_gradient(case, CPU)
-    forward, backward = observe.registered_calls(lambda: operator.call(case, leaves, "torch"), wanted, dy)
+    dy, first = operator.output_gradient(case, CPU), operator.differentiable[0]
+
+    # What the compiler fuses with rounds nothing, neither forward nor backward.
+    def call(given: Any) -> Tensor:
+        return operator.call(case, given._replace(**{first: getattr(given, first) * 2})).relu()
+
+    eager, got = call(leaves), torch.compile(call, fullgraph=True, backend=compiler)(leaves)
+    expected = torch.autograd.grad(eager, wanted, dy)
+    torch.testing.assert_close(got, eager, **tolerances)
+    torch.testing.assert_close(torch.autograd.grad(got, wanted, dy), expected, **tolerances)
+
+
+@each_kind
+def test_compile_and_opcheck(operator: Operator, case: Any) -> None:
+    """Opcheck on what a compiled call gives; asked for all gradients, for every second one, and for the others."""
+    recorder = observe.Recorder()
+    _check_compiled(operator, case, recorder.compiler, rtol=0, atol=0)
+    forward, backward = recorder.calls
     assert [str(target) for target, _ in (forward, backward)] == [
         f"peft_kernels.{operator.name}{which}.default" for which in ("", "_backward")
     ]
     torch.library.opcheck(forward[0], tuple(_fresh(argument, requires_grad=True) for argument in forward[1]))
-    (needs,) = (argument for argument in backward[1] if isinstance(argument, list))
+    place = [argument.name for argument in backward[0]._schema.arguments].index("needs")
+    needs = backward[1][place]
     assert all(needs)
     every_second = [index % 2 == 0 for index, _ in enumerate(needs)]
-    for asked in (needs, every_second, [not need for need in every_second]):
-        arguments = (asked if argument is needs else _fresh(argument) for argument in backward[1])
-        torch.library.opcheck(backward[0], tuple(arguments))
+
+    def asked(gradients: list[bool]) -> tuple[Any, ...]:
+        fresh = [_fresh(argument) for argument in backward[1]]
+        return (*fresh[:place], gradients, *fresh[place + 1 :])
+
+    torch.library.opcheck(backward[0], asked(needs))
+    torch.library.opcheck(backward[0], asked(every_second))
+    others = [not need for need in every_second]
+    torch.library.opcheck(backward[0], asked(others), test_utils=("test_schema", "test_faketensor"))
 
 
 def _fresh(argument: Any, requires_grad: bool = False) -> Any:
@@ -71,23 +94,10 @@ def _fresh(argument: Any, requires_grad: bool = False) -> Any:
     return fresh.requires_grad_(requires_grad and fresh.is_floating_point() and fresh.dim() > 0)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
 @each_kind
-def test_compile_without_graph_break(operator: Operator, case: Any, compiler: str) -> None:
-    torch._dynamo.reset()
-    leaves, wanted = _leaves(operator, case)
-    dy, first = operator.output_gradient(case, CPU), operator.differentiable[0]
-
-    # What the compiler fuses with rounds nothing, neither forward nor backward.
-    def call(given: Any) -> Tensor:
-        return operator.call(case, given._replace(**{first: getattr(given, first) * 2})).relu()
-
-    eager = call(leaves)
-    expected = torch.autograd.grad(eager, wanted, dy)
-    got = torch.compile(call, fullgraph=True, backend=compiler)(leaves)
-    exactly = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {}
-    torch.testing.assert_close(got, eager, **exactly)
-    torch.testing.assert_close(torch.autograd.grad(got, wanted, dy), expected, **exactly)
+def test_compile_by_inductor(operator: Operator, case: Any) -> None:
+    _check_compiled(operator, case, "inductor")
 
 
 @over("case", lambda operator: itertools.product(operator.scaled[:1]))
