@@ -4,6 +4,7 @@ docs/adding_a_family.md.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_no_floor_has_a_name_of_its_own(pattern: str, not_families: set[str]) ->
         for path in ROOT.glob(pattern)
     }
     assert names - not_families <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_are_named_by_what_they_compute(family: str) -> None:
+    """The folder says whose they are."""
+    text = "".join(path.read_text() for path in (PACKAGE / family / "kernels").glob("*.py"))
+    kernels = re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)
+    assert kernels
+    assert not [name for name in kernels if name.startswith(family)]
 
 
 def test_records_bear_operators_names() -> None:

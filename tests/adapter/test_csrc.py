@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from peft_kernels.adapter.kernels import config
 from peft_kernels.adapter.kernels.activations import ACTIVATIONS
 from python_ref import adapter as oracle
 from python_ref import compare
+from tests.compiled import host_program
 
-CSRC = Path(__file__).parents[2] / "csrc"
 # Shared memory of a multiprocessor of compute capability 9.0, of which each block costs 1 KB more than it asks for:
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_OF_SM = 228 * 1024
@@ -80,14 +79,7 @@ int main(int, char** argv) {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler on PATH")
-    folder = tmp_path_factory.mktemp("adapter")
-    (folder / "main.cpp").write_text(PROGRAM)
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", "main.cpp", "-o", "main"]
-    subprocess.run(command, cwd=folder, check=True)
-    return folder / "main"
+    return host_program(tmp_path_factory.mktemp("adapter"), PROGRAM)
 
 
 def _numbers(program: Path, *arguments: object) -> list[tuple[int, ...]]:

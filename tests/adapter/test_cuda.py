@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
-import shutil
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -39,6 +37,7 @@ from tests.adapter.cases import (
     run_oracle,
     run_ours,
 )
+from tests.compiled import built_extension
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("poison")]
 
@@ -270,14 +269,7 @@ def test_cluster(m: int, k: int, sms: int, cluster: int) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> ModuleType:
-    reason = extension.why_not_importable()
-    if reason is not None:
-        home = os.environ.get("CUDA_HOME")
-        compiler = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-        if compiler is None or os.environ.get("PEFT_KERNELS_NO_CUDA") == "1":
-            pytest.skip(reason)
-        pytest.fail(f"{compiler} is here, but {reason}; `make build` shows why")
-    return extension.load().adapter
+    return built_extension().adapter
 
 
 def test_limits_of_the_extension(built: ModuleType) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
-import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_kernels._core import extension
+from tests.compiled import built_extension
 
 _RESOURCES = re.compile(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # An instruction's address, a predicate that may guard it, and its name with what modifies it.
@@ -61,14 +59,7 @@ def kernels(arch: str, pattern: str) -> list[Kernel]:
 
 
 def _binary() -> Path:
-    reason = extension.why_not_importable()
-    if reason is not None:
-        home = os.environ.get("CUDA_HOME")
-        compiler = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-        if compiler is None or os.environ.get("PEFT_KERNELS_NO_CUDA") == "1":
-            pytest.skip(reason)
-        pytest.fail(f"{compiler} is here, but {reason}; `make build` shows why")
-    return Path(str(extension.load().__file__))
+    return Path(str(built_extension().__file__))
 
 
 def _tools() -> Path:

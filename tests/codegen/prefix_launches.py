@@ -88,9 +88,9 @@ def _launch(
 
 def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
-    if kernel == "prefix_delta_kernel":
+    if kernel == "delta_kernel":
         return ()
-    if kernel == "prefix_merge_kernel":
+    if kernel == "merge_kernel":
         # Sums of parts in order, and no product.
         return ("LDG", "FFMA")
     dtype, _, _, _, s, _, _ = launch.split("/")

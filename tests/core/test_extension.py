@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,18 +15,12 @@ import pytest
 import torch
 
 from peft_kernels._core import extension
+from tests.compiled import built_extension
 
 
 @pytest.fixture
 def built() -> ModuleType:
-    reason = extension.why_not_importable()
-    if reason is not None:
-        home = os.environ.get("CUDA_HOME")
-        compiler = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-        if compiler is None or os.environ.get("PEFT_KERNELS_NO_CUDA") == "1":
-            pytest.skip(reason)
-        pytest.fail(f"{compiler} is here, but {reason}; `make build` shows why")
-    return extension.load()
+    return built_extension()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 
 from peft_kernels.lora.kernels import dropout
 from python_ref import lora as oracle
-
-CSRC = Path(__file__).parents[2] / "csrc"
+from tests.compiled import host_program
 
 PROGRAM = """
 #include <cstdio>
@@ -39,14 +37,7 @@ int main(int, char** argv) {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler on PATH")
-    folder = tmp_path_factory.mktemp("dropout")
-    (folder / "main.cpp").write_text(PROGRAM)
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", "main.cpp", "-o", "main"]
-    subprocess.run(command, cwd=folder, check=True)
-    return folder / "main"
+    return host_program(tmp_path_factory.mktemp("dropout"), PROGRAM)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 20240229])

@@ -7,7 +7,6 @@ the code on purpose are seen; the order of tiles for many shapes and grids.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from python_ref import compare
 from python_ref import lora as oracle
+from tests.compiled import CSRC, UNDEFINED_BEHAVIOUR_FAILS, host_program
 from tests.lora import cases, simt_gemm
 from tests.lora.cases import Case, Tensors
 from tests.simt import build
 
-CSRC = Path(__file__).parents[2] / "csrc"
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -369,17 +368,13 @@ int main() {
 )
 def test_tile_order(tmp_path: Path, old: str, new: str, complaint: str | None) -> None:
     """Each tile once, the tile n = 0 of a row block first and early, no deadlock for any number of blocks."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler on PATH")
     header = (CSRC / "lora" / "tile_order.h").read_text()
     assert old in header
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "changed.h").write_text(header.replace(old, new) if old else header)
-    (tmp_path / "main.cpp").write_text(TILE_ORDER_PROGRAM.replace("ORDER", "changed.h", 1))
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    subprocess.run([compiler, *flags, "-I.", "main.cpp", "-o", "main"], cwd=tmp_path, check=True)
-    result = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=False)
+    source = TILE_ORDER_PROGRAM.replace("ORDER", "changed.h", 1)
+    program = host_program(tmp_path, source, *UNDEFINED_BEHAVIOUR_FAILS)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
     if complaint is None:
         assert result.returncode == 0, result.stdout + result.stderr
     else:

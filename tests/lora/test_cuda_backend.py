@@ -1,5 +1,5 @@
 """The CUDA backend: what it runs and refuses, that its launchers pass on what they are given, gradients, the choice by
-``auto``. On a CPU the device bodies run in the emulator; tests marked gpu run the kernels themselves."""
+``auto``. The device bodies run in the emulator."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
 from peft_kernels.lora.linear import cuda_impl, op, problem
-from python_ref import compare
 from tests.lora import emulated_extension
 from tests.lora.cases import OPERATOR, Case, check_budget, make, make_exact, run_oracle
 from tests.lora.emulated_extension import EmulatedExtension
-from tests.lora.test_cuda_decode import GRID, HALVES
+from tests.lora.test_cuda_decode import HALVES
+
+pytestmark = pytest.mark.cpu_only
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedExtension:
     return emulated_extension.install(monkeypatch)
 
 
-@pytest.mark.cpu_only
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("dtype", "adapter"), HALVES)
 @pytest.mark.parametrize("layout", ["rows", "expanded"])
@@ -41,7 +41,6 @@ def test_forward_by_cuda_and_gradients(
     assert emulated.calls
 
 
-@pytest.mark.cpu_only
 def test_strides_reach_the_kernel(emulated: EmulatedExtension) -> None:
     """Wider rows, a transposed B, every second element of a bias, a scale on the device."""
     case = Case(m=6, n=40, k=64, r=9, dtype=torch.bfloat16)
@@ -58,7 +57,6 @@ def test_strides_reach_the_kernel(emulated: EmulatedExtension) -> None:
     assert (call["x"][1], call["weight"][1], call["lora_b"][1:]) == (80, 80, (1, 40))
 
 
-@pytest.mark.cpu_only
 def test_each_launch_has_its_nonce(emulated: EmulatedExtension) -> None:
     case = Case(m=1, n=8, k=8, r=1, dtype=torch.bfloat16)
     tensors = make(case, CPU)
@@ -69,7 +67,6 @@ def test_each_launch_has_its_nonce(emulated: EmulatedExtension) -> None:
     assert all(0 < nonce < 2**64 for nonce in nonces)
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -127,37 +124,3 @@ def test_auto_takes_no_unverified_kernel(emulated: EmulatedExtension, monkeypatc
     monkeypatch.setattr(op.OPERATOR, "implementations", (verified, *op.OPERATOR.implementations[1:]))
     pk.lora_linear(*tensors[:4])
     assert len(emulated.calls) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("case", [case for case, _ in GRID], ids=str)
-def test_error_budget_on_the_gpu(case: Case, device: torch.device) -> None:
-    check_budget(case, device, _by_cuda)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 16])
-def test_same_bits_on_the_gpu(m: int, device: torch.device) -> None:
-    case = Case(m=m, n=4096, k=4096, r=16, dtype=torch.bfloat16, bias=False)
-    tensors = make(case, device)
-    call = functools.partial(pk.lora_linear, *tensors[:4], backend="cuda")
-    first = call()
-    for _ in range(50):
-        compare.assert_bitwise_equal("y", call(), first)
-
-
-@pytest.mark.gpu
-def test_graph_replays_on_the_gpu(device: torch.device) -> None:
-    """Each replay must compute again: flags of the replay before may not count."""
-    case = Case(m=4, n=1024, k=4096, r=16, dtype=torch.bfloat16, bias=False)
-    x, weight, lora_a, lora_b, _ = make(case, device)
-    call = functools.partial(pk.lora_linear, x, weight, lora_a, lora_b, backend="cuda")
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
-    for seed in range(20):
-        x.copy_(make(case, device, seed).x)
-        graph.replay()
-        compare.assert_bitwise_equal("y", y, call())

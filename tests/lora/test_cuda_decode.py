@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,12 +13,14 @@ import torch
 from peft_kernels._core.device import Hardware
 from peft_kernels.lora.kernels import config, cuda_decode
 from python_ref import compare
+from tests.compiled import UNDEFINED_BEHAVIOUR_FAILS, host_program
 from tests.lora import simt_decode
 from tests.lora.cases import Case, make, make_exact, output_gradient, run_eager, run_oracle
 from tests.simt import build
 
+pytestmark = pytest.mark.cpu_only
+
 CPU = torch.device("cpu")
-CSRC = Path(__file__).parents[2] / "csrc"
 HALVES = (
     (torch.bfloat16, None),
     (torch.float16, None),
@@ -47,7 +48,6 @@ GRID = [
 ]
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize(("case", "split"), GRID, ids=str)
 def test_error_budget(case: Case, split: tuple[int, int, int]) -> None:
     splits, down_splits, grid = split
@@ -69,7 +69,6 @@ def test_error_budget(case: Case, split: tuple[int, int, int]) -> None:
         compare.assert_close(f"{case} {name}", ours, eager, oracle)
 
 
-@pytest.mark.cpu_only
 def test_exact_in_random_shapes_splits_and_blocks() -> None:
     """Integers leave nothing to round, so nothing may differ from the oracle."""
     draw = random.Random(0)
@@ -93,7 +92,6 @@ def test_exact_in_random_shapes_splits_and_blocks() -> None:
         assert torch.equal(s.double(), tensors.x.double() @ tensors.lora_a.double().t()), f"{case} {split}"
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize("grid", [1, 2, 9, 25])
 def test_every_schedule_and_grid_give_the_same_bits(grid: int) -> None:
     case = Case(m=11, n=70, k=584, r=40, dtype=torch.bfloat16)
@@ -104,7 +102,6 @@ def test_every_schedule_and_grid_give_the_same_bits(grid: int) -> None:
         compare.assert_bitwise_equal(name, one, other)
 
 
-@pytest.mark.cpu_only
 def test_replays_need_their_flags_zeroed() -> None:
     """A launch with the nonce of the one before takes its flags for its own, unless they are zeroed in between."""
     case = Case(m=3, n=70, k=520, r=20, dtype=torch.bfloat16)
@@ -118,7 +115,6 @@ def test_replays_need_their_flags_zeroed() -> None:
         simt_decode.run(case, tensors, **repeats)
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_adapters_lose_no_bit(dtype: torch.dtype) -> None:
     """A token that is 1 in one place takes A's column there: in three pieces, to the last bit."""
@@ -130,7 +126,6 @@ def test_float32_adapters_lose_no_bit(dtype: torch.dtype) -> None:
     compare.assert_bitwise_equal("S", s, tensors.lora_a[:, columns].t())
 
 
-@pytest.mark.cpu_only
 def test_infinite_elements_stay_where_they_are() -> None:
     """An inf or nan in a row of W reaches its column of y and no other; one of x its token."""
     case = Case(m=5, n=40, k=72, r=3, dtype=torch.float16, bias=False)
@@ -226,13 +221,8 @@ int main(int argc, char** argv) {
 
 
 def test_index_arithmetic(tmp_path: Path) -> None:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler on PATH")
-    (tmp_path / "main.cpp").write_text(ARITHMETIC)
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    subprocess.run([compiler, *flags, f"-I{CSRC}", "main.cpp", "-o", "main"], cwd=tmp_path, check=True)
-    result = subprocess.run([tmp_path / "main", "2000"], capture_output=True, text=True, check=False)
+    program = host_program(tmp_path, ARITHMETIC, *UNDEFINED_BEHAVIOUR_FAILS)
+    result = subprocess.run([program, "2000"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     constants = [
         config.DECODE_TILE_ROWS,

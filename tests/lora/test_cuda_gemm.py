@@ -1,11 +1,10 @@
-"""The Hopper GEMM's launcher: what it refuses, what it hands to the extension and copies before, all gradients. On a
-CPU the device body runs in the emulator; tests marked gpu run the kernel itself."""
+"""The Hopper GEMM's launcher: what it refuses, what it hands to the extension and copies before, all gradients.
+The device body runs in the emulator."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 from types import ModuleType
 from typing import Any
 
@@ -14,15 +13,14 @@ import torch
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels._core import extension
-from peft_kernels._core.device import Hardware, hardware
-from peft_kernels.lora.kernels import cuda_gemm
+from peft_kernels._core.device import Hardware
 from peft_kernels.lora.linear import cuda_impl, problem
-from python_ref import compare
+from tests.compiled import built_extension
 from tests.lora import emulated_extension, simt_gemm
-from tests.lora.cases import Case, Tensors, check_budget, make, make_exact, output_gradient, run_oracle
-from tests.lora.test_csrc_gemm import BACKWARD, FORWARD
+from tests.lora.cases import Case, check_budget, make, make_exact, output_gradient, run_oracle
 from tests.lora.test_cuda_backend import _by_cuda
+
+pytestmark = pytest.mark.cpu_only
 
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -72,7 +70,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedGemm:
     return gemm
 
 
-@pytest.mark.cpu_only
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     "case",
@@ -88,7 +85,6 @@ def test_all_gradients(emulated: EmulatedGemm, case: Case) -> None:
     assert [call["backward"] for call in emulated.calls[:2]] == [False, True]
 
 
-@pytest.mark.cpu_only
 def test_copies_and_strides(emulated: EmulatedGemm) -> None:
     """Wider rows of x and W as they are; B of an odd rank, every second element of a bias, a strided dY by a copy."""
     case = Case(m=24, n=72, k=64, r=9, dtype=BF16)
@@ -110,7 +106,6 @@ def test_copies_and_strides(emulated: EmulatedGemm) -> None:
     assert forward["nonce"] != backward["nonce"]
 
 
-@pytest.mark.cpu_only
 def test_gradients_that_nobody_asks_for(emulated: EmulatedGemm) -> None:
     """Without dX there is no launch in the backward pass."""
     case = Case(m=24, n=72, k=64, r=8, dtype=BF16)
@@ -121,7 +116,6 @@ def test_gradients_that_nobody_asks_for(emulated: EmulatedGemm) -> None:
     assert [call["backward"] for call in emulated.calls] == [False]
 
 
-@pytest.mark.cpu_only
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(
     ("change", "reason"),
@@ -143,7 +137,6 @@ def test_refusals(change: dict[str, Any], reason: str) -> None:
         pk.lora_linear(*tensors[:4], dropout_p=case.p, backend="cuda")
 
 
-@pytest.mark.cpu_only
 def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(m=40, n=72, k=64, r=4, dtype=BF16)
     described = problem.make_problem(problem.Inputs(*make(case, CPU)[:4], 1.0, None, 0.0, None))
@@ -154,13 +147,9 @@ def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def built() -> ModuleType:
-    reason = extension.why_not_importable()
-    if reason is not None:
-        pytest.skip(reason)  # tests/core/test_extension.py fails where it could have been built
-    return extension.load()
+    return built_extension()
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize("m", [1, 128, 129, 5000])
 @pytest.mark.parametrize("r", [1, 16, 17, 64, 65, 128])
 def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
@@ -168,7 +157,6 @@ def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
     assert built.lora.GEMM_MAX_RANK == 128
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -192,13 +180,11 @@ def test_bad_arguments_of_the_extension(built: ModuleType, wrong: dict[str, Any]
         built.lora.gemm_sm90(**{**ARGUMENTS, **wrong})
 
 
-@pytest.mark.cpu_only
 def test_a_direction_is_true_or_false(built: ModuleType) -> None:
     with pytest.raises(TypeError, match="gemm_sm90: backward must be a bool, got 1"):
         built.lora.gemm_sm90(**{**ARGUMENTS, "backward": 1})
 
 
-@pytest.mark.cpu_only
 def test_launch_without_a_device_says_so(built: ModuleType) -> None:
     if built.why_no_device() is None:
         pytest.skip("there is a CUDA device")
@@ -221,45 +207,3 @@ ARGUMENTS: dict[str, Any] = {
     "multiprocessors": 132,
     "stream": 0,
 }
-
-
-def _on_the_gpu(case: Case, device: torch.device) -> Tensors:
-    if hardware(device).arch != cuda_gemm.ARCH:
-        pytest.skip(f"the kernel is for sm_{cuda_gemm.ARCH}")
-    return make(case, device)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("case", [case for case, _ in (*FORWARD, *BACKWARD) if case.m > 16], ids=str)
-def test_error_budget_on_the_gpu(case: Case, device: torch.device) -> None:
-    _on_the_gpu(case, device)
-    check_budget(case, device, _by_cuda)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("r", [16, 128])
-def test_same_bits_on_the_gpu(r: int, device: torch.device) -> None:
-    """Many tiles a block, and row blocks that end in one row."""
-    case = Case(m=8193, n=4096, k=1024, r=r, dtype=BF16)
-    tensors = _on_the_gpu(case, device)
-    call = functools.partial(pk.lora_linear, *tensors[:4], case.scale, tensors.bias, backend="cuda")
-    first = call()
-    for _ in range(50):
-        compare.assert_bitwise_equal("y", call(), first)
-
-
-@pytest.mark.gpu
-def test_graph_replays_on_the_gpu(device: torch.device) -> None:
-    """Each replay must compute again: flags of the replay before may not count."""
-    case = Case(m=640, n=1024, k=1024, r=16, dtype=BF16, bias=False)
-    x, weight, lora_a, lora_b, _ = _on_the_gpu(case, device)
-    call = functools.partial(pk.lora_linear, x, weight, lora_a, lora_b, backend="cuda")
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
-    for seed in range(20):
-        x.copy_(make(case, device, seed).x)
-        graph.replay()
-        compare.assert_bitwise_equal("y", y, call())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from peft_kernels._core.device import Hardware
-from peft_kernels._core.triton_tools import next_power_of_2
+from peft_kernels._core.triton_tools import cdiv, next_power_of_2, split_count
 from peft_kernels.prefix.kernels.attention import Attention
 
 
@@ -115,7 +115,7 @@ def _splits(attention: Attention, block_m: int, block_n: int, sm_count: int) -> 
 
     A range has at least four blocks of keys, so that its part, written and read once as float32, is little beside it.
     """
-    tiles = _cdiv(attention.group * attention.s, block_m) * attention.b * attention.h_kv
+    tiles = cdiv(attention.group * attention.s, block_m) * attention.b * attention.h_kv
     return max(1, min(sm_count // tiles, attention.l // (4 * block_n))) if 2 * tiles <= sm_count else 1
 
 
@@ -184,13 +184,13 @@ def grad_prefix_config(attention: Attention, hardware: Hardware) -> GradPrefixCo
         block_m, block_n = 32, 16
     block_m, block_n = _rows_at_most(attention, block_m), _keys_at_most(attention.p, block_n)
     owners, batches = (1, attention.b) if attention.shared else (attention.b, 1)
-    tiles = _cdiv(attention.p, block_n) * attention.h_kv * owners
-    items = batches * _cdiv(attention.group * attention.s, block_m)
+    tiles = cdiv(attention.p, block_n) * attention.h_kv * owners
+    blocks_m = batches * cdiv(attention.group * attention.s, block_m)
     return GradPrefixConfig(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        SPLIT=max(1, min(items, hardware.sm_count // max(1, tiles))),
+        SPLIT=split_count(blocks_m, tiles, hardware),
         num_warps=8,
         num_stages=2,
     )
@@ -215,7 +215,3 @@ def _keys_blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int]:
     if dtype == torch.float32:
         return (16, 32) if block_d <= 128 else (16, 16)
     return (64, 64) if block_d <= 128 else (32, 32)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels._core.triton_math import dot
-from peft_kernels._core.triton_tools import dot_precision
+from peft_kernels._core.triton_tools import dot_precision, sum_partials
 from peft_kernels.prefix.kernels.attention import Attention, Segment
 from peft_kernels.prefix.kernels.config import DeltaConfig, GradKVConfig, GradPrefixConfig, GradQConfig
 from peft_kernels.prefix.kernels.triton_rows import (
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def prefix_delta_kernel(
+def delta_kernel(
     # pointers
     y_ptr, dy_ptr, delta_ptr,
     # sizes
@@ -91,7 +91,7 @@ def _grad_q_over(
 
 
 @triton.jit
-def prefix_grad_q_kernel(
+def grad_q_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dq_ptr,
     # sizes
@@ -182,7 +182,7 @@ def _add_block(
 
 
 @triton.jit
-def prefix_grad_kv_kernel(
+def grad_kv_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, valid_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dk_ptr, dv_ptr,
     # sizes
@@ -235,7 +235,7 @@ def prefix_grad_kv_kernel(
 
 
 @triton.jit
-def prefix_grad_prefix_kernel(
+def grad_prefix_kernel(
     # pointers
     q_ptr, prefix_k_ptr, prefix_v_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dk_ptr, dv_ptr,
     # sizes
@@ -284,7 +284,7 @@ def delta(y: Tensor, dy: Tensor, config: DeltaConfig) -> Tensor:
     b, h, s, d = y.shape
     out = torch.empty(b, h, s, dtype=torch.float32, device=y.device)
 
-    prefix_delta_kernel[(triton.cdiv(s, config.BLOCK_M) * b * h,)](
+    delta_kernel[(triton.cdiv(s, config.BLOCK_M) * b * h,)](
         y, dy, out, h, s, *y.stride()[:3], *dy.stride()[:3], D=d, **asdict(config)
     )  # fmt: skip
     return out
@@ -297,7 +297,7 @@ def grad_q(attention: Attention, rows: Rows, prefix: Segment, sequence: Segment,
     valid, valid_strides = sequence.mask_bytes()
 
     blocks_m = triton.cdiv(attention.group * attention.s, config.BLOCK_M)
-    prefix_grad_q_kernel[(blocks_m * attention.b * attention.h_kv,)](
+    grad_q_kernel[(blocks_m * attention.b * attention.h_kv,)](
         q, sequence.k, sequence.v, prefix.k, prefix.v, valid, rows.dy, *rows.stats, rows.delta, dq,
         attention.h_kv, attention.s, attention.l, attention.p, attention.shift, attention.scale, attention.scale_log2,
         *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides, *rows.dy.stride()[:3],
@@ -313,7 +313,7 @@ def grad_kv(attention: Attention, rows: Rows, sequence: Segment, config: GradKVC
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     valid, valid_strides = sequence.mask_bytes()
 
-    prefix_grad_kv_kernel[(triton.cdiv(attention.l, config.BLOCK_N) * attention.b * attention.h_kv,)](
+    grad_kv_kernel[(triton.cdiv(attention.l, config.BLOCK_N) * attention.b * attention.h_kv,)](
         q, k, v, valid, rows.dy, *rows.stats, rows.delta, dk, dv,
         attention.h_kv, attention.s, attention.l, attention.shift, attention.scale, attention.scale_log2,
         *q.stride()[:3], *sequence.strides(), *valid_strides, *rows.dy.stride()[:3],
@@ -331,16 +331,11 @@ def grad_prefix(attention: Attention, rows: Rows, prefix: Segment, config: GradP
     dk, dv = (torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2))
 
     programs = triton.cdiv(attention.p, config.BLOCK_N) * attention.h_kv * owners * config.SPLIT
-    prefix_grad_prefix_kernel[(programs,)](
+    grad_prefix_kernel[(programs,)](
         q, prefix.k, prefix.v, rows.dy, *rows.stats, rows.delta, dk, dv,
         attention.h_kv, attention.s, attention.p, owners, batches, attention.scale, attention.scale_log2,
         *q.stride()[:3], *prefix.strides(), *rows.dy.stride()[:3],
         EXACT=dtype != q.dtype, PRECISION=dot_precision(q.dtype), GROUP=attention.group, D=attention.d,
         **asdict(config),
     )  # fmt: skip
-    return _summed(dk, dtype), _summed(dv, dtype)
-
-
-def _summed(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Add partial sums in their order; torch's sum over the first dimension has no atomics."""
-    return (partials[0] if partials.shape[0] == 1 else partials.sum(0)).to(dtype)
+    return sum_partials(dk).to(dtype), sum_partials(dv).to(dtype)

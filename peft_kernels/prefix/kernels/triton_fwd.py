@@ -66,7 +66,7 @@ def _attend_to(
 
 
 @triton.jit
-def prefix_attention_kernel(
+def attention_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, y_ptr, top_ptr, total_ptr,
     # sizes
@@ -146,7 +146,7 @@ def prefix_attention_kernel(
 
 
 @triton.jit
-def prefix_merge_kernel(
+def merge_kernel(
     # pointers
     part_ptr, part_top_ptr, part_total_ptr, y_ptr, top_ptr, total_ptr,
     # sizes
@@ -199,7 +199,7 @@ def attend(
     part_stats = torch.empty(2, groups, splits, rows, dtype=torch.float32, device=q.device)
 
     _attend(attention, q, prefix, sequence, config, parts, part_stats)
-    prefix_merge_kernel[(rows * groups,)](
+    merge_kernel[(rows * groups,)](
         parts, *part_stats, y, *stats, rows, splits, D=attention.d, **asdict(merge)
     )  # fmt: skip
     return y, stats
@@ -215,7 +215,7 @@ def _attend(
     span = triton.cdiv(triton.cdiv(attention.l, splits), config.BLOCK_N) * config.BLOCK_N
 
     blocks_m = triton.cdiv(attention.group * attention.s, config.BLOCK_M)
-    prefix_attention_kernel[(blocks_m * attention.b * attention.h_kv * splits,)](
+    attention_kernel[(blocks_m * attention.b * attention.h_kv * splits,)](
         q, sequence.k, sequence.v, prefix.k, prefix.v, valid, y, *stats,
         attention.h_kv, attention.s, attention.l, attention.p, attention.shift, attention.scale_log2, splits, span,
         *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides,

@@ -21,7 +21,7 @@ from peft_kernels.prompt.kernels.config import SumConfig
 
 
 @triton.jit
-def prompt_sum_kernel(
+def sum_terms_kernel(
     # pointers
     dy_ptr, out_ptr,
     # sizes
@@ -59,5 +59,5 @@ def sum_terms(part: Tensor, dtype: torch.dtype, config: SumConfig) -> Tensor:
         return out
 
     grid = (triton.cdiv(d, config.BLOCK_D) * triton.cdiv(positions, config.BLOCK_T) * owners,)
-    prompt_sum_kernel[grid](part, out, terms, positions, d, *part.stride(), **asdict(config))
+    sum_terms_kernel[grid](part, out, terms, positions, d, *part.stride(), **asdict(config))
     return out

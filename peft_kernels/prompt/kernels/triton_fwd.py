@@ -20,7 +20,7 @@ from peft_kernels.prompt.kernels.config import ConcatenateConfig
 
 
 @triton.jit
-def prompt_concatenate_kernel(
+def concatenate_kernel(
     # pointers
     prompts_ptr, tokens_ptr, y_ptr,
     # sizes
@@ -54,7 +54,7 @@ def concatenate(prompts: Tensor, tokens: Tensor, config: ConcatenateConfig) -> T
     rows, positions = n * b, p + length
     y = torch.empty(rows, positions, d, dtype=tokens.dtype, device=tokens.device)
 
-    prompt_concatenate_kernel[(triton.cdiv(positions, config.BLOCK_T) * rows,)](
+    concatenate_kernel[(triton.cdiv(positions, config.BLOCK_T) * rows,)](
         prompts, tokens, y,
         b, p, positions, d,
         *prompts.stride(), *tokens.stride(),
