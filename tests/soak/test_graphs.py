@@ -14,9 +14,9 @@ from tests.soak import problems
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("index", range(3 * len(problems.FAMILIES)), ids=lambda index: f"problem {index}")
+@pytest.mark.parametrize("index", range(12), ids=lambda index: f"problem {index}")
 def test_replay_has_the_bits_of_a_call(device: torch.device, index: int) -> None:
-    problem = problems.draw(index, device, largest=300)
+    problem = problems.draw(index, device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
