@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import socket
 import time
@@ -10,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,28 +24,11 @@ MARKS = [
     ),
 ]
 WORLD = 2
+HOW = ("ddp", "fsdp2")
+Loss = Callable[[nn.Module, int | None], Tensor]
 # Two processes that import torch take seconds, and minutes on cores that other work keeps busy; nothing that is right
 # fails for that. It is what pytest's timeout of a test leaves for saying which process hung.
 SECONDS = 540
-
-
-class Training(NamedTuple):
-    """What is trained: functions at the top of a module, which another process can import.
-
-    Attributes:
-        model: makes the model, the same in each call.
-        batch: makes a batch; its first dimension is split between the processes.
-        layers: of a model; FSDP2 shards each of them and then the model.
-    """
-
-    model: Callable[[], nn.Module]
-    batch: Callable[[], Tensor]
-    layers: Callable[[nn.Module], list[nn.Module]]
-
-
-def check(training: Training, how: str, folder: Path, parameters: int) -> None:
-    """Compare gradients of ``parameters`` parameters under "ddp" or "fsdp2"; a failure has the process's traceback."""
-    assert run(_compare, folder, training, how) == [parameters] * WORLD
 
 
 def run(work: Callable[..., int], folder: Path, *arguments: Any, seconds: float = SECONDS) -> list[int]:
@@ -100,32 +82,48 @@ def _process(rank: int, work: Callable[..., int], folder: Path, arguments: tuple
             dist.destroy_process_group()
 
 
-def _compare(rank: int, training: Training, how: str) -> int:
-    whole, batch = training.model(), training.batch()
-    model = _wrapped(copy.deepcopy(whole), training, how)
-    got = _gradients(model, batch.chunk(WORLD)[rank])
-    expected = _gradients(whole, batch)
-    for name, gradient in expected.items():
-        full = _full(got[name if how == "fsdp2" else f"module.{name}"])
-        assert gradient.any(), name
-        torch.testing.assert_close(full, gradient)
+def compare(
+    rank: int, how: str, name: str, model: nn.Module, whole: nn.Module, layers: list[nn.Module], loss: Loss
+) -> int:
+    """Compare gradients of a model under "ddp" or "fsdp2", which sees a share of the batch, and of a whole one.
+
+    Args:
+        layers: of the model; FSDP2 shards each of them and then the model.
+        loss: model, share of the batch -> a loss that is the mean of what two shares give.
+
+    Returns:
+        How many gradients there were.
+    """
+    got = _gradients(_wrapped(model, layers, how), loss, rank)
+    expected = _gradients(whole, loss, None)
+    for key, gradient in expected.items():
+        assert gradient.any(), (how, name, key)
+        full = _full(got[key if how == "fsdp2" else f"module.{key}"])
+        # The same float32 sums in another order.
+        try:
+            torch.testing.assert_close(full, gradient, rtol=1e-4, atol=1e-6)
+        except AssertionError as error:
+            raise AssertionError(f"{how} {name} {key}") from error
     return len(expected)
 
 
-def _wrapped(model: nn.Module, training: Training, how: str) -> nn.Module:
+def share(batch: Tensor, rank: int | None) -> Tensor:
+    """A process's part of a batch, or all of it."""
+    return batch if rank is None else batch.chunk(WORLD)[rank]
+
+
+def _wrapped(model: nn.Module, layers: list[nn.Module], how: str) -> nn.Module:
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard
 
-    for layer in training.layers(model):
+    for layer in layers:
         fully_shard(layer)
     return fully_shard(model)
 
 
-def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of the mean over the batch of each row's sum of squares."""
-    y = model(x)
-    y.square().flatten(1).sum(1).mean().backward()
+def _gradients(model: nn.Module, loss: Loss, rank: int | None) -> dict[str, Tensor]:
+    loss(model, rank).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
