@@ -64,6 +64,21 @@ def why_not_device(device: torch.device) -> str | None:
     return None
 
 
+def why_not_tensors(device: torch.device, dtype: torch.dtype, what: str, *numbers: int) -> str | None:
+    """Reason why Triton kernels cannot run on tensors of this device and dtype, or with indices up to ``numbers``.
+
+    Each number is compared on its own: the largest of them would tie a compiled graph to which one that is.
+    """
+    if reason := why_not_device(device):
+        return reason
+    if dtype == torch.float64:
+        return "its kernels accumulate in float32, and the tensors are float64"
+    for number in numbers:
+        if number >= INDEX_LIMIT:
+            return f"{what} must be below 2^31, got {number}"
+    return None
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """Triton's name for what torch allows float32 products to do on this process's CUDA devices."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -17,19 +17,12 @@ _LARGEST_HEAD = 256
 
 def why_not(problem: PrefixAttentionProblem) -> str | None:
     """Reason why the kernels cannot run this problem, or None."""
-    reason = triton_tools.why_not_device(problem.device)
-    if reason is not None:
-        return reason
-    if problem.dtype == torch.float64:
-        return "its kernels accumulate in float32, and q is float64"
     if problem.d > _LARGEST_HEAD:
         return f"a head must have at most {_LARGEST_HEAD} dimensions, got {problem.d}"
-    # Rows of a group are walked together, and programs are numbered by one index. Each number is compared on its own:
-    # in a compiled graph the largest of them would tie the graph to which one that is.
-    for number in (problem.b * problem.h * problem.s, problem.b * problem.h_kv * problem.l, problem.p):
-        if number >= triton_tools.INDEX_LIMIT:
-            return f"queries and keys of all heads and batch rows must number less than 2^31, got {number}"
-    return None
+    # Rows of a group are walked together, and programs are numbered by one index.
+    numbers = (problem.b * problem.h * problem.s, problem.b * problem.h_kv * problem.l, problem.p)
+    what = "queries and keys of all heads and batch rows"
+    return triton_tools.why_not_tensors(problem.device, problem.dtype, what, *numbers)
 
 
 def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:

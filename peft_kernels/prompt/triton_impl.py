@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from peft_kernels._core import triton_tools
@@ -13,15 +12,9 @@ from peft_kernels.prompt.problem import Gradients, Inputs, Needs, PromptTuningPr
 
 def why_not(problem: PromptTuningProblem) -> str | None:
     """Reason why the kernels cannot run this problem, or None."""
-    reason = triton_tools.why_not_device(problem.device)
-    if reason is not None:
-        return reason
-    if problem.dtype == torch.float64:
-        return "its sums are float32, and tokens is float64"
-    largest = max(problem.n * problem.b * (problem.p + problem.l), problem.d)
-    if largest >= triton_tools.INDEX_LIMIT:
-        return f"positions of all rows, and dimensions, must number less than 2^31, got {largest}"
-    return None
+    numbers = (problem.n * problem.b * (problem.p + problem.l), problem.d)
+    what = "positions of all rows, and dimensions,"
+    return triton_tools.why_not_tensors(problem.device, problem.dtype, what, *numbers)
 
 
 def forward(problem: PromptTuningProblem, inputs: Inputs) -> Tensor:

@@ -143,7 +143,7 @@ def test_too_many_rows_are_refused_by_triton() -> None:
         pytest.skip(reason)
     meta = {"device": "meta", "dtype": torch.bfloat16}
     q, k, prefix = torch.empty(1, 8, 2**28, 8, **meta), torch.empty(1, 1, 4, 8, **meta), torch.empty(1, 2, 8, **meta)
-    assert "less than 2^31" in triton_impl.why_not(make_problem(Inputs(q, k, k, prefix, prefix, True, 1.0, None)))
+    assert "below 2^31" in triton_impl.why_not(make_problem(Inputs(q, k, k, prefix, prefix, True, 1.0, None)))
 
 
 def test_no_architecture_is_verified_unless_it_was() -> None:

@@ -20,15 +20,7 @@ from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProble
 
 def why_not(problem: LoraLinearProblem) -> str | None:
     """Reason why the kernels cannot run this problem, or None."""
-    reason = triton_tools.why_not_device(problem.device)
-    if reason is not None:
-        return reason
-    if problem.dtype == torch.float64:
-        return "its kernels accumulate in float32, and x is float64"
-    largest = max(problem.m, problem.n, problem.k)
-    if largest >= triton_tools.INDEX_LIMIT:
-        return f"M, N and K must be below 2^31, got {largest}"
-    return None
+    return triton_tools.why_not_tensors(problem.device, problem.dtype, "M, N and K", problem.m, problem.n, problem.k)
 
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
