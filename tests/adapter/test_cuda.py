@@ -38,6 +38,7 @@ from tests.adapter.cases import (
     run_ours,
 )
 from tests.compiled import built_extension
+from tests.contract.operators import double
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("poison")]
 
@@ -71,7 +72,7 @@ def _problem(case: Case, tensors: Any, scale: float | Tensor | None = None) -> t
 
 
 def _check(case: Case, tensors: Any, y: Tensor, z: Tensor) -> None:
-    wide = type(tensors)(*(None if tensor is None else tensor.double() for tensor in tensors))
+    wide = double(tensors)
     exact_y, exact_z = oracle.forward(**arguments(case, wide))
     compare.assert_close("y", y, oracle.eager(**arguments(case, tensors)), exact_y)
     # Eager's z is in half precision and says nothing about a float32 one. Products of half-precision values are exact
@@ -106,8 +107,7 @@ def test_kernel_on_integers(residual: str, r: int) -> None:
     tensors, _ = make_exact(case, CPU)
     with simt_forward.kernel(schedules=2, cluster=2):
         y, z = _forward(case, tensors)
-    wide = type(tensors)(*(None if tensor is None else tensor.double() for tensor in tensors))
-    exact_y, exact_z = oracle.forward(**arguments(case, wide))
+    exact_y, exact_z = oracle.forward(**arguments(case, double(tensors)))
     assert torch.equal(y.double(), exact_y) and torch.equal(z.double(), exact_z)
 
 

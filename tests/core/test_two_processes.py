@@ -24,10 +24,6 @@ def _one_fails(rank: int) -> int:
     return _sum(rank, 0)
 
 
-def test_processes_are_one_group(tmp_path: Path) -> None:
-    assert two_processes.run(_sum, tmp_path, 3) == [7, 7]
-
-
 def test_a_failure_ends_the_other_process_and_shows_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"(?s)process 1: .*ValueError: the cause"):
         two_processes.run(_one_fails, tmp_path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from python_ref import compare
 from python_ref import lora as oracle
 from tests.compiled import CSRC, UNDEFINED_BEHAVIOUR_FAILS, host_program
+from tests.contract.operators import double
 from tests.lora import cases, simt_gemm
 from tests.lora.cases import Case, Tensors
 from tests.simt import build
@@ -62,7 +63,8 @@ def test_backward(case: Case, grid: int) -> None:
 
 
 def _check_forward(case: Case, tensors: Tensors, y: Tensor, s: Tensor) -> None:
-    exact = oracle.forward(*(tensor.double() for tensor in tensors[:4]), case.scale, _double(tensors.bias))
+    *factors, bias = double(tensors)
+    exact = oracle.forward(*factors, case.scale, bias)
     compare.assert_close(f"{case} y", y, oracle.eager(*tensors[:4], case.scale, tensors.bias), exact[0])
     compare.assert_close(f"{case} S", s, tensors.x.float() @ tensors.lora_a.float().t(), exact[1])
 
@@ -80,7 +82,8 @@ def test_exact(seed: int) -> None:
     case = Case(m=200, n=328, k=200, r=17, dtype=FP16, scale=2.0)
     tensors, _ = cases.make_exact(case, CPU, seed)
     y, s = simt_gemm.forward(case, tensors, 2, schedules=1)
-    exact = oracle.forward(*(tensor.double() for tensor in tensors[:4]), case.scale, _double(tensors.bias))
+    *factors, bias = double(tensors)
+    exact = oracle.forward(*factors, case.scale, bias)
     compare.assert_bitwise_equal("y", y.double(), exact[0] + 0.0)
     compare.assert_bitwise_equal("S", s.double() + 0.0, exact[1] + 0.0)
 
@@ -99,10 +102,6 @@ def _with_an_infinite_row(case: Case) -> Tensors:
     for factor in (tensors.weight, tensors.lora_a, tensors.lora_b):
         factor.abs_()
     return tensors
-
-
-def _double(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.double()
 
 
 # Faults: the text that is replaced, what replaces it, and which kernel must see it. In one program, each in a namespace
