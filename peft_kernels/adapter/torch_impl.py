@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.torch_products import add_product
 from peft_kernels.adapter.kernels.activations import ACTIVATIONS
 from peft_kernels.adapter.kernels.config import torch_rows_per_block
 from peft_kernels.adapter.problem import BottleneckAdapterProblem, Gradients, Inputs, Needs
@@ -44,23 +45,29 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
     return y, z
 
 
-def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+def backward(
+    problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor | None, dy: Tensor, needs: Needs
+) -> Gradients:
     """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
-    act, scale = ACTIVATIONS[problem.activation], inputs.scale
+    act = ACTIVATIONS[problem.activation]
     # A sum's gradient has the sum's dtype, the branch's the branch's: autograd casts there too.
     dy = dy if problem.is_mixed else dy.to(problem.dtype)
-    h = act.value(z)
+    scaled, scale = dy, inputs.scale
+    if dy.dtype == torch.float16 and not problem.is_mixed:
+        # As eager does: between other factors the scale would meet what has left float16's range.
+        scaled, scale = dy * scale, 1.0
+    h = None if z is None else act.value(z)
     dx = dwd = dbd = dwu = dbu = None
     if needs.dz:
-        dz = act.backward(_up_transposed(problem, inputs, dy), z, h).mul_(scale)
+        dz = act.backward(_up_transposed(problem, inputs, scaled), z, h).mul_(scale)
         dbd = dz.sum(0).to(problem.adapter_dtype) if needs.down_bias else None
         dz = dz.to(problem.adapter_dtype)
         dx = _input_gradient(problem, inputs, dz, dy) if needs.x else None
         dwd = _summed_over_rows(problem, dz, inputs.x) if needs.down_weight else None
     if needs.up_weight:
         # The (r, N) product is the faster one; what is turned afterwards is only of the weight's size.
-        dwu = _summed_over_rows(problem, h * scale, dy).t().contiguous()
-    dbu = _column_sums(problem, dy).mul_(scale) if needs.up_bias else None
+        dwu = _summed_over_rows(problem, h * scale, scaled).t().contiguous()
+    dbu = _column_sums(problem, scaled).mul_(scale) if needs.up_bias else None
     return Gradients(x=dx, down_weight=dwd, up_weight=dwu, down_bias=dbd, up_bias=dbu)
 
 
@@ -73,24 +80,25 @@ def _blocks(problem: BottleneckAdapterProblem) -> Iterator[slice]:
 def _up(h: Tensor, inputs: Inputs, base: Tensor | None, out: Tensor) -> None:
     """out = base + scale (h Wu^T + bu), with as few passes over ``out`` as torch has: one, or two beside a base."""
     weight, bias, scale = inputs.up_weight, inputs.up_bias, inputs.scale
-    if base is not None and base.dtype != h.dtype:
-        # A float32 residual of a half-precision branch: no product adds into another dtype.
-        torch.add(base, F.linear(h, weight, bias).mul_(scale), out=out)
+    if (base is not None and base.dtype != h.dtype) or (h.dtype == torch.float16 and isinstance(scale, Tensor)):
+        # No product adds into another dtype, as that of a float32 residual; h * scale might leave float16's range.
+        branch = F.linear(h, weight, bias).mul_(scale)
+        torch.add(branch, 0.0 if base is None else base, out=out)
         return
+    weight = weight.t()
     if isinstance(scale, Tensor):
         h, bias, scale = h * scale, None if bias is None else bias * scale, 1.0
     elif bias is not None:
         bias = bias * scale
-    if base is None:
-        if bias is None:
-            # With beta = 0 what lies in ``out`` is not read.
-            out.addmm_(h, weight.t(), beta=0, alpha=scale)
-        else:
-            torch.addmm(bias, h, weight.t(), alpha=scale, out=out)
+    if base is not None and bias is not None:
+        add_product(torch.add(base, bias, out=out), h, weight, scale)
+    elif base is not None:
+        add_product(out.copy_(base), h, weight, scale)
     elif bias is None:
-        torch.addmm(base, h, weight.t(), alpha=scale, out=out)
+        # With beta = 0 what lies in ``out`` is not read.
+        out.addmm_(h, weight, beta=0, alpha=scale)
     else:
-        torch.add(base, bias, out=out).addmm_(h, weight.t(), alpha=scale)
+        torch.addmm(bias, h, weight, alpha=scale, out=out)
 
 
 def _up_transposed(problem: BottleneckAdapterProblem, inputs: Inputs, dy: Tensor) -> Tensor:
@@ -106,7 +114,7 @@ def _up_transposed(problem: BottleneckAdapterProblem, inputs: Inputs, dy: Tensor
 def _input_gradient(problem: BottleneckAdapterProblem, inputs: Inputs, dz: Tensor, dy: Tensor) -> Tensor:
     """dz Wd, with dy where x is the residual."""
     if not problem.is_mixed:
-        return torch.addmm(dy, dz, inputs.down_weight) if problem.serial else dz @ inputs.down_weight
+        return add_product(dy.clone(), dz, inputs.down_weight) if problem.serial else dz @ inputs.down_weight
     dx = torch.empty(problem.m, problem.k, dtype=problem.dtype, device=problem.device)
     for rows in _blocks(problem):
         block = dz[rows] @ inputs.down_weight

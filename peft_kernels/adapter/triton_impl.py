@@ -36,7 +36,9 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
     return launches.wide_product(z, wu.t(), bu, residual, scale, problem.activation, problem.out_dtype), z
 
 
-def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+def backward(
+    problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor | None, dy: Tensor, needs: Needs
+) -> Gradients:
     """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
     launches = _Launches.of(problem)
     dtype = problem.adapter_dtype
@@ -46,12 +48,14 @@ def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: T
         dbd = dz.sum(0).to(dtype) if needs.down_bias else None
         if needs.down_weight:
             dwd, _ = launches.reduce_rows(inputs.x, dz, 1.0, "identity", t_first=False, needs_sums=False)
-    if needs.up_weight or needs.up_bias:
+    if needs.up_weight:
         dwu, dbu = launches.reduce_rows(dy, z, inputs.scale, problem.activation, t_first=True, needs_sums=needs.up_bias)
+    elif needs.up_bias:
+        dbu = dy.sum(0, dtype=torch.float32) * inputs.scale
     return Gradients(
         x=dx,
         down_weight=None if dwd is None else dwd.to(dtype),
-        up_weight=dwu.to(dtype) if dwu is not None and needs.up_weight else None,
+        up_weight=None if dwu is None else dwu.to(dtype),
         down_bias=dbd,
         up_bias=None if dbu is None else dbu.to(dtype),
     )

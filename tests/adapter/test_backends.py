@@ -48,3 +48,24 @@ def test_what_is_not_finite_stays_in_its_row(name: str, residual: str, device: t
     assert got.y[3].isnan().all()
     assert torch.equal(got.y.isfinite(), eager.y.isfinite())
     assert torch.equal(got.x.isfinite(), eager.x.isfinite())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("residual", ["none", "x", "wide"])
+@pytest.mark.parametrize(
+    ("adapter", "scale", "sizes"),
+    [
+        (torch.float32, 0.5, {"down_weight": 1e6, "up_weight": 1e-6}),  # z
+        (None, 1e3, {"down_weight": 2e2, "up_weight": 1e-3, "dy": 1e-3}),  # scale h
+        (None, torch.tensor(1e3), {"down_weight": 2e2, "up_weight": 1e-3, "dy": 1e-3}),
+    ],
+)
+def test_range_of_float16_is_eager_s(
+    adapter: torch.dtype | None, scale: float, sizes: dict[str, float], residual: str, name: str, device: torch.device
+) -> None:
+    """What eager torch keeps finite stays so, whatever lies between."""
+    case = Case(16, 24, 32, 4, torch.float16, adapter, "relu", residual, False, False, scale)
+    drawn, dy = make(case, device), output_gradient(case, device) * sizes.get("dy", 1.0)
+    tensors = drawn._replace(**{label: getattr(drawn, label) * by for label, by in sizes.items() if label != "dy"})
+    given = case, tensors, dy
+    assert_close(run_ours(*given, name), OPERATOR.run_eager(*given), run_oracle(*given))

@@ -96,6 +96,7 @@ def test_saved_bytes_are_x_and_z(activation: str, residual: str) -> None:
         ({"x"}, {"down_weight", "up_weight"}, True),
         ({"down_weight"}, {"x", "up_weight"}, True),
         ({"up_weight", "up_bias"}, set(), True),
+        ({"up_bias"}, set(), False),
         ({"residual"}, set(), False),
         (set(), set(), False),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,26 @@ def test_second_derivative_is_refused(operator: Operator) -> None:
     gradient, *_ = torch.autograd.grad(operator.call(operator.typical, leaves), wanted, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def _subsets(operator: Operator) -> list[tuple[tuple[str, ...]]]:
+    names = operator.differentiable
+    return [(names,), *(((name,),) for name in names)]
+
+
+@over("names", _subsets)
+def test_saves_no_more_than_eager(operator: Operator, names: tuple[str, ...]) -> None:
+    """Whatever alone wants a gradient; parameters exist anyway, activations do not."""
+    case, asked = operator.typical, replace(operator, differentiable=names)
+    leaves = asked.leaves(operator.make(case, CPU))
+    activations = {id(getattr(leaves, name)) for name in operator.op.OPERATOR.activations}
+    held = {}
+    for call in (operator.call, operator.eager):
+        with observe.saved([tensor for tensor in leaves if id(tensor) not in activations]) as (added, _):
+            call(case, leaves)
+        held[call] = sum(added.values())
+    # A seed's 8 bytes stand for a mask that eager may have put into what it keeps.
+    assert held[operator.call] <= held[operator.eager] + 8
 
 
 def _check_compiled(operator: Operator, case: Any, compiler: Any, **tolerances: float) -> None:

@@ -1,4 +1,4 @@
-"""What the LoRA linear backends owe beside the contract: the mask of a seed."""
+"""What the LoRA linear backends owe beside the contract: the mask of a seed, and float16's range."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import peft_kernels as pk
-from tests.lora.cases import OPERATOR, SEED, VARIANTS, Case, keep_mask
+from tests.contract.operators import assert_close
+from tests.lora.cases import OPERATOR, SEED, VARIANTS, Case, keep_mask, make
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -23,3 +24,26 @@ def test_dropout_draws_the_published_mask(name: str, device: torch.device) -> No
     mask = keep_mask(Case(m=m, k=k, p=p), device)
     assert torch.equal(y != 0, mask)
     assert torch.equal(y != 0, pk.lora_linear_dropout_mask(SEED, m, k, p, device))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("adapter", "p", "scale", "sizes"),
+    [
+        (torch.float32, 0.0, 0.5, {"lora_a": 1e6, "lora_b": 1e-6}),  # S
+        (torch.float32, 0.3, 0.5, {"lora_a": 1e-6, "lora_b": 1e6}),  # dS
+        (None, 0.5, 1.0, {"lora_b": 3.0, "dy": 3e3, "lora_a": 1e-2, "x": 1e-3}),  # dS / (1 - p)
+        (None, 0.0, 1e3, {"lora_a": 2e2, "lora_b": 1e-3, "dy": 1e-3}),  # scale S
+        (None, 0.0, torch.tensor(1e3), {"lora_a": 2e2, "lora_b": 1e-3, "dy": 1e-3}),
+        (None, 0.0, 1e-5, {"lora_a": 1e-2, "lora_b": 1e3, "dy": 1e2}),  # scale S below it
+    ],
+)
+def test_range_of_float16_is_eager_s(
+    adapter: torch.dtype | None, p: float, scale: float, sizes: dict[str, float], name: str, device: torch.device
+) -> None:
+    """What eager torch keeps finite, and above zero, stays so, whatever lies between."""
+    case = Case(m=16, n=24, k=32, r=4, dtype=torch.float16, adapter_dtype=adapter, p=p, scale=scale, bias=False)
+    drawn, dy = make(case, device), OPERATOR.output_gradient(case, device) * sizes.get("dy", 1.0)
+    tensors = drawn._replace(**{label: getattr(drawn, label) * by for label, by in sizes.items() if label != "dy"})
+    given = case, tensors, dy
+    assert_close(OPERATOR.run_ours(*given, name), OPERATOR.run_eager(*given), OPERATOR.run_oracle(*given))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from python_ref import compare
 from python_ref import lora as oracle
 from tests.contract import observe
 from tests.contract.operators import CPU
-from tests.lora.cases import OPERATOR, Case, make
+from tests.lora.cases import OPERATOR, Case, Tensors, make
 
 
 def test_compiled_dropout_draws_its_seed() -> None:
@@ -74,13 +75,29 @@ def test_autocast_gives_linear_s_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_saved_bytes_are_x_and_s(p: float) -> None:
-    """Besides tensors that exist anyway, a call keeps S (M, r) and an 8-byte seed: no mask, no cast or dropped x."""
+@pytest.mark.parametrize(
+    ("needs", "keeps", "keeps_s"),
+    [
+        (set(Tensors._fields), {"x", "weight", "lora_a", "lora_b"}, True),
+        ({"x"}, {"weight", "lora_a", "lora_b"}, False),
+        ({"weight"}, {"x"}, False),
+        ({"lora_a"}, {"x", "lora_b"}, False),
+        ({"lora_b"}, set(), True),
+        ({"bias"}, set(), False),
+        (set(), set(), False),
+    ],
+    ids=str,
+)
+def test_saves_only_what_a_gradient_needs(needs: set[str], keeps: set[str], keeps_s: bool, p: float) -> None:
+    """Beside x and parameters S (M, r) and an 8-byte seed: no mask, no cast or dropped x."""
     case = Case(m=256, n=128, k=128, r=4, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=p)
-    leaves = OPERATOR.leaves(make(case, CPU))
-    with observe.saved(leaves) as (added, _):
-        pk.lora_linear(*leaves[:4], 0.5, leaves.bias, dropout_p=p)
-    assert sum(added.values()) == case.m * case.r * 4 + (8 if p else 0)
+    leaves = replace(OPERATOR, differentiable=tuple(needs)).leaves(make(case, CPU))
+    with observe.saved(leaves) as (added, kept):
+        y = pk.lora_linear(*leaves[:4], 0.5, leaves.bias, dropout_p=p)
+    assert {leaves._fields[index] for index in kept} == keeps
+    masked = p > 0 and bool(needs & {"x", "lora_a"})
+    assert sum(added.values()) == case.m * case.r * 4 * keeps_s + 8 * masked
+    assert (y.grad_fn is None) == (not needs)
 
 
 @pytest.mark.parametrize("p", [2**-18, 0.1, 0.5, 1 - 2**-17])

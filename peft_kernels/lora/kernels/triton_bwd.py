@@ -115,7 +115,7 @@ def reduce_rows_kernel(
 
 def narrow_and_reduce(
     dy: Tensor,
-    s: Tensor,
+    s: Tensor | None,
     b: Tensor,
     factor: float | Tensor,
     needs: tuple[bool, bool, bool],
@@ -125,7 +125,7 @@ def narrow_and_reduce(
     """Launch one pass over dy; return dS (M, r), dB (N, r) and dbias (N,), float32, those that ``needs`` asks for.
 
     Args:
-        dy: (M, N). s: (M, r) float32, contiguous. b: (N, r). factor: float or 0-d tensor.
+        dy: (M, N). s: (M, r) float32, contiguous, for dB alone. b: (N, r). factor: float or 0-d tensor.
         needs: of dS, dB and dbias.
         exact: keep all bits of the float32 operands beside a half-precision dy.
     """
@@ -140,7 +140,7 @@ def narrow_and_reduce(
     narrow_and_reduce_kernel[(tiles_n, config.SPLIT_M)](
         dy, s, b, ds, db, dbias, factor,
         m, n, r,
-        dy.stride(0), dy.stride(1), s.stride(0), b.stride(0), b.stride(1), m * r, n * r, n,
+        dy.stride(0), dy.stride(1), r, b.stride(0), b.stride(1), m * r, n * r, n,
         NEEDS_DS=needs_ds, NEEDS_DB=needs_db, NEEDS_DBIAS=needs_dbias, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
         EXACT=exact, PRECISION=dot_precision(dy.dtype), **asdict(config),
     )  # fmt: skip

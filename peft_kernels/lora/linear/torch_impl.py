@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.torch_products import add_product
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.kernels.config import torch_rows_per_block
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
@@ -26,7 +27,7 @@ def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]
     """Return y (M, N) and S (M, r)."""
     y = F.linear(inputs.x, inputs.weight, inputs.bias)
     s = _down(problem, inputs)
-    _add_product(y, s, inputs.lora_b.t(), inputs.scale)
+    _add_product(problem, y, s, inputs.lora_b.t(), inputs.scale)
     return y, s
 
 
@@ -66,9 +67,20 @@ def _keep_bits(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> Tenso
 
 
 def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, bits: Tensor | None) -> Tensor:
-    """drop(x) of some rows in the adapters' dtype, without the factor 1 / (1 - p)."""
+    """drop(x) of some rows in the adapters' dtype, but for the factor that ``_late_factor`` returns."""
     x = inputs.x[rows].to(problem.adapter_dtype)
-    return x if bits is None else dropout.drop(x, bits)
+    if bits is None:
+        return x
+    x = dropout.drop(x, bits)
+    return x if problem.adapter_dtype == torch.bfloat16 else x.mul_(problem.keep_scale)
+
+
+def _late_factor(problem: LoraLinearProblem) -> float:
+    """What of 1 / (1 - p) is left for a product of drop(x): all in bfloat16, where drop(x) would be rounded once more.
+
+    Else drop(x) has it as eager's has: a product evens out its roundings, and float16's range is eager's.
+    """
+    return problem.keep_scale if problem.adapter_dtype == torch.bfloat16 else 1.0
 
 
 def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
@@ -79,26 +91,29 @@ def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
     s = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device)
     for rows in _blocks(problem, problem.k):
         s[rows] = _dropped(problem, inputs, rows, _keep_bits(problem, inputs, rows)) @ a
-    return s.mul_(problem.keep_scale) if problem.has_dropout else s
+    factor = _late_factor(problem)
+    return s if factor == 1.0 else s.mul_(factor)
 
 
 def _grad_up(
     problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dS = scale dY B where x or lora_a needs it, and dB = scale dY^T S."""
+    """dS = scale dY B where x or lora_a needs it, and dB = scale dY^T S, which alone reads S."""
     needs_ds = needs.x or needs.lora_a
-    b, scale = inputs.lora_b, inputs.scale
+    b, scale, wide = inputs.lora_b, inputs.scale, problem.wide_dtype
     if _is_uniform(problem):
-        ds = (dy @ b).to(s.dtype).mul_(scale) if needs_ds else None
+        if problem.dtype == torch.float16 and (needs_ds or needs.lora_b):
+            # As eager does: between other factors the scale would meet what has left float16's range.
+            dy, scale = dy * scale, 1.0
+        ds = (dy @ b).to(wide).mul_(scale) if needs_ds else None
         db = dy.t() @ (s * scale).to(dy.dtype) if needs.lora_b else None
         return ds, db
-    wide_b = b.to(s.dtype)
-    ds = torch.empty_like(s) if needs_ds else None
-    db = torch.zeros_like(wide_b) if needs.lora_b else None
+    ds = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device) if needs_ds else None
+    db = torch.zeros(problem.n, problem.r, dtype=wide, device=problem.device) if needs.lora_b else None
     for rows in _blocks(problem, problem.n):
-        block = dy[rows].to(s.dtype)
+        block = dy[rows].to(wide)
         if ds is not None:
-            torch.mm(block, wide_b, out=ds[rows])
+            torch.mm(block, b, out=ds[rows])
         if db is not None:
             db.addmm_(block.t(), s[rows])
     return None if ds is None else ds.mul_(scale), None if db is None else db.mul_(scale)
@@ -110,27 +125,34 @@ def _grad_down(
     """dA = dS^T drop(x), and dX += drop'(dS A) in place; one draw of the mask serves both."""
     if not problem.has_dropout:
         if dx is not None:
-            _add_product(dx, ds, inputs.lora_a, 1.0)
+            _add_product(problem, dx, ds, inputs.lora_a, 1.0)
         if not needs.lora_a:
             return None
         if _is_uniform(problem):
             return ds.to(inputs.x.dtype).t() @ inputs.x
-    narrow = (ds * problem.keep_scale).to(problem.adapter_dtype)
-    da = torch.zeros_like(inputs.lora_a, dtype=ds.dtype) if needs.lora_a else None
+    narrow = ds.to(problem.adapter_dtype)
+    da = torch.zeros(problem.r, problem.k, dtype=ds.dtype, device=problem.device) if needs.lora_a else None
     for rows in _blocks(problem, problem.k):
         bits = _keep_bits(problem, inputs, rows)
         if dx is not None and bits is not None:
-            dx[rows] += dropout.drop_(narrow[rows] @ inputs.lora_a, bits)
+            dx[rows].add_(dropout.drop_(narrow[rows] @ inputs.lora_a, bits), alpha=problem.keep_scale)
         if da is not None:
             da += narrow[rows].t() @ _dropped(problem, inputs, rows, bits)
-    return None if da is None else da.to(problem.adapter_dtype)
+    return None if da is None else da.mul_(_late_factor(problem)).to(problem.adapter_dtype)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float | Tensor) -> None:
-    """out += scale left right, in place, in out's dtype."""
+def _add_product(problem: LoraLinearProblem, out: Tensor, left: Tensor, right: Tensor, scale: float | Tensor) -> None:
+    """out += scale left right, in place; float32 adapters keep their bits beside an out in half precision."""
     if isinstance(scale, Tensor):
+        if out.dtype == torch.float16 and _is_uniform(problem):
+            out.add_((left.to(out.dtype) @ right).mul_(scale))  # in eager's order, which keeps eager's range
+            return
         left, scale = left * scale, 1.0
-    out.addmm_(left.to(out.dtype), right.to(out.dtype), alpha=scale)
+    if not _is_uniform(problem):
+        for rows in _blocks(problem, out.shape[1]):
+            out[rows].add_(left[rows] @ right, alpha=scale)
+    else:
+        add_product(out, left.to(out.dtype), right, scale)
 
 
 IMPLEMENTATION = Implementation("torch", forward, backward)
