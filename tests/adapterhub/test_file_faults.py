@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "learned scaling": (
         lambda f: edit_config(f, "scaling", "learned"),
         ValueError,
-        "must have a number scaling, got 'learned'",
+        "must have a finite number as scaling, got 'learned'",
     ),
     "the other type": (
         lambda f: edit_config(f, "is_parallel", True),
