@@ -26,12 +26,11 @@ from peft_kernels.integrations.adapter_files import (
     is_plain,
     number,
     read_folder,
-    short,
-    typed,
     write_folder,
     write_values,
 )
-from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS, BEFORE_VERSIONS
+from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
+from peft_kernels.integrations.adapterhub.file_config import OPTIONS, Adapter, Shared, read_config
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "pytorch_adapter.bin"
@@ -45,40 +44,6 @@ LOCATIONS: dict[str, dict[str, str]] = {
     "GPT2Block": {"attention": "attention_adapters", "feed_forward": "output_adapters"},
     "LlamaDecoderLayer": {"attention": "attention_adapters", "feed_forward": "output_adapters"},
 }
-_OPTIONS = {"attention": "mh_adapter", "feed_forward": "output_adapter"}
-
-# What a configuration may set; anything else must be absent or empty.
-_READ = (
-    *_OPTIONS.values(),
-    "is_parallel",
-    "leave_out",
-    "non_linearity",
-    "original_ln_after",
-    "original_ln_before",
-    "reduction_factor",
-    "residual_before_ln",
-    "scaling",
-)
-# How weights were made, or nothing without an option that is refused.
-_WITHOUT_EFFECT = (
-    "adapter_residual_before_ln",
-    "factorized_phm_W",
-    "factorized_phm_rule",
-    "hypercomplex_nonlinearity",
-    "init_weights",
-    "init_weights_seed",
-    "inv_adapter_reduction_factor",
-    "learn_phm",
-    "phm_bias",
-    "phm_c_init",
-    "phm_dim",
-    "phm_init_range",
-    "phm_rank",
-    "shared_W_phm",
-    "shared_phm_rule",
-)
-
-_Adapter = SerialAdapter | ParallelAdapter
 
 
 class _Place(NamedTuple):
@@ -95,18 +60,7 @@ class _Place(NamedTuple):
     layer: int
     sublayer: str
     path: str
-    adapter: _Adapter
-
-
-class _Shared(NamedTuple):
-    """What all adapters of a file have in common, and where they are: at which sublayers, but for these layers."""
-
-    name: str
-    kind: type[_Adapter]
-    activation: str
-    scale: float
-    sublayers: tuple[str, ...]
-    left_out: tuple[int, ...]
+    adapter: Adapter
 
 
 def save_adapter(
@@ -148,16 +102,7 @@ def save_adapter(
         "name": adapter_name,
         "version": _VERSION,
     }
-    tensors = {}
-    for place in places:
-        for suffix, linear, part in _parts(place.adapter):
-            key, value = f"{place.path}.adapters.{adapter_name}.{suffix}", getattr(linear, part)
-            # AdapterHub's adapters always have biases.
-            value = torch.zeros(linear.out_features, dtype=linear.weight.dtype) if value is None else value
-            check_tensor(f"save_adapter: {key} (whole: gather one that is sharded)", value, _shape(linear, part))
-            if not is_plain(value):
-                raise ValueError(f"save_adapter: {key} must be a dense tensor with values, is a {type(value).__name__}")
-            tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+    tensors = _tensors(places, adapter_name)
 
     def write(path: Path) -> None:
         if use_safetensors:
@@ -197,7 +142,7 @@ def load_adapter(
     """
     files = read_folder("load_adapter", folder, CONFIG_FILE, SAFE_WEIGHTS_FILE, WEIGHTS_FILE)
     places = _places(model, "load_adapter", locations)
-    shared = _read_config(files)
+    shared = read_config(files)
     for place in places:
         if not isinstance(place.adapter, shared.kind):
             raise ValueError(
@@ -234,17 +179,32 @@ def _location(caller: str, path: str, block: nn.Module, sublayer: str, locations
             f"{caller}: the blocks must be one of {', '.join(LOCATIONS)} unless locations are given, "
             f"got {type(block).__name__}"
         )
-    if sublayer not in _OPTIONS or sublayer not in known:
-        raise ValueError(f"{caller}: adapters must be named after {', '.join(_OPTIONS)}, {path} has {sublayer!r}")
+    if sublayer not in OPTIONS or sublayer not in known:
+        raise ValueError(f"{caller}: adapters must be named after {', '.join(OPTIONS)}, {path} has {sublayer!r}")
     if not path.rpartition(".")[2].isdecimal():
         raise ValueError(f"{caller}: a block with adapters must be one of a list, got {path!r}")
     return known[sublayer]
 
 
-def _parts(adapter: _Adapter) -> list[tuple[str, nn.Linear, str]]:
+def _parts(adapter: Adapter) -> list[tuple[str, nn.Linear, str]]:
     """(end of AdapterHub's key, linear layer, name of its parameter)."""
     linears = {"adapter_down.0": adapter.down, "adapter_up": adapter.up}
     return [(f"{key}.{part}", linear, part) for key, linear in linears.items() for part in ("weight", "bias")]
+
+
+def _tensors(places: list[_Place], name: str) -> dict[str, Tensor]:
+    """A file's tensors by key."""
+    tensors = {}
+    for place in places:
+        for suffix, linear, part in _parts(place.adapter):
+            key, value = f"{place.path}.adapters.{name}.{suffix}", getattr(linear, part)
+            # AdapterHub's adapters always have biases.
+            value = torch.zeros(linear.out_features, dtype=linear.weight.dtype) if value is None else value
+            check_tensor(f"save_adapter: {key} (whole: gather one that is sharded)", value, _shape(linear, part))
+            if not is_plain(value):
+                raise ValueError(f"save_adapter: {key} must be a dense tensor with values, is a {type(value).__name__}")
+            tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+    return tensors
 
 
 def _shape(linear: nn.Linear, part: str) -> tuple[int, ...]:
@@ -276,7 +236,7 @@ def _config(model: nn.Module, places: list[_Place]) -> dict[str, Any]:
     factors = {str(layer): _reduction_factor(hidden, min(width)) for layer, width in widths.items()}
     layers = len(list(model.get_submodule(places[0].blocks).children()))
     return {
-        **{option: sublayer in sublayers[places[0].layer] for sublayer, option in _OPTIONS.items()},
+        **{option: sublayer in sublayers[places[0].layer] for sublayer, option in OPTIONS.items()},
         "is_parallel": isinstance(first, ParallelAdapter),
         "non_linearity": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == first.activation),
         "scaling": float(number("save_adapter: adapters", "scale", first.scale)),
@@ -297,55 +257,8 @@ def _reduction_factor(hidden: int, width: int) -> float:
     return hidden / width if hidden % width == 0 else hidden / (width + 0.5)
 
 
-def _read_config(files: AdapterFolder) -> _Shared:
-    where, outer = f"load_adapter: {files.config_file}", files.config
-    name, config = outer.get("name"), outer.get("config")
-    if not isinstance(name, str) or not isinstance(config, dict):
-        raise ValueError(
-            f"{where} must have a name and an object config, got {short(name)} and a {type(config).__name__}"
-        )
-    for option in sorted(config.keys() - {*_READ, *_WITHOUT_EFFECT}):
-        if config[option]:
-            raise ValueError(f"{where} must not set {option}, got {short(config[option])}")
-    parallel = typed(where, "is_parallel", config.get("is_parallel", False), bool)
-    if config.get("original_ln_after", True) is not True:
-        raise ValueError(f"{where} must set original_ln_after, got {short(config['original_ln_after'])}")
-    # A parallel adapter reads none of the two.
-    for option, taken in (("original_ln_before", (False,)), ("residual_before_ln", (True, False))):
-        value = config.get(option, taken[0])
-        if not parallel and not any(value is right for right in taken):
-            raise ValueError(
-                f"{where} must not set {option} to {short(value)}: SerialAdapter reads the sublayer's output"
-            )
-    activation = config.get("non_linearity")
-    activation = activation.lower() if isinstance(activation, str) else activation
-    if "version" not in outer:
-        activation = BEFORE_VERSIONS.get(activation, activation)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{where} must have a non_linearity of {', '.join(ACTIVATIONS)}, got {short(config.get('non_linearity'))}"
-        )
-    _check_widths(where, config.get("reduction_factor"))
-    left_out = typed(where, "leave_out", config.get("leave_out"), list, None) or []
-    return _Shared(
-        name,
-        ParallelAdapter if parallel else SerialAdapter,
-        ACTIVATIONS[activation],
-        float(number(where, "scaling", config.get("scaling", 1.0))),
-        tuple(s for s, option in _OPTIONS.items() if typed(where, option, config.get(option), bool)),
-        tuple(typed(where, "leave_out", layer, int) for layer in left_out),
-    )
-
-
-def _check_widths(where: str, factor: object) -> None:
-    """The tensors tell the widths; this says that the reduction factors are numbers."""
-    for value in factor.values() if isinstance(factor, dict) else (factor,):
-        if number(where, "reduction_factor", value) <= 0:
-            raise ValueError(f"{where} must have a reduction_factor above 0, got {short(value)}")
-
-
 def _matched(
-    files: AdapterFolder, places: list[_Place], shared: _Shared, prefix: str, strict: bool
+    files: AdapterFolder, places: list[_Place], shared: Shared, prefix: str, strict: bool
 ) -> tuple[list[_Place], list[tuple[Tensor, Tensor]]]:
     """The places that the file is for, and each parameter with its value, after every check.
 
@@ -377,7 +290,7 @@ def _matched(
             raise ValueError(f"load_adapter: {path} must hold {keys[place][there.index(False)]!r}, which it lacks")
         if place.sublayer not in shared.sublayers or place.layer in shared.left_out:
             raise ValueError(
-                f"load_adapter: {files.config_file} must set {_OPTIONS[place.sublayer]} and not leave out layer "
+                f"load_adapter: {files.config_file} must set {OPTIONS[place.sublayer]} and not leave out layer "
                 f"{place.layer}, since {path.name} holds an adapter at {place.path}"
             )
         chosen.append(place)
@@ -386,7 +299,7 @@ def _matched(
             check_tensor(f"load_adapter: {path}: {key}", value, _shape(linear, part))
             if parameter is not None:
                 values.append((parameter, fitted(f"load_adapter: {path}: {key}", value, parameter)))
-            elif value.any():
+            elif fitted(key, value, linear.weight).any():
                 raise ValueError(f"load_adapter: {path}: {key} must be zero, since the model's adapter has no bias")
     if not chosen:
         raise ValueError(f"load_adapter: {path} must hold an adapter that the model has, holds none")

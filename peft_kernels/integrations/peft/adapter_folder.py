@@ -112,7 +112,7 @@ def _task_of(model: nn.Module, task_type: str | None) -> str | None:
     if task_type is not None:
         if task_type not in _TASKS:
             raise ValueError(f"save_adapter: task_type must be one of {', '.join(_TASKS)}, got {task_type!r}")
-        return str.__str__(task_type)
+        return _TASKS[_TASKS.index(task_type)]
     if not hasattr(model, "base_model_prefix"):
         return None
     task = next((task for end, task in _TASK_OF_CLASS.items() if type(model).__name__.endswith(end)), None)
@@ -120,7 +120,7 @@ def _task_of(model: nn.Module, task_type: str | None) -> str | None:
         # PEFT's model of that task hands token ids to an encoder and a decoder.
         both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         return task if both and getattr(model, "main_input_name", "") == "input_ids" else None
-    return task
+    return None if task == "FEATURE_EXTRACTION" and getattr(model, "base_model", None) is not model else task
 
 
 def task_and_head(
@@ -144,11 +144,11 @@ def task_and_head(
 
 def base_of(model: nn.Module, task: str | None, head: Iterable[str]) -> dict[str, Any]:
     """What a configuration says about the base model, so that PEFT can make it."""
-    kind = type(model)
+    kind, name = type(model), getattr(model, "name_or_path", None)
     found = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {
         "task_type": task,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": str(name) if name else None,
         "auto_mapping": found if task is None and hasattr(model, "base_model_prefix") else None,
         "inference_mode": True,
         "modules_to_save": sorted({name.split(".")[0] for name in head}) or None,

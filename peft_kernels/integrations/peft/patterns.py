@@ -119,9 +119,11 @@ class _Matcher:
         if op == "SUBPATTERN":
             return self.after(value[3], starts)
         if op in _REPEATS:
-            return self._repeat(*value, starts)
+            least, most, tree = value
+            return self._repeat(least, most, tree, starts)
         if op in _ASSERTIONS:
-            return self._look(op == "ASSERT", *value, starts)
+            direction, tree = value
+            return self._look(op == "ASSERT", direction, tree, starts)
         ends = 0
         for branch in value[1]:
             ends |= self.after(branch, starts)
