@@ -102,6 +102,6 @@ def read_config(files: AdapterFolder) -> Shared:
 
 def _check_widths(where: str, factor: object) -> None:
     """The tensors tell the widths; this says that the reduction factors are numbers."""
-    for value in factor.values() if isinstance(factor, dict) else (factor,):
+    for value in (factor.values() or [None]) if isinstance(factor, dict) else [factor]:
         if number(where, "reduction_factor", value) <= 0:
             raise ValueError(f"{where} must have a reduction_factor above 0, got {short(value)}")

@@ -215,6 +215,7 @@ def _config(model: nn.Module, places: list[_Place]) -> dict[str, Any]:
     """AdapterHub's configuration for all the adapters."""
     first = places[0].adapter
     for place in places:
+        number(f"save_adapter: {place.path}", "scale", place.adapter.scale)
         for what, value, expected in (
             ("type", type(place.adapter).__name__, type(first).__name__),
             ("activation", place.adapter.activation, first.activation),
@@ -239,7 +240,7 @@ def _config(model: nn.Module, places: list[_Place]) -> dict[str, Any]:
         **{option: sublayer in sublayers[places[0].layer] for sublayer, option in OPTIONS.items()},
         "is_parallel": isinstance(first, ParallelAdapter),
         "non_linearity": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == first.activation),
-        "scaling": float(number("save_adapter: adapters", "scale", first.scale)),
+        "scaling": float(first.scale),
         "reduction_factor": next(iter(factors.values())) if len(set(factors.values())) == 1 else factors,
         "leave_out": [layer for layer in range(layers) if layer not in sublayers],
         "original_ln_before": False,

@@ -50,7 +50,8 @@ def save(model: nn.Module, part: Part, folder: str | os.PathLike[str], task_type
             f"save_adapter: task_type must be given for a {type(model).__name__}: without one PEFT builds a model that "
             "ignores the prompt"
         )
-    rows = part.fold().embedding if isinstance(part, PrefixEncoder) else part.weight
+    folded = part.fold() if isinstance(part, PrefixEncoder) and part.mlp is not None else part
+    rows = _rows(folded)
     sizes = _sizes(part)
     width = 2 * sizes.get("num_layers", 0.5) * sizes["token_dim"]
     check_tensor(
@@ -74,10 +75,14 @@ def load(model: nn.Module, part: Part, files: AdapterFolder, strict: bool) -> No
         raise ValueError(f"load_adapter: {files.weights_file} must hold the key {KEY!r}, holds {sorted(files.tensors)}")
     others = {key: tensor for key, tensor in files.tensors.items() if key != KEY}
     head = adapter_folder.head_values(model, files, others, (_BASE, repr(KEY)), _ADAPTERS, strict)
-    rows: Tensor = part.embedding if isinstance(part, PrefixEncoder) else part.weight
+    rows = _rows(part)
     where = f"load_adapter: {files.weights_file}: {KEY!r}"
     check_tensor(where, files.tensors[KEY], tuple(rows.shape))
     write_values([(rows, fitted(where, files.tensors[KEY], rows)), *head])
+
+
+def _rows(part: Part) -> Tensor:
+    return part.embedding if isinstance(part, PrefixEncoder) else part.weight
 
 
 def _sizes(part: Part) -> dict[str, Any]:
