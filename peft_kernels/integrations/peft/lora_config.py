@@ -87,7 +87,7 @@ class Targets(NamedTuple):
         if self.layers is None or isinstance(self.modules, Pattern) or name in self.modules:
             return True
         # The first index in a path is the layer's; later ones count experts.
-        starts = [rf"(?:^|.*?\.){re.escape(container)}" for container in self.containers] or [r".*?\.[^.]*"]
+        starts = [rf"(?:^|.*?\.){container}" for container in self.containers] or [r".*?\.[^.]*"]
         found = next(filter(None, (re.match(rf"{start}\.(\d+)\.", name) for start in starts)), None)
         return found is not None and int(found[1]) in self.layers
 
