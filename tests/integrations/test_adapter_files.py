@@ -19,25 +19,29 @@ def files(request: pytest.FixtureRequest) -> Format:
     return FORMATS[request.param]
 
 
+# Changes of a sound configuration, which ends in a brace and a line break.
 TEXTS = {
-    "nothing": b"",
-    "no UTF-8": b'{"peft_type": "\xff"}',
-    "a byte order mark": b"\xef\xbb\xbf{}",
-    "a list": b"[]",
-    "a number": b"1e999",
-    "cut off": b'{"r": 4, ',
-    "a key twice": b'{"r": 4, "x": {"y": 1, "y": 2}}',
-    "nested": b'{"z": ' + b"[" * 5000 + b"]" * 5000 + b"}",
-    "digits": b'{"r": ' + b"9" * 5000 + b"}",
-    "null": b"null",
+    "nothing": lambda text: b"",
+    "no UTF-8": lambda text: text[:-2] + b', "revision": "\xff"}',
+    "another encoding": lambda text: text.decode().encode("utf-16"),
+    "a byte order mark": lambda text: b"\xef\xbb\xbf" + text,
+    "a list": lambda text: b"[" + text + b"]",
+    "a number": lambda text: b"1e999",
+    "null": lambda text: b"null",
+    "cut off": lambda text: text[:-2],
+    "a key twice": lambda text: text[:-2] + b', "revision": null, "revision": null}',
+    "a key twice inside": lambda text: text[:-2] + b', "revision": [{"y": 1, "y": 1}]}',
+    "nested": lambda text: text[:-2] + b', "revision": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    "digits": lambda text: text[:-2] + b', "revision": ' + b"9" * 5000 + b"}",
 }
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_configuration_that_is_none(files: Format, text: str, tmp_path: Path) -> None:
     files.save(files.make(1.0), tmp_path)
-    (tmp_path / "adapter_config.json").write_bytes(TEXTS[text])
-    assert_refused(files, tmp_path, "adapter_config.json")
+    path = tmp_path / "adapter_config.json"
+    path.write_bytes(TEXTS[text](path.read_bytes()))
+    assert_refused(files, tmp_path, r"adapter_config\.json must (be JSON|hold an object)")
 
 
 GARBAGE = [None, True, "4", [4], {"a": None}, -1, 0, 2.5, 10**9, 10**400, float("nan"), float("inf"), -float("inf"), {}]

@@ -50,10 +50,10 @@ def test_patterns_match_what_re_matches(at_a_dot: bool) -> None:
         try:
             expected = re.compile(whole)
         except re.error:
-            with pytest.raises(ValueError, match="is not supported"):
-                Pattern(text, at_a_dot)
+            with pytest.raises(ValueError, match=r"^here must be .* is not supported"):
+                Pattern("here", text, at_a_dot)
             continue
-        pattern = Pattern(text, at_a_dot)
+        pattern = Pattern("here", text, at_a_dot)
         for _ in range(4):
             name = "".join(draw.choice("ab.x1") for _ in range(draw.randrange(9)))
             assert pattern.match(name) == bool(expected.match(name)), (whole, name)
@@ -84,16 +84,16 @@ EVIL = "a" * 60 + "!"
 def test_no_pattern_runs_for_ever(text: str, at_a_dot: bool) -> None:
     start = time.perf_counter()
     try:
-        Pattern(text, at_a_dot).fullmatch(EVIL)
+        Pattern("here", text, at_a_dot).fullmatch(EVIL)
     except ValueError as error:
-        assert re.search("takes too long|is not supported", str(error))
+        assert re.search("^here must be .*(takes too long|is not supported)", str(error))
     assert time.perf_counter() - start < 10  # re takes years; a second is plenty, and the machine may be busy
 
 
 @pytest.mark.parametrize("text", ["(", "a)", "[", "*", "(?i)a", "(?s:a)", r"(a)\1", "(?>a)", "a*+", r"\p", "(?<=a*)b"])
 def test_what_is_no_pattern(text: str) -> None:
-    with pytest.raises(ValueError, match="is not supported"):
-        Pattern(text)
+    with pytest.raises(ValueError, match=r"^here must be .* is not supported"):
+        Pattern("here", text)
 
 
 NAMES = [
@@ -233,6 +233,17 @@ def test_options_that_are_refused(option: str, value: object, tmp_path: Path) ->
     with pytest.raises(ValueError, match=rf"adapter_config\.json.* {option}"):
         files.load_adapter(model, tmp_path)
     assert bool((model["fc"].lora_A["default"] == 1).all())
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_takes_too_long_names_the_file(option: str, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a" * 50: FusedLoRALinear(2, 2)})
+    files.save_adapter(model, tmp_path)
+    path, text = tmp_path / "adapter_config.json", "((" * 8 + "a*" + "c|a)*" * 8 + ")" * 8 + "b"
+    value = {text: 2} if option.endswith("pattern") else text
+    path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {option} must .* takes too long with 'aaa"):
+        files.load_adapter(model, tmp_path)
 
 
 def test_every_option_of_peft_is_known_or_refused(tmp_path: Path) -> None:

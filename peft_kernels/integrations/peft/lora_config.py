@@ -129,16 +129,9 @@ def _rank(where: str, key: str, value: object) -> int:
 def _table(where: str, option: str, config: Mapping[str, Any], check: Any) -> _Table:
     patterns = typed(where, option, config.get(option), dict, None) or {}
     return [
-        (key, _pattern(where, option, key, at_a_dot=True), check(where, f"{option}[{key!r}]", value))
+        (key, Pattern(f"{where}: {option}", key, at_a_dot=True), check(where, f"{option}[{key!r}]", value))
         for key, value in patterns.items()
     ]
-
-
-def _pattern(where: str, option: str, text: str, at_a_dot: bool = False) -> Pattern:
-    try:
-        return Pattern(text, at_a_dot)
-    except ValueError as error:
-        raise ValueError(f"{where}: {option}: {error}") from None
 
 
 def _look_up(table: _Table, name: str, default: float) -> float:
@@ -165,7 +158,7 @@ def _named(where: str, option: str, config: Mapping[str, Any], literal: bool = F
     value = typed(where, option, config.get(option), str, list, None)
     if isinstance(value, str) and not literal:
         # PEFT's word for what depends on the model; it writes the names instead.
-        return None if value.lower() == "all-linear" else _pattern(where, option, value)
+        return None if value.lower() == "all-linear" else Pattern(f"{where}: {option}", value)
     names = (value,) if isinstance(value, str) else tuple(value or ()) if value is not None else None
     for name in names or ():
         if not isinstance(name, str) or (literal and not re.fullmatch(r"[\w.]*", name)):

@@ -32,6 +32,7 @@ class Pattern:
     """A regular expression as ``re`` has it, without flags, back references, atomic groups and possessive quantifiers.
 
     Args:
+        where: how the text of an error begins.
         text: the expression.
         at_a_dot: PEFT's rule for ranks and alphas: it must match the whole name, or its end after a dot.
 
@@ -39,8 +40,8 @@ class Pattern:
         ValueError: it is none, or has one of these.
     """
 
-    def __init__(self, text: str, at_a_dot: bool = False) -> None:
-        self._text = text
+    def __init__(self, where: str, text: str, at_a_dot: bool = False) -> None:
+        self._name = f"{where} must be a regular expression that can be matched in time: {short(text)}"
         text = rf"(.*\.)?({text})$" if at_a_dot else text
         try:
             self._tree = _parser.parse(text)
@@ -48,7 +49,7 @@ class Pattern:
             # Without a choice but the prefix's there is next to nothing to try twice, and re is much faster.
             self._compiled = re.compile(text) if choices == 2 * at_a_dot else None
         except (re.error, OverflowError, RecursionError, _UnsupportedError) as error:
-            raise ValueError(f"the pattern {short(self._text)} is not supported: {error}") from error
+            raise ValueError(f"{self._name} is not supported: {error}") from error
 
     def match(self, name: str) -> bool:
         """Whether ``re.match`` would match.
@@ -66,7 +67,7 @@ class Pattern:
         try:
             return _Matcher(name).after(self._tree, 1)
         except (_UnsupportedError, RecursionError):
-            raise ValueError(f"the pattern {short(self._text)} takes too long to match with {name!r}") from None
+            raise ValueError(f"{self._name} takes too long with {name!r}") from None
 
 
 class _UnsupportedError(Exception):
