@@ -6,7 +6,7 @@ report.py                           what apply found, and what fell back since
 rules.py                            the reasons for fallbacks, and docs/integrations.md's tables of them
 sites.py                            what is swapped as one, and the swap itself
 hooks.py                            hooks on other libraries' modules
-file_readers.py                     reading adapter files
+adapter_files.py                    reading and writing other libraries' adapter folders
 
 Imports: shared files <- transformers/ <- peft/, and shared files <- adapterhub/. PEFT's prefixes run on transformers'.
 """

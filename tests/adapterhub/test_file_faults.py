@@ -131,8 +131,36 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "learned scaling": (
         lambda f: edit_config(f, "scaling", "learned"),
         ValueError,
-        "must have a number scaling, got 'learned'",
+        "must have a finite number as scaling, got 'learned'",
     ),
+    "a sublayer without adapters": (
+        lambda f: edit_config(f, "mh_adapter", False),
+        ValueError,
+        r"must set mh_adapter and not leave out layer 0, since .* at bert\.encoder\.layer\.0\.attention\.output",
+    ),
+    "a layer that is left out": (
+        lambda f: edit_config(f, "leave_out", [1]),
+        ValueError,
+        r"not leave out layer 1, since pytorch_adapter\.bin holds an adapter",
+    ),
+    **{
+        f"{option} of another type": (
+            lambda f, option=option, value=value: edit_config(f, option, value),
+            ValueError,
+            rf"adapter_config\.json must .*{option}",
+        )
+        for option, value in {
+            "is_parallel": "no",
+            "mh_adapter": 1,
+            "output_adapter": None,
+            "leave_out": {"0": True},
+            "original_ln_after": 1,
+            "original_ln_before": "no",
+            "residual_before_ln": 0,
+            "non_linearity": ["relu"],
+            "reduction_factor": {"0": "x"},
+        }.items()
+    },
     "the other type": (
         lambda f: edit_config(f, "is_parallel", True),
         ValueError,
@@ -187,6 +215,21 @@ def test_faults_are_named_and_change_nothing(fault: str, tmp_path: Path) -> None
         assert_bitwise(name, tensor, before[name])
     inserted = [module for module in model.modules() if isinstance(module, SerialAdapter)]
     assert {(module.scale, module.activation) for module in inserted} == {(1.0, "relu")}
+
+
+def test_what_only_one_side_has(tmp_path: Path) -> None:
+    """It is left out, or as it is, where that is asked for."""
+    save_adapter(with_adapters(layers=(0,)), tmp_path, "task")
+    model = with_adapters(layers=(0, 1))
+    randomize(model, 9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"must hold 'bert\.encoder\.layer\.1\..*', which it lacks"):
+        load_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, strict=False)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".adapters." in name and ".layer.0." in name}
+    with pytest.raises(ValueError, match="must hold an adapter that the model has, holds none"):
+        load_adapter(with_adapters(layers=(1,)), tmp_path, strict=False)
 
 
 def test_the_pickled_code_is_one_that_runs(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: _write(f, "peft_type", "LOHA"), ValueError, r"must have peft_type 'LORA' or .*, got 'LOHA'"),
         (lambda f: _write(f, "use_dora", True), ValueError, "must not set use_dora, got True"),
         (lambda f: _write(f, "modules_to_save", ["lm_head"]), ValueError, "must not set modules_to_save"),
-        (lambda f: _write(f, "r", "four"), ValueError, "must have a number r, got 'four'"),
+        (lambda f: _write(f, "r", "four"), ValueError, "must have r of type int, got 'four'"),
         (lambda f: _write(f, "r", 5), ValueError, r"lora_A must be floating \(5, \d+\), got torch\.float32 \(4, \d+\)"),
         (lambda f: _tensors(f, lambda t: t.pop(FIRST)), ValueError, "q_proj must have lora_A and lora_B, lacks lora_A"),
         (lambda f: _tensors(f, lambda t: t.clear()), ValueError, "at least one layer, holds none"),

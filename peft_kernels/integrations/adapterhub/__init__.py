@@ -7,6 +7,7 @@ layers.py       AdapterHub's bottlenecks: class swap, eligibility, the fused for
 rules.py        the reasons for fallbacks, readable where AdapterHub is not installed
 deferred.py     results that are made when they are read
 files.py        adapter files for models with SerialAdapter and ParallelAdapter
+file_config.py  their configurations
 activations.py  AdapterHub's names for activations
 """
 

@@ -9,6 +9,7 @@ configurations "double_seq_bn" (SerialAdapter) and "par_bn" (ParallelAdapter), a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,18 @@ from torch import Tensor, nn
 
 from peft_kernels.adapter import ParallelAdapter, SerialAdapter
 from peft_kernels.adapter.insertion import ATTRIBUTE
-from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS, BEFORE_VERSIONS
-from peft_kernels.integrations.file_readers import read_json_object, read_tensors
+from peft_kernels.integrations.adapter_files import (
+    AdapterFolder,
+    check_tensor,
+    fitted,
+    is_plain,
+    number,
+    read_folder,
+    write_folder,
+    write_values,
+)
+from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
+from peft_kernels.integrations.adapterhub.file_config import OPTIONS, Adapter, Shared, read_config
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "pytorch_adapter.bin"
@@ -33,23 +44,6 @@ LOCATIONS: dict[str, dict[str, str]] = {
     "GPT2Block": {"attention": "attention_adapters", "feed_forward": "output_adapters"},
     "LlamaDecoderLayer": {"attention": "attention_adapters", "feed_forward": "output_adapters"},
 }
-_OPTIONS = {"attention": "mh_adapter", "feed_forward": "output_adapter"}
-
-# What a configuration may ask for that these modules have no place for; each must be absent or empty.
-_UNSUPPORTED = (
-    "architecture",
-    "ln_before",
-    "ln_after",
-    "use_gating",
-    "phm_layer",
-    "inv_adapter",
-    "invertible_adapter",
-    "cross_adapter",
-    "stochastic_depth",
-    "dropout",
-)
-
-_Adapter = SerialAdapter | ParallelAdapter
 
 
 class _Place(NamedTuple):
@@ -66,20 +60,12 @@ class _Place(NamedTuple):
     layer: int
     sublayer: str
     path: str
-    adapter: _Adapter
-
-
-class _Shared(NamedTuple):
-    """What all adapters of a file have in common."""
-
-    kind: type[_Adapter]
-    activation: str
-    scale: float
+    adapter: Adapter
 
 
 def save_adapter(
     model: nn.Module,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     adapter_name: str = "default",
     *,
     locations: Mapping[str, str] | None = None,
@@ -90,8 +76,9 @@ def save_adapter(
     Args:
         model: a model of transformers', whose blocks have SerialAdapters or ParallelAdapters, named "attention" and
             "feed_forward".
-        folder: is made if it does not exist. The configuration and the weights that lie there are replaced.
-        adapter_name: what AdapterHub is to call it.
+        folder: is made if it does not exist. The configuration and the weights that lie there are replaced together,
+            and whole after an error.
+        adapter_name: what AdapterHub is to call it: a name that an nn.ModuleDict takes.
         locations: where AdapterHub keeps the adapters within a block, by sublayer; None knows BertLayer, GPT2Block and
             LlamaDecoderLayer.
         use_safetensors: write ``adapter.safetensors``, which AdapterHub reads if it is told so, instead of
@@ -99,8 +86,12 @@ def save_adapter(
 
     Raises:
         ValueError: there are no such adapters, or one configuration cannot express them all: types, activations or
-            scales differ, layers have adapters at different sublayers, or a layer's two have different widths.
+            scales differ, layers have adapters at different sublayers, or a layer's two have different widths; or the
+            name or ``folder`` cannot be one, or a tensor is sharded or without values.
+        OSError: the files cannot be written.
     """
+    if not isinstance(adapter_name, str) or adapter_name in ("", *dir(nn.ModuleDict())) or "." in adapter_name:
+        raise ValueError(f"save_adapter: adapter_name must be a name for an nn.ModuleDict, got {adapter_name!r}")
     places = _places(model, "save_adapter", locations)
     config = {
         "config": _config(model, places),
@@ -111,58 +102,57 @@ def save_adapter(
         "name": adapter_name,
         "version": _VERSION,
     }
-    tensors = {}
-    for place in places:
-        for suffix, linear, part in _parts(place.adapter):
-            value = getattr(linear, part)
-            # AdapterHub's adapters always have biases.
-            value = torch.zeros(linear.out_features, dtype=linear.weight.dtype) if value is None else value
-            tensors[f"{place.path}.adapters.{adapter_name}.{suffix}"] = value.detach().cpu().clone()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS_FILE, SAFE_WEIGHTS_FILE):
-        (folder / name).unlink(missing_ok=True)
-    if use_safetensors:
-        from safetensors.torch import save_file
+    tensors = _tensors(places, adapter_name)
 
-        save_file(tensors, folder / SAFE_WEIGHTS_FILE, metadata={"format": "pt"})
-    else:
-        torch.save(tensors, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    def write(path: Path) -> None:
+        if use_safetensors:
+            from safetensors.torch import save_file
+
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, path)
+
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    weights, obsolete = (SAFE_WEIGHTS_FILE, WEIGHTS_FILE) if use_safetensors else (WEIGHTS_FILE, SAFE_WEIGHTS_FILE)
+    write_folder("save_adapter", folder, (CONFIG_FILE, text), (weights, write), (obsolete,))
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, locations: Mapping[str, str] | None = None) -> None:
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    locations: Mapping[str, str] | None = None,
+    strict: bool = True,
+) -> None:
     """Read an adapter of AdapterHub's into the adapters that ``insert_adapters`` put into a model.
 
     They take the file's weights, activation and scale. Everything is read and checked before the first one is touched.
 
     Args:
         model: has an adapter of the file's type and width at every place that the file names, and at no other.
-        folder: holds ``adapter_config.json``, and ``adapter.safetensors`` or else ``pytorch_adapter.bin``; the latter
-            is unpickled with ``weights_only``.
+        folder: a local folder with ``adapter_config.json``, and ``adapter.safetensors`` or else
+            ``pytorch_adapter.bin``; the latter is unpickled with ``weights_only``.
         locations: as ``save_adapter``'s.
+        strict: False leaves out what only the file has, and leaves as it is what only the model has.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: the folder or a file is missing.
         ValueError: a file is damaged, holds another kind of adapter, or does not fit the model. The text names the file
             or key, what it must be and what it was. The model is as it was.
     """
-    folder = Path(folder)
+    files = read_folder("load_adapter", folder, CONFIG_FILE, SAFE_WEIGHTS_FILE, WEIGHTS_FILE)
     places = _places(model, "load_adapter", locations)
-    name, shared = _read_config(folder / CONFIG_FILE)
-    weights_file, tensors = read_tensors("load_adapter", folder, SAFE_WEIGHTS_FILE, WEIGHTS_FILE)
+    shared = read_config(files)
     for place in places:
         if not isinstance(place.adapter, shared.kind):
             raise ValueError(
-                f"load_adapter: {folder / CONFIG_FILE} is of {shared.kind.__name__}s, "
+                f"load_adapter: {files.config_file} is of {shared.kind.__name__}s, "
                 f"the model has a {type(place.adapter).__name__} at {place.path}"
             )
-    values = _matched(weights_file, tensors, places, name, getattr(model, "base_model_prefix", ""))
+    places, values = _matched(files, places, shared, getattr(model, "base_model_prefix", ""), strict)
     for place in places:
         place.adapter.activation, place.adapter.scale = shared.activation, shared.scale
-    for parameter, value in values:
-        # In place, for an optimizer that holds the parameter.
-        parameter.data.copy_(value)
+    write_values(values)
 
 
 def _places(model: nn.Module, caller: str, locations: Mapping[str, str] | None) -> list[_Place]:
@@ -189,23 +179,43 @@ def _location(caller: str, path: str, block: nn.Module, sublayer: str, locations
             f"{caller}: the blocks must be one of {', '.join(LOCATIONS)} unless locations are given, "
             f"got {type(block).__name__}"
         )
-    if sublayer not in _OPTIONS or sublayer not in known:
-        raise ValueError(f"{caller}: adapters must be named after {', '.join(_OPTIONS)}, {path} has {sublayer!r}")
+    if sublayer not in OPTIONS or sublayer not in known:
+        raise ValueError(f"{caller}: adapters must be named after {', '.join(OPTIONS)}, {path} has {sublayer!r}")
     if not path.rpartition(".")[2].isdecimal():
         raise ValueError(f"{caller}: a block with adapters must be one of a list, got {path!r}")
     return known[sublayer]
 
 
-def _parts(adapter: _Adapter) -> list[tuple[str, nn.Linear, str]]:
+def _parts(adapter: Adapter) -> list[tuple[str, nn.Linear, str]]:
     """(end of AdapterHub's key, linear layer, name of its parameter)."""
     linears = {"adapter_down.0": adapter.down, "adapter_up": adapter.up}
     return [(f"{key}.{part}", linear, part) for key, linear in linears.items() for part in ("weight", "bias")]
+
+
+def _tensors(places: list[_Place], name: str) -> dict[str, Tensor]:
+    """A file's tensors by key."""
+    tensors = {}
+    for place in places:
+        for suffix, linear, part in _parts(place.adapter):
+            key, value = f"{place.path}.adapters.{name}.{suffix}", getattr(linear, part)
+            # AdapterHub's adapters always have biases.
+            value = torch.zeros(linear.out_features, dtype=linear.weight.dtype) if value is None else value
+            check_tensor(f"save_adapter: {key} (whole: gather one that is sharded)", value, _shape(linear, part))
+            if not is_plain(value):
+                raise ValueError(f"save_adapter: {key} must be a dense tensor with values, is a {type(value).__name__}")
+            tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def _shape(linear: nn.Linear, part: str) -> tuple[int, ...]:
+    return (linear.out_features, linear.in_features) if part == "weight" else (linear.out_features,)
 
 
 def _config(model: nn.Module, places: list[_Place]) -> dict[str, Any]:
     """AdapterHub's configuration for all the adapters."""
     first = places[0].adapter
     for place in places:
+        number(f"save_adapter: {place.path}", "scale", place.adapter.scale)
         for what, value, expected in (
             ("type", type(place.adapter).__name__, type(first).__name__),
             ("activation", place.adapter.activation, first.activation),
@@ -227,7 +237,7 @@ def _config(model: nn.Module, places: list[_Place]) -> dict[str, Any]:
     factors = {str(layer): _reduction_factor(hidden, min(width)) for layer, width in widths.items()}
     layers = len(list(model.get_submodule(places[0].blocks).children()))
     return {
-        **{option: sublayer in sublayers[places[0].layer] for sublayer, option in _OPTIONS.items()},
+        **{option: sublayer in sublayers[places[0].layer] for sublayer, option in OPTIONS.items()},
         "is_parallel": isinstance(first, ParallelAdapter),
         "non_linearity": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == first.activation),
         "scaling": float(first.scale),
@@ -248,68 +258,50 @@ def _reduction_factor(hidden: int, width: int) -> float:
     return hidden / width if hidden % width == 0 else hidden / (width + 0.5)
 
 
-def _read_config(path: Path) -> tuple[str, _Shared]:
-    """The adapter's name in the file, and what its adapters share."""
-    where = f"load_adapter: {path}"
-    outer = read_json_object("load_adapter", path)
-    name, config = outer.get("name"), outer.get("config")
-    if not isinstance(name, str) or not isinstance(config, dict):
-        raise ValueError(f"{where} must have a name and an object config, got {name!r} and a {type(config).__name__}")
-    for option in _UNSUPPORTED:
-        if config.get(option):
-            raise ValueError(f"{where} must not set {option}, got {config[option]!r}")
-    parallel = config.get("is_parallel", False)
-    if not config.get("original_ln_after", True):
-        raise ValueError(f"{where} must set original_ln_after, got False")
-    # A parallel adapter reads none of the two.
-    for option, refused in (("original_ln_before", True), ("residual_before_ln", "post_add")):
-        if not parallel and config.get(option) == refused:
-            raise ValueError(f"{where} must not set {option} to {refused!r}: SerialAdapter reads the sublayer's output")
-    activation = str(config.get("non_linearity")).lower()
-    if "version" not in outer:
-        activation = BEFORE_VERSIONS.get(activation, activation)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{where} must have a non_linearity of {', '.join(ACTIVATIONS)}, got {config.get('non_linearity')!r}"
-        )
-    scale = config.get("scaling", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise ValueError(f"{where} must have a number scaling, got {scale!r}")
-    return name, _Shared(ParallelAdapter if parallel else SerialAdapter, ACTIVATIONS[activation], float(scale))
-
-
 def _matched(
-    path: Path, tensors: Mapping[str, Tensor], places: list[_Place], name: str, prefix: str
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each parameter with its value, after every check. The base model's own prefix may stand or not, on both sides."""
+    files: AdapterFolder, places: list[_Place], shared: Shared, prefix: str, strict: bool
+) -> tuple[list[_Place], list[tuple[Tensor, Tensor]]]:
+    """The places that the file is for, and each parameter with its value, after every check.
+
+    The base model's own prefix may stand or not, on both sides.
+    """
+    path, tensors = files.weights_file, files.tensors
 
     def without_prefix(key: str) -> str:
         return key.removeprefix(f"{prefix}.") if prefix else key
 
     given = {without_prefix(key): key for key in tensors}
-    wanted = {}
-    for place in places:
-        for suffix, linear, part in _parts(place.adapter):
-            key = f"{place.path}.adapters.{name}.{suffix}"
-            wanted[without_prefix(key)] = key, linear, part
     if len(given) < len(tensors):
         raise ValueError(f"load_adapter: {path} must hold each tensor once, holds some with and without '{prefix}.'")
-    for short in sorted(given.keys() - wanted.keys()):
+    keys = {
+        place: [f"{place.path}.adapters.{shared.name}.{end}" for end, *_ in _parts(place.adapter)] for place in places
+    }
+    wanted = {without_prefix(key) for place in places for key in keys[place]}
+    for short_key in sorted(given.keys() - wanted) if strict else ():
         raise ValueError(
-            f"load_adapter: {path}: key {given[short]!r} must name an adapter of the model, which has none there"
+            f"load_adapter: {path}: key {given[short_key]!r} must name an adapter of the model, which has none there"
         )
-    values = []
-    for short, (key, linear, part) in wanted.items():
-        if short not in given:
-            raise ValueError(f"load_adapter: {path} must hold {key!r}, which it lacks")
-        value, parameter = tensors[given[short]], getattr(linear, part)
-        shape = (linear.out_features, linear.in_features) if part == "weight" else (linear.out_features,)
-        if tuple(value.shape) != shape or not value.is_floating_point():
+    values: list[tuple[Tensor, Tensor]] = []
+    chosen = []
+    for place in places:
+        there = [without_prefix(key) in given for key in keys[place]]
+        if not strict and not any(there):
+            continue
+        if not all(there):
+            raise ValueError(f"load_adapter: {path} must hold {keys[place][there.index(False)]!r}, which it lacks")
+        if place.sublayer not in shared.sublayers or place.layer in shared.left_out:
             raise ValueError(
-                f"load_adapter: {path}: {key} must be floating {shape}, got {value.dtype} {tuple(value.shape)}"
+                f"load_adapter: {files.config_file} must set {OPTIONS[place.sublayer]} and not leave out layer "
+                f"{place.layer}, since {path.name} holds an adapter at {place.path}"
             )
-        if parameter is not None:
-            values.append((parameter, value))
-        elif value.any():
-            raise ValueError(f"load_adapter: {path}: {key} must be zero, since the model's adapter has no bias")
-    return values
+        chosen.append(place)
+        for key, (_, linear, part) in zip(keys[place], _parts(place.adapter), strict=True):
+            value, parameter = tensors[given[without_prefix(key)]], getattr(linear, part)
+            check_tensor(f"load_adapter: {path}: {key}", value, _shape(linear, part))
+            if parameter is not None:
+                values.append((parameter, fitted(f"load_adapter: {path}: {key}", value, parameter)))
+            elif fitted(key, value, linear.weight).any():
+                raise ValueError(f"load_adapter: {path}: {key} must be zero, since the model's adapter has no bias")
+    if not chosen:
+        raise ValueError(f"load_adapter: {path} must hold an adapter that the model has, holds none")
+    return chosen, values

@@ -6,8 +6,10 @@ layers.py          PEFT's LoRA layers: class swap, eligibility, the fused forwar
 prompts.py         PEFT's prefix and prompt tuning models: class swap, eligibility, what replaces the repeated prompt
 prefixes.py        the same models' prefixes, and the hooks that carry them
 files.py           save_adapter and load_adapter
-adapter_folder.py  the two files of an adapter
+adapter_folder.py  the two files of an adapter, and what they say of its base model
 lora_files.py      LoRA files for models built from FusedLoRALinear
+lora_config.py     the configurations of these
+patterns.py        regular expressions in them
 prompt_files.py    prefix and prompt files for PrefixEncoder and PromptEmbedding
 """
 

@@ -1,50 +1,32 @@
 """PEFT's LoRA files for models with FusedLoRALinear layers: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 A file that is written here loads in PEFT on the same model with plain linear layers, and the other way round. Keys are
-``base_model.model.<path>.lora_A.weight`` (r, K) and ``.lora_B.weight`` (N, r), without the adapter's name.
+``base_model.model.<path>.lora_A.weight`` (r, K) and ``.lora_B.weight`` (N, r), without the adapter's name; a model with
+a task's head has it beside them, as ``base_model.model.<path>``.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import os
+import warnings
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from peft_kernels.integrations.adapter_files import AdapterFolder, check_tensor, fitted, write_values
 from peft_kernels.integrations.peft import adapter_folder
+from peft_kernels.integrations.peft.lora_config import Targets, make_config, read_config
 from peft_kernels.lora import FusedLoRALinear
 
 _PREFIX = "base_model.model."
-_FACTORS = {".lora_A.weight": 0, ".lora_B.weight": 1}
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+_KEYS = (_PREFIX, f"{_PREFIX}<path>.lora_A.weight or lora_B's")
+_ADAPTERS = (FusedLoRALinear,)
 
-# What a configuration may ask for that plain LoRA on a linear layer has no place for; each must be absent or empty.
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "layer_replication",
-    "megatron_config",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_qalora",
-    "use_bdlora",
-)
+_Pair = tuple[Tensor, Tensor]
 
 
-class _Adapter(NamedTuple):
-    """One layer's part of a file."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-
-
-def save(model: nn.Module, folder: str | Path, adapter_name: str) -> None:
+def save(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str, task_type: str | None) -> None:
     """See ``peft.save_adapter``.
 
     Raises:
@@ -56,125 +38,118 @@ def save(model: nn.Module, folder: str | Path, adapter_name: str) -> None:
         raise KeyError(f"save_adapter: no FusedLoRALinear has an adapter {adapter_name!r}")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name]
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name]
-    adapter_folder.write(folder, _config(layers, adapter_name), tensors)
+        factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        r = max(1, factors[0].shape[0])
+        for end, factor, shape in zip(_FACTORS, factors, _shapes(layer, r), strict=True):
+            check_tensor(f"save_adapter: {name}{end} (whole: gather one that is sharded)", factor, shape)
+            tensors[f"{_PREFIX}{name}{end}"] = factor
+    task, head = adapter_folder.task_and_head(model, task_type, _ADAPTERS)
+    others = (name for name, _ in model.named_modules() if name not in layers)
+    config = {**make_config(layers, adapter_name, others), **adapter_folder.base_of(model, task, head)}
+    adapter_folder.write(folder, config, {**tensors, **{f"{_PREFIX}{name}": value for name, value in head.items()}})
 
 
-def load(model: nn.Module, folder: Path, config: Mapping[str, Any], adapter_name: str) -> None:
+def load(model: nn.Module, files: AdapterFolder, adapter_name: str, strict: bool) -> None:
     """See ``peft.load_adapter``."""
-    _check_config(folder / adapter_folder.CONFIG_FILE, config)
-    layers = _layers(model)
-    adapters = _adapters(folder, adapter_folder.read_tensors(folder), config, layers)
-    for name in adapters:
+    config, layers = read_config(files), _layers(model)
+    factors, others = _split(files)
+    if strict:
+        _check_names(files, factors.keys(), layers, config.targets, adapter_name)
+    chosen = [name for name in factors if name in layers and config.targets.include(name) is not False]
+    if not chosen:
+        raise ValueError(f"load_adapter: {files.weights_file} must hold factors of at least one layer, holds none")
+    pairs = {name: _pair(files, name, factors[name], _shapes(layers[name], config.rank(name))) for name in chosen}
+    for name in pairs:
         if layers[name].merged:
             raise ValueError(f"load_adapter: {name} is merged; call unmerge() before loading")
-    for name, adapter in adapters.items():
-        _put(layers[name], adapter_name, adapter)
+    scalings = {name: config.scaling(name) for name in pairs}
+    head = adapter_folder.head_values(model, files, others, _KEYS, _ADAPTERS, strict)
+    _put({layers[name]: pair for name, pair in pairs.items()}, adapter_name, head)
+    for name, scaling in scalings.items():
+        layers[name].scaling[adapter_name] = scaling
 
 
 def _layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRALinear)}
 
 
-def _config(layers: Mapping[str, FusedLoRALinear], adapter: str) -> dict[str, Any]:
-    shared = {(layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
-    if len(shared) > 1:
-        raise ValueError(f"save_adapter: layers must share dropout and use_rslora, got {sorted(shared)}")
-    ((dropout, use_rslora),) = shared
-    ranks = {name: layer.lora_A[adapter].shape[0] for name, layer in layers.items()}
-    alphas = {
-        name: layer.scaling[adapter] * (math.sqrt(ranks[name]) if use_rslora else ranks[name])
-        for name, layer in layers.items()
-    }
-    r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "target_modules": sorted(layers),
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-        "lora_dropout": dropout,
-        "use_rslora": use_rslora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
+def _shapes(layer: FusedLoRALinear, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (r, layer.in_features), (layer.out_features, r)
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    for option in _UNSUPPORTED:
-        if config.get(option):
-            raise ValueError(f"load_adapter: {path} must not set {option}, got {config[option]!r}")
-    for option in ("r", "lora_alpha"):
-        if isinstance(config.get(option), bool) or not isinstance(config.get(option), (int, float)):
-            raise ValueError(f"load_adapter: {path} must have a number {option}, got {config.get(option)!r}")
+def _split(files: AdapterFolder) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The factors by layer and end of their key, and all other tensors by key."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in files.tensors.items():
+        end = next((end for end in _FACTORS if key.startswith(_PREFIX) and key.endswith(end)), None)
+        if end is None:
+            others[key] = tensor
+        else:
+            factors.setdefault(key[len(_PREFIX) : -len(end)], {})[end] = tensor
+    return factors, others
 
 
-def _adapters(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], layers: Mapping[str, FusedLoRALinear]
-) -> dict[str, _Adapter]:
-    """Pair the factors by layer, and check them against the layers and the configuration."""
-    factors: dict[str, list[Tensor | None]] = {}
-    for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in _FACTORS if key.endswith(suffix)), None)
-        if suffix is None or not key.startswith(_PREFIX):
-            raise ValueError(f"load_adapter: {folder}: key {key!r} must be {_PREFIX}<path>.lora_A.weight or lora_B's")
-        name = key[len(_PREFIX) : -len(suffix)]
+def _pair(files: AdapterFolder, name: str, given: dict[str, Tensor], shapes: tuple[tuple[int, int], ...]) -> _Pair:
+    where = f"load_adapter: {files.weights_file}: {name}"
+    for end, shape in zip(_FACTORS, shapes, strict=True):
+        factor = end.split(".")[1]
+        if end not in given:
+            raise ValueError(f"{where} must have lora_A and lora_B, lacks {factor}")
+        check_tensor(f"{where}.{factor}", given[end], shape)
+    return given[_FACTORS[0]], given[_FACTORS[1]]
+
+
+def _check_names(
+    files: AdapterFolder,
+    names: Collection[str],
+    layers: Mapping[str, FusedLoRALinear],
+    targets: Targets,
+    adapter_name: str,
+) -> None:
+    """Raise unless the file has every layer that has this adapter, or is to have it, and no other."""
+    where = f"load_adapter: {files.weights_file}"
+    for name in names:
+        key = f"{where}: key '{_PREFIX}{name}{_FACTORS[0]}'"
         if name not in layers:
             raise ValueError(
-                f"load_adapter: {folder}: key {key!r} must name a FusedLoRALinear, the model has none there"
+                f"{key} must name a FusedLoRALinear, the model has none there (strict=False leaves it out)"
             )
-        factors.setdefault(name, [None, None])[_FACTORS[suffix]] = tensor
-    if not factors:
-        raise ValueError(f"load_adapter: {folder} must hold factors of at least one layer, holds none")
-    return {name: _checked(folder, name, a, b, config, layers[name]) for name, (a, b) in factors.items()}
+        if targets.include(name) is False:
+            raise ValueError(f"{key} must be of a layer in target_modules (strict=False leaves it out)")
+    for name, layer in layers.items() if names else ():
+        if name not in names and (adapter_name in layer.scaling or targets.include(name)):
+            why = "the model has this adapter there" if adapter_name in layer.scaling else "it is in target_modules"
+            raise ValueError(f"{where} must hold factors of {name}, since {why} (strict=False leaves it as it is)")
 
 
-def _checked(
-    folder: Path,
-    name: str,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    config: Mapping[str, Any],
-    layer: FusedLoRALinear,
-) -> _Adapter:
-    where = f"load_adapter: {folder}: {name}"
-    if lora_a is None or lora_b is None:
-        raise ValueError(f"{where} must have lora_A and lora_B, lacks {'lora_A' if lora_a is None else 'lora_B'}")
-    r = int(_by_pattern(config.get("rank_pattern"), name, config["r"]))
-    for label, tensor, expected in (
-        ("lora_A", lora_a, (r, layer.in_features)),
-        ("lora_B", lora_b, (layer.out_features, r)),
-    ):
-        if tuple(tensor.shape) != expected or not tensor.is_floating_point():
-            raise ValueError(f"{where}.{label} must be floating {expected}, got {tensor.dtype} {tuple(tensor.shape)}")
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-    return _Adapter(lora_a, lora_b, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """PEFT's rule: a pattern is a regular expression for the whole path, or for its end after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _put(layer: FusedLoRALinear, adapter_name: str, adapter: _Adapter) -> None:
-    r = adapter.lora_a.shape[0]
-    if adapter_name not in layer.scaling:
-        layer.add_adapter(adapter_name, r)
-    for factors, value in ((layer.lora_A, adapter.lora_a), (layer.lora_B, adapter.lora_b)):
-        old = factors[adapter_name]
-        if old.shape == value.shape:
-            # In place, for an optimizer that holds the parameter.
-            old.data.copy_(value)
-        else:
-            factors[adapter_name] = nn.Parameter(value.to(old.device, old.dtype, copy=True), old.requires_grad)
-    layer.scaling[adapter_name] = adapter.scaling
+def _put(pairs: Mapping[FusedLoRALinear, _Pair], adapter_name: str, head: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Write the values, after everything that may fail."""
+    added, copies, replaced = [], list(head), []
+    try:
+        for layer, pair in pairs.items():
+            if adapter_name not in layer.scaling:
+                layer.add_adapter(adapter_name, pair[0].shape[0])
+                added.append(layer)
+            for factors, value in zip((layer.lora_A, layer.lora_B), pair, strict=True):
+                old = factors[adapter_name]
+                if old.dim() != 2:
+                    raise ValueError(f"load_adapter: {adapter_name} must be whole, is {tuple(old.shape)}: gather it")
+                value = fitted(f"load_adapter: {adapter_name}", value, old)
+                if old.shape == value.shape:
+                    copies.append((old, value))
+                else:
+                    replaced.append((factors, nn.Parameter(value.clone(), old.requires_grad)))
+    except BaseException:
+        for layer in added:
+            layer.delete_adapter(adapter_name)
+        raise
+    write_values(copies)
+    for factors, parameter in replaced:
+        factors[adapter_name] = parameter
+    if any(parameter.requires_grad for _, parameter in replaced):
+        warnings.warn(
+            f"load_adapter: adapter {adapter_name!r} has another rank now, and new parameters: an optimizer that was "
+            "made before trains the old ones",
+            stacklevel=4,
+        )
