@@ -45,9 +45,7 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
     return y, z
 
 
-def backward(
-    problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor | None, dy: Tensor, needs: Needs
-) -> Gradients:
+def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
     act = ACTIVATIONS[problem.activation]
     # A sum's gradient has the sum's dtype, the branch's the branch's: autograd casts there too.
@@ -56,7 +54,7 @@ def backward(
     if dy.dtype == torch.float16 and not problem.is_mixed:
         # As eager does: between other factors the scale would meet what has left float16's range.
         scaled, scale = dy * scale, 1.0
-    h = None if z is None else act.value(z)
+    h = act.value(z) if needs.dz or needs.up_weight else z
     dx = dwd = dbd = dwu = dbu = None
     if needs.dz:
         dz = act.backward(_up_transposed(problem, inputs, scaled), z, h).mul_(scale)

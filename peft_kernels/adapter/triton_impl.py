@@ -36,9 +36,7 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
     return launches.wide_product(z, wu.t(), bu, residual, scale, problem.activation, problem.out_dtype), z
 
 
-def backward(
-    problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor | None, dy: Tensor, needs: Needs
-) -> Gradients:
+def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
     launches = _Launches.of(problem)
     dtype = problem.adapter_dtype
