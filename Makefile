@@ -73,15 +73,17 @@ $(STAMP): setup.py pyproject.toml $(CSRC) $(VENV_STAMP)
 
 ## test     run the tests; skipped ones are listed with their reasons
 test: build
-	$(PYTHON) -m pytest tests -n $(WORKERS) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# Without compiles, the emulator, inductor and the demo: what is left says within minutes whether the code still works.
-QUICK := -m "not slow" --ignore=tests/codegen --ignore=tests/examples --ignore=tests/simt --ignore=tests/soak \
+# Without compiles, the emulator, inductor and the demo, and of what Triton's interpreter takes long for with the exact
+# tests alone: what is left says within minutes whether the code still works.
+QUICK := -m "not slow" -k "not (compile or compiled or compiles or inductor or triton and (budget or runs))" \
+  --ignore=tests/benchmarks --ignore=tests/core/test_slices.py --ignore=tests/codegen --ignore=tests/examples --ignore=tests/simt --ignore=tests/soak \
   $(foreach name,adapter/test_csrc adapter/test_cuda lora/test_csrc lora/test_cuda,--ignore-glob='*/$(name)*')
 
 ## quick    run the tests that take no more than seconds each
 quick: build
-	$(PYTHON) -m pytest tests -n $(WORKERS) $(QUICK) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal $(QUICK) $(PYTEST_ARGS)
 
 ## test-adapterhub  run the tests that need AdapterHub, in .venv-adapterhub, which it creates
 test-adapterhub: $(ADAPTERHUB_STAMP)
@@ -90,7 +92,7 @@ test-adapterhub: $(ADAPTERHUB_STAMP)
 
 ## codegen  compile every kernel ahead of time for every architecture, and read the machine code; test takes a part
 codegen: build
-	PEFT_KERNELS_CODEGEN=all $(PYTHON) -m pytest tests/codegen -n $(WORKERS) $(PYTEST_ARGS)
+	PEFT_KERNELS_CODEGEN=all $(PYTHON) -m pytest tests/codegen -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 ## lint     check style and types
 lint: $(VENV_STAMP)

@@ -45,11 +45,10 @@ def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: T
         dx, dz = launches.bottleneck_grad(inputs, z, dy, needs.x)
         dbd = dz.sum(0).to(dtype) if needs.down_bias else None
         if needs.down_weight:
-            dwd, _ = launches.reduce_rows(inputs.x, dz, 1.0, "identity", t_first=False, needs_sums=False)
-    if needs.up_weight:
-        dwu, dbu = launches.reduce_rows(dy, z, inputs.scale, problem.activation, t_first=True, needs_sums=needs.up_bias)
-    elif needs.up_bias:
-        dbu = dy.sum(0, dtype=torch.float32) * inputs.scale
+            dwd, _ = launches.reduce_rows(inputs.x, dz, 1.0, "identity", t_first=False, needs=(True, False))
+    if needs.up_weight or needs.up_bias:
+        asked = needs.up_weight, needs.up_bias
+        dwu, dbu = launches.reduce_rows(dy, z, inputs.scale, problem.activation, t_first=True, needs=asked)
     return Gradients(
         x=dx,
         down_weight=None if dwd is None else dwd.to(dtype),
@@ -133,13 +132,19 @@ class _Launches(NamedTuple):
         return self.wide_product(dz, wd, None, dy if problem.serial else None, 1.0, "identity", problem.dtype), dz
 
     def reduce_rows(
-        self, t: Tensor, u: Tensor, factor: float | Tensor, activation: str, t_first: bool, needs_sums: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """factor * act(u)^T t, or its transpose, and factor * sum t; float32."""
-        problem, (m, c), r = self.problem, t.shape, u.shape[1]
+        self,
+        t: Tensor,
+        u: Tensor,
+        factor: float | Tensor,
+        activation: str,
+        t_first: bool,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """factor * act(u)^T t, or its transpose, and factor * sum t; float32, those that ``needs`` asks for."""
+        problem, (m, c), r = self.problem, t.shape, self.problem.r
         chosen = config.reduce_rows_config(m, c, r, t.dtype, problem.is_mixed, self.hardware)
         return self.bwd.reduce_rows(
-            t, u, factor, activation, t_first, needs_sums, problem.adapter_dtype, self.precisions(torch.float32), chosen
+            t, u, factor, activation, t_first, needs, r, problem.adapter_dtype, self.precisions(torch.float32), chosen
         )
 
 

@@ -6,13 +6,14 @@ import copy
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from peft_kernels import FusedLoRALinear, PrefixEncoder, PromptEmbedding, PromptEnsemble, prefix_attention
 from tests import two_processes
 
-pytestmark = two_processes.MARKS
+pytestmark = [*two_processes.MARKS, pytest.mark.slow]
 
 B, S, H, H_KV, D = 4, 6, 4, 2, 8
 WIDTH, P, N = H * D, 3, 3

@@ -50,6 +50,7 @@ BACKWARD = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "grid"), FORWARD, ids=str)
 def test_forward(case: Case, grid: int) -> None:
     tensors = cases.make(case, CPU)
@@ -260,6 +261,7 @@ def faulty() -> Path:
     return build.build(text + tests + main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_seen(faulty: Path, fault: str) -> None:
     backward = FAULTS[fault][2] == BACKWARD_CONFIG

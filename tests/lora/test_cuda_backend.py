@@ -30,6 +30,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedExtension:
     return emulated_extension.install(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("dtype", "adapter"), HALVES)
 @pytest.mark.parametrize("layout", ["rows", "expanded"])

@@ -86,7 +86,6 @@ def test_autocast_gives_linear_s_dtype(dtype: torch.dtype) -> None:
         ({"bias"}, set(), False),
         (set(), set(), False),
     ],
-    ids=str,
 )
 def test_saves_only_what_a_gradient_needs(needs: set[str], keeps: set[str], keeps_s: bool, p: float) -> None:
     """Beside x and parameters S (M, r) and an 8-byte seed: no mask, no cast or dropped x."""

@@ -67,7 +67,9 @@ def test_peaked_softmax_is_as_accurate_as_torch_s_flash_kernel(dtype: torch.dtyp
     assert_close(run_ours(*given, "triton"), BESIDE_FLASH.run_eager(*given), run_oracle(*given))
 
 
-@pytest.mark.parametrize("name", ["torch-small", "torch-ranges", "torch-fused", "triton-small"])
+@pytest.mark.parametrize(
+    "name", ["torch-small", "torch-ranges", "torch-fused", pytest.param("triton-small", marks=pytest.mark.slow)]
+)
 @settings(max_examples=15, deadline=None)
 @given(
     b=st.integers(1, 2),

@@ -10,6 +10,7 @@ from tests.prompt.cases import BACKENDS, OPERATOR, Case, make
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_large_batch_is_summed_as_well_as_by_torch(backend: str, device: torch.device) -> None:
     """In order and without compensation, float32 sums of so many terms would be several times as wrong."""

@@ -188,8 +188,9 @@ def _product(test: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return got["y"], torch.cat((x.float() @ w.float().t(), torch.zeros(4, 64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", ["32", "128", "64 transposed", "128 transposed"])
-def test_copy_engine_and_tensor_cores_agree(test: str) -> None:
+def test_tma_and_tensor_cores_agree(test: str) -> None:
     """Rows past the end of x read as zeros, and the permutation of one is undone by the other."""
     got, expected = _product(test, "transposed" in test)
     torch.testing.assert_close(got, expected)

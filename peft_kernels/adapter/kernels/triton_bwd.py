@@ -14,6 +14,7 @@ Refused   as triton_fwd.py
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 
 import torch
@@ -72,7 +73,7 @@ def reduce_rows_kernel(
     # strides
     stride_tm, stride_tc, stride_um, stride_os, stride_or, stride_oc,
     # constexprs
-    ACTIVATION: tl.constexpr, NEEDS_SUMS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
+    ACTIVATION: tl.constexpr, NEEDS_PRODUCT: tl.constexpr, NEEDS_SUMS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     OPERAND: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
 ):  # fmt: skip
@@ -90,16 +91,18 @@ def reduce_rows_kernel(
         rows = offs_m.to(tl.int64)[:, None]
         t_offsets = rows * stride_tm + offs_c.to(tl.int64)[None, :] * stride_tc
         t = tl.load(t_ptr + t_offsets, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        u = tl.load(u_ptr + rows * stride_um + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        # Rows past the end meet zeros of t, so that act(0) need not be zero.
-        acc = dot(tl.trans(activate(u, ACTIVATION).to(OPERAND)), t, acc, EXACT, PRECISION)
+        if NEEDS_PRODUCT:
+            u = tl.load(u_ptr + rows * stride_um + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            # Rows past the end meet zeros of t, so that act(0) need not be zero.
+            acc = dot(tl.trans(activate(u, ACTIVATION).to(OPERAND)), t, acc, EXACT, PRECISION)
         if NEEDS_SUMS:
             sums += tl.sum(t.to(tl.float32), axis=0)
 
     scale = load_scalar(factor, FACTOR_IS_TENSOR)
-    out_rows = out_ptr + pid_split.to(tl.int64) * stride_os + offs_r.to(tl.int64)[:, None] * stride_or
-    out_tile = out_rows + offs_c.to(tl.int64)[None, :] * stride_oc
-    tl.store(out_tile, acc * scale, mask=mask_r[:, None] & mask_c[None, :])
+    if NEEDS_PRODUCT:
+        out_rows = out_ptr + pid_split.to(tl.int64) * stride_os + offs_r.to(tl.int64)[:, None] * stride_or
+        out_tile = out_rows + offs_c.to(tl.int64)[None, :] * stride_oc
+        tl.store(out_tile, acc * scale, mask=mask_r[:, None] & mask_c[None, :])
     if NEEDS_SUMS:
         # Every program of the bottleneck's blocks has the same sums.
         tl.store(sums_ptr + pid_split.to(tl.int64) * C + offs_c, sums * scale, mask=mask_c & (pid_r == 0))
@@ -140,34 +143,38 @@ def bottleneck_grad(
 
 def reduce_rows(
     t: Tensor,
-    u: Tensor,
+    u: Tensor | None,
     factor: float | Tensor,
     activation: str,
     t_first: bool,
-    needs_sums: bool,
+    needs: tuple[bool, bool],
+    r: int,
     operand: torch.dtype,
     precisions: tuple[bool, str, str],
     config: ReduceRowsConfig,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch factor * act(u)^T t and return it float32, with factor * sum of t over rows (C,) if that is needed.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch factor * act(u)^T t and factor * the sum of t over rows (C,); return them float32, as ``needs`` asks.
 
     Args:
-        t: (M, C). u: (M, r) float32, contiguous. factor: float or 0-d tensor.
+        t: (M, C). u: (M, r) float32, contiguous, for the product alone. factor: float or 0-d tensor.
         t_first: whether the result is (C, r), as Wu is stored, or (r, C), as Wd is.
         operand: dtype that act(u) is rounded to for the product: the weight's.
     """
-    (m, c), r = t.shape, u.shape[1]
+    (m, c), (needs_product, needs_sums) = t.shape, needs
     exact, precision, _ = precisions
     shape, strides = ((c, r), (1, r)) if t_first else ((r, c), (c, 1))
-    partials = torch.empty(config.SPLIT_M, *shape, dtype=torch.float32, device=t.device)
-    sums = torch.empty(config.SPLIT_M, c, dtype=torch.float32, device=t.device) if needs_sums else None
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=t.device)
+    partials = empty(config.SPLIT_M, *shape) if needs_product else None
+    sums = empty(config.SPLIT_M, c) if needs_sums else None
 
-    grid = (triton.cdiv(c, config.BLOCK_C), triton.cdiv(r, config.BLOCK_R), config.SPLIT_M)
+    grid = (triton.cdiv(c, config.BLOCK_C), triton.cdiv(r, config.BLOCK_R) if needs_product else 1, config.SPLIT_M)
     reduce_rows_kernel[grid](
         t, u, partials, sums, factor,
         m, c, r,
-        t.stride(0), t.stride(1), u.stride(0), partials.stride(0), *strides,
-        ACTIVATION=activation, NEEDS_SUMS=needs_sums, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
+        t.stride(0), t.stride(1), r, c * r, *strides,
+        ACTIVATION=activation, NEEDS_PRODUCT=needs_product, NEEDS_SUMS=needs_sums,
+        FACTOR_IS_TENSOR=isinstance(factor, Tensor),
         OPERAND=_OPERANDS[operand], EXACT=exact, PRECISION=precision, **asdict(config),
     )  # fmt: skip
-    return sum_partials(partials), None if sums is None else sum_partials(sums)
+    product, total = (None if parts is None else sum_partials(parts) for parts in (partials, sums))
+    return product, total

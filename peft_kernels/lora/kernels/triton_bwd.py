@@ -48,8 +48,9 @@ def narrow_and_reduce_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     mask_n, mask_r = offs_n < N, offs_r < R
     scale = load_scalar(factor, FACTOR_IS_TENSOR)
-    b_offsets = offs_n.to(tl.int64)[:, None] * stride_bn + offs_r.to(tl.int64)[None, :] * stride_br
-    b = tl.load(b_ptr + b_offsets, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+    if NEEDS_DS:
+        b_offsets = offs_n.to(tl.int64)[:, None] * stride_bn + offs_r.to(tl.int64)[None, :] * stride_br
+        b = tl.load(b_ptr + b_offsets, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
 
     first, last = split_range(pid_split, M, BLOCK_M, SPLIT_M)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -116,20 +117,21 @@ def reduce_rows_kernel(
 def narrow_and_reduce(
     dy: Tensor,
     s: Tensor | None,
-    b: Tensor,
+    b: Tensor | None,
     factor: float | Tensor,
     needs: tuple[bool, bool, bool],
+    r: int,
     exact: bool,
     config: NarrowAndReduceConfig,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch one pass over dy; return dS (M, r), dB (N, r) and dbias (N,), float32, those that ``needs`` asks for.
 
     Args:
-        dy: (M, N). s: (M, r) float32, contiguous, for dB alone. b: (N, r). factor: float or 0-d tensor.
+        dy: (M, N). s: (M, r) float32, contiguous, for dB alone. b: (N, r), for dS alone. factor: float or 0-d tensor.
         needs: of dS, dB and dbias.
         exact: keep all bits of the float32 operands beside a half-precision dy.
     """
-    (m, n), r = dy.shape, b.shape[1]
+    m, n = dy.shape
     needs_ds, needs_db, needs_dbias = needs
     tiles_n = triton.cdiv(n, config.BLOCK_N)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=dy.device)
@@ -140,7 +142,7 @@ def narrow_and_reduce(
     narrow_and_reduce_kernel[(tiles_n, config.SPLIT_M)](
         dy, s, b, ds, db, dbias, factor,
         m, n, r,
-        dy.stride(0), dy.stride(1), r, b.stride(0), b.stride(1), m * r, n * r, n,
+        dy.stride(0), dy.stride(1), r, *((0, 0) if b is None else b.stride()), m * r, n * r, n,
         NEEDS_DS=needs_ds, NEEDS_DB=needs_db, NEEDS_DBIAS=needs_dbias, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
         EXACT=exact, PRECISION=dot_precision(dy.dtype), **asdict(config),
     )  # fmt: skip

@@ -58,6 +58,7 @@ class _Launches(NamedTuple):
     hardware: Hardware
     dropout: Dropout
     exact: bool
+    r: int
 
     @staticmethod
     def of(problem: LoraLinearProblem, inputs: Inputs) -> _Launches:
@@ -71,6 +72,7 @@ class _Launches(NamedTuple):
             if inputs.seed is not None
             else NO_DROPOUT,
             exact=problem.adapter_dtype != problem.dtype,
+            r=problem.r,
         )
 
     def narrow_product(self, x: Tensor, a: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
@@ -98,11 +100,11 @@ class _Launches(NamedTuple):
         self, dy: Tensor, s: Tensor, b: Tensor, scale: float | Tensor, needs: Needs
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dS, dB and dbias, float32: in one pass over dy, or in one for each where the rank makes that cheaper."""
-        (m, n), r = dy.shape, b.shape[1]
-        needs_ds = needs.x or needs.lora_a
-        if config.reads_dy_once(r) and (needs_ds or needs.lora_b):
-            chosen = config.narrow_and_reduce_config(m, n, r, dy.dtype, self.exact, self.hardware)
-            return self.bwd.narrow_and_reduce(dy, s, b, scale, (needs_ds, needs.lora_b, needs.bias), self.exact, chosen)
+        (m, n), needs_ds = dy.shape, needs.x or needs.lora_a
+        asked = needs_ds, needs.lora_b, needs.bias
+        if config.reads_dy_once(self.r) and any(asked):
+            chosen = config.narrow_and_reduce_config(m, n, self.r, dy.dtype, self.exact, self.hardware)
+            return self.bwd.narrow_and_reduce(dy, s, b, scale, asked, self.r, self.exact, chosen)
         ds = self.narrow_product(dy, b.t(), scale, NO_DROPOUT) if needs_ds else None
         db = self.reduce_rows(dy, s, scale, NO_DROPOUT).t() if needs.lora_b else None
         return ds, db, dy.sum(0, dtype=torch.float32) if needs.bias else None

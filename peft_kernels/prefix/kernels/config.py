@@ -184,7 +184,7 @@ def grad_prefix_config(attention: Attention, hardware: Hardware) -> GradPrefixCo
         block_m, block_n = 32, 16
     block_m, block_n = _rows_at_most(attention, block_m), _keys_at_most(attention.p, block_n)
     owners, batches = (1, attention.b) if attention.shared else (attention.b, 1)
-    tiles = cdiv(attention.p, block_n) * attention.h_kv * owners
+    tiles = max(1, cdiv(attention.p, block_n) * attention.h_kv * owners)
     blocks_m = batches * cdiv(attention.group * attention.s, block_m)
     return GradPrefixConfig(
         BLOCK_M=block_m,
