@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,17 +43,36 @@ def eager_function(module: nn.Module) -> Callable[..., Any] | None:
     return function
 
 
+def makes_masks(model: nn.Module) -> bool:
+    """Whether a model's forward calls one of transformers' functions that make masks."""
+    return _makes_masks(_forward(model))
+
+
+@functools.cache
+def _makes_masks(forward: Any) -> bool:
+    function = _parsed(forward)
+    calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)] if function else []
+    return any(isinstance(call, ast.Name) and re.fullmatch(r"create_\w*masks?\w*", call.id) for call in calls)
+
+
 def _forward(module: nn.Module) -> Any:
     forward = inspect.unwrap(module.__dict__.get("forward", type(module).forward))
     return getattr(forward, "__func__", forward)
 
 
+def _parsed(forward: Any) -> ast.stmt | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        # There is no source, or it does not stand alone.
+        return None
+
+
 @functools.cache
 def _call(forward: Any) -> ast.Call | None:
     """The call of the attention function, if its keys and values are those that the cache returned."""
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
+    function = _parsed(forward)
+    if function is None:
         return None
     interfaces = _interfaces(function)
     calls = [

@@ -72,6 +72,10 @@ _NO_KWARGS = SUPPORT.rule(
     "layers that drop keyword arguments: StableLM, Nemotron",
     "its {part} hands no keyword arguments on to the attention",
 )
+_MASKS_OUTSIDE = SUPPORT.rule(
+    "a text model inside another that makes its masks (Gemma 3), but for SDPA and eager attention",
+    "its masks are made outside of the text model for {name!r}",
+)
 _OTHER_ATTENTION = SUPPORT.rule(
     "a call after `set_attn_implementation`", "the attention implementation was changed to {name!r}"
 )
@@ -117,6 +121,8 @@ def _why_not_attention(model: Any, modules: list[Any]) -> str | None:
     if len({_size(model, module) for module in modules}) > 1 or hasattr(modules[0], "v_head_dim"):
         return _OTHER_SIZES()
     base = backbone(model)
+    if viewed(base.config) is not viewed(modules[0].config) and _implementation(base) not in ("eager", "sdpa"):
+        return _MASKS_OUTSIDE(name=_implementation(base))
     for name, module in base.named_modules():
         inside = any(part is attention for part in module.modules() for attention in modules)
         if inside and not isinstance(module, nn.ModuleList) and not hands_on_arguments(module):
@@ -135,10 +141,15 @@ def attention_modules(model: nn.Module) -> list[Any]:
 
 
 def backbone(model: Any) -> Any:
-    """The innermost model that has all layers: what is around it may call it, or parts of itself, as it likes."""
+    """The outermost model that makes masks for all layers; else the innermost that has them.
+
+    What is around it may call it, or parts of itself, as it likes.
+    """
     layers = attention_modules(model)
     inside = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    return [part for part in inside if attention_modules(part) == layers][-1]
+    inside = [part for part in inside if attention_modules(part) == layers]
+    makers = [part for part in inside if attention_source.makes_masks(part)]
+    return makers[0] if makers else inside[-1]
 
 
 def attach(model: Any, required: bool) -> bool:
@@ -250,7 +261,7 @@ def stores(base: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call without a cache makes one: as transformers decides, but not in training unless asked to."""
     wanted = kwargs.get("use_cache")
     if wanted is None:
-        wanted = getattr(base.config, "use_cache", False) and not (base.training and torch.is_grad_enabled())
+        wanted = getattr(base.config.get_text_config(), "use_cache", False) and not (base.training and torch.is_grad_enabled())
     return bool(wanted) and next(module for module in base.modules() if slot_of(module) is not None).is_causal
 
 
@@ -279,6 +290,8 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     inner, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
     if isinstance(inner, (PrefixCache, EncoderDecoderCache)):
         raise UnsupportedError(f"add_prefix: past_key_values must be a plain cache, got {type(inner).__name__}")
+    if getattr(inner, "is_compileable", False) and any(inner.is_sliding):
+        raise UnsupportedError("add_prefix: no static cache for sliding windows, whose masks leave out the prefix")
     if positions is not None:
         if inner is None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = _packed_mask(base, positions)
@@ -308,7 +321,8 @@ def _packed_mask(base: Any, positions: Tensor) -> Tensor | None:
     packed = find_packed_sequence_indices(positions)
     if packed is None:
         return None
-    if getattr(base.config, "sliding_window", None) or getattr(base.config, "attention_chunk_size", None):
+    text = base.config.get_text_config()
+    if getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None):
         raise UnsupportedError("add_prefix: packed sequences in a model with a sliding window or chunks; pass a mask")
     same = packed[:, None, :, None] == packed[:, None, None, :]
     return same.tril()
@@ -318,6 +332,9 @@ def _widened(attention_mask: Any, length: int) -> Any:
     """A mask with the prefix's columns, where it has one column a key; one with rows of its own is widened later."""
     if attention_mask is None:
         return None
+    if isinstance(attention_mask, dict):
+        # By the kind of layer.
+        return {kind: _widened(one, length) for kind, one in attention_mask.items()}
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise UnsupportedError(f"add_prefix: attention_mask must be a tensor (B, L) or (B, 1, S, L), got {got}")

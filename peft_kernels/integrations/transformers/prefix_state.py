@@ -73,7 +73,7 @@ class LayerPrefixes:
     def __init__(self, compute: Callable[[], Pairs], length: int) -> None:
         self.length = length
         self.taken: set[int] = set()
-        self._updated: dict[int, tuple[Tensor, Tensor]] = {}
+        self._updated: dict[int, tuple[Tensor, Tensor, bool]] = {}
         self._compute, self.pairs = compute, compute()
         self._with_gradients, self._apart = torch.is_grad_enabled(), False
 
@@ -87,13 +87,16 @@ class LayerPrefixes:
         self.taken.clear()
         self._updated.clear()
 
-    def updated(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember what a layer's cache returned until the layer takes its prefix."""
-        self._updated[layer] = key, value
+    def updated(self, layer: int, key: Tensor, value: Tensor, out_of_sight: bool) -> tuple[Tensor, Tensor]:
+        """Remember what a layer's cache returned, until the layer takes its prefix; or that no query sees the prefix."""
+        self._updated[layer] = key, value, out_of_sight
         return key, value
 
-    def take(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return a layer's prefix in its keys' dtype and on their device; float32 stays beside half precision.
+
+        Returns:
+            None where a sliding window has left the prefix behind.
 
         Raises:
             UnsupportedError: the keys and values are not those that the layer's cache returned.
@@ -105,6 +108,8 @@ class LayerPrefixes:
                 "and a prefix would not be treated as they are; take the prefixes off (remove_prefix, revert)"
             )
         self.taken.add(layer)
+        if updated is not None and updated[2]:
+            return None
         if self._with_gradients and not torch.is_grad_enabled():
             self._apart = True
         prefix_k, prefix_v = (self._compute() if self._apart else self.pairs)[layer]
@@ -250,13 +255,20 @@ class PrefixCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """As Cache's; the prefix is not among the results."""
+        out_of_sight = False
         if self._is_counted:
             joined = self.layers[layer_idx].own.update(key_states, value_states)
         elif self.inner is not None:
+            out_of_sight = super().get_mask_sizes(key_states.shape[2], layer_idx)[1] > 0
             joined = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         else:
             joined = key_states, value_states
-        return self.prefixes.updated(layer_idx, *joined)
+        return self.prefixes.updated(layer_idx, *joined, out_of_sight)
+
+    @property
+    def is_initialized(self) -> bool:
+        """As of a cache that holds the prefix."""
+        return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the next one, the prefix's among them."""
@@ -264,11 +276,9 @@ class PrefixCache(Cache):
         return length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Keys that a mask must cover, the prefix's first, and the index of the first."""
+        """Keys that a mask must cover, the prefix's first, and the index of the first.
+
+        A layer that has dropped keys outside of its window has no query that could see the prefix before them.
+        """
         length, offset = super().get_mask_sizes(query_length, layer_idx)
-        if offset:
-            raise UnsupportedError(
-                "prefix_attention: the cache has dropped keys outside of a sliding window, so the prefix is no longer "
-                "next to them; pass past_key_values=DynamicCache(), which keeps all keys"
-            )
-        return self._uncounted + length, 0
+        return (length, self._uncounted + offset) if offset > 0 else (self._uncounted + length, 0)
