@@ -334,13 +334,19 @@ class TestFallbacks:
     @pytest.mark.parametrize("prefixes", [True, False])
     def test_attention_probabilities(self, prefixes: bool) -> None:
         """A call that wants them is PEFT's own, and one without prefixes the model's own."""
-        plain = peft.get_peft_model(task_base("llama", attn_implementation="eager"), build("prefix").active_peft_config)
+        plain = peft.get_peft_model(
+            task_base("llama", _attn_implementation="eager"), build("prefix").active_peft_config
+        )
         fused = copy.deepcopy(plain)
         report = pk.apply(fused)
         arguments = {"input_ids": tokens(), "attention_mask": padding("left"), "output_attentions": True}
-        with nullcontext() if prefixes else fused.disable_adapter(), nullcontext() if prefixes else plain.disable_adapter():
+        with (
+            nullcontext() if prefixes else fused.disable_adapter(),
+            nullcontext() if prefixes else plain.disable_adapter(),
+        ):
             got, expected = fused(**arguments), plain(**arguments)
         compare.assert_bitwise_equal("logits", got.logits, expected.logits)
+        assert len(expected.attentions) == LAYERS
         for one, other in zip(got.attentions, expected.attentions, strict=True):
             compare.assert_bitwise_equal("attentions", one, other)
         assert set(report.fallback_calls) == ({"attention probabilities are not computed"} if prefixes else set())

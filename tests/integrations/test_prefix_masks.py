@@ -195,7 +195,7 @@ class TestSlidingWindow:
 
     @pytest.mark.parametrize("side", ["none", "left"])
     def test_generation_beyond_the_window(self, side: str) -> None:
-        """The window slides over the prefix and leaves it behind, in a cache that drops keys as in one that keeps them."""
+        """The window slides over the prefix and leaves it behind, whether or not the cache drops keys."""
         model, _ = with_prefix("mistral", sliding_window=9)
         options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         options |= {"attention_mask": padding(side), "output_logits": True, "return_dict_in_generate": True}

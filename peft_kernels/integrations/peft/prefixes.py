@@ -40,7 +40,7 @@ _OTHER_LAYERS = SUPPORT.rule(
 )
 _OVER_PREFIX = SUPPORT.rule("a base model with `add_prefix`", "its base model has a prefix of its own (add_prefix)")
 
-# Parts of the model types for which PEFT's cache has the layers that the configuration asks for, all of them plain else.
+# Parts of the model types whose cache has the layers that the configuration asks for; PEFT's others are all plain.
 _CONFIGURED = ("gemma2", "gemma3_text", "gemma4")
 
 
@@ -87,7 +87,7 @@ def cache_of(model: Any, rows: int) -> DynamicCache:
     text = base.config.get_text_config()
     configured = any(part in base.config.model_type for part in _CONFIGURED)
     plain = DynamicCache(config=text).layers if configured else [DynamicLayer() for _ in prefixes.pairs]
-    devices = get_layer_device_map(base) if hasattr(base, "hf_device_map") else {}
+    devices: Any = get_layer_device_map(base) if hasattr(base, "hf_device_map") else {}
     cache.layers = [
         PrefixedLayer(prefixes, index, rows, layer, model.base_model_torch_dtype, devices.get(index))
         for index, layer in enumerate(plain)
@@ -119,8 +119,8 @@ def _pairs(model: Any) -> Pairs:
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take the prefixes out of the cache, which layers may not see, and give them to the attention."""
     kwargs = named_arguments(base, args, kwargs)
-    cache = kwargs.get("past_key_values")
-    prefixes = prefixes_in(cache)
+    cache: Any = kwargs.get("past_key_values")
+    prefixes: Any = prefixes_in(cache)
     reason = None if prefixes is None else prefix_model.why_not_call(base, kwargs)
     if reason is not None:
         count_fallback(prefixes.model, reason)

@@ -19,7 +19,8 @@ from torch import nn
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # What the attention function here understands, or may ignore: tokens' positions, and what masks say already.
 _UNDERSTOOD = {
-    "attention_mask", "dropout", "is_causal", "output_attentions", "position_ids", "scaling", "sliding_window", "softcap",
+    "attention_mask", "dropout", "is_causal", "output_attentions", "position_ids", "scaling", "sliding_window",
+    "softcap",
 }  # fmt: skip
 
 
@@ -94,7 +95,11 @@ def _interfaces(function: ast.AST) -> set[str]:
     """Names of variables that hold the attention function."""
     found = set()
     for node in ast.walk(function):
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None and _INTERFACE in _names(node.value):
+        if (
+            isinstance(node, (ast.Assign, ast.AnnAssign))
+            and node.value is not None
+            and _INTERFACE in _names(node.value)
+        ):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             found |= {target.id for target in targets if isinstance(target, ast.Name)}
     return found

@@ -14,7 +14,8 @@ NAME = "peft_kernels"
 
 def view_of(config: Any, implementation: str) -> Any:
     """Return a view whose attention implementation is this package's, as long as the configuration's is the given."""
-    view = object.__new__(_view_class(type(config)))
+    config_class: Any = type(config)
+    view = object.__new__(_view_class(config_class))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)
     object.__setattr__(view, "_replaced", implementation)

@@ -116,16 +116,16 @@ def attention(
     return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, False, **kwargs)
 
 
-def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+def mask(*args: Any, **kwargs: Any) -> Any:
     """Make the mask that ``attention`` reads, or, in a call without prefixes, the model's own implementation's.
 
     Arguments are those of transformers' ``sdpa_mask``.
     """
-    implementation = NAME if config is None else config._attn_implementation_internal
+    implementation = getattr(kwargs.get("config"), "_attn_implementation_internal", NAME)
     if implementation == NAME or getattr(_calls, "has_prefixes", False):
-        return _mask(*args, config=config, **kwargs)
+        return _mask(*args, **kwargs)
     own = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-    return None if own is None else own(*args, config=config, **kwargs)
+    return None if own is None else own(*args, **kwargs)
 
 
 def _mask(

@@ -52,15 +52,15 @@ _NO_LAYERS = SUPPORT.rule(
     "hybrids with recurrent layers; ALBERT, whose layers are one",
     "not every layer has one self-attention module with the layer's index",
 )
-_OTHER_STATES = SUPPORT.rule(
-    "hybrids whose layers have attention beside a recurrent state (Falcon H1)",
-    "its layers keep more than keys and values of their own",
-)
 _LATENT = SUPPORT.rule("DeepSeek V2 and V3", "its keys and values are compressed (multi-head latent attention)")
 _NO_CACHE = SUPPORT.rule("backbones that cannot decode", "its backbone takes no past_key_values")
 _OTHER_KEYS = SUPPORT.rule(
-    "attention that changes keys or values behind the cache, or takes another layer's: DiffLlama, JetMoe, Gemma 3n and 4",
+    "keys or values changed behind the cache, or taken from another layer: DiffLlama, JetMoe, Gemma 3n and 4",
     "its attention does not attend to the keys and values that its cache returned",
+)
+_OTHER_STATES = SUPPORT.rule(
+    "hybrids whose layers have attention beside a recurrent state (Falcon H1)",
+    "its layers keep more than keys and values of their own",
 )
 _OTHER_ARGUMENTS = SUPPORT.rule(
     "attention sinks, caps and biases", "its attention function takes {names}, which a prefix has no place for"
@@ -105,9 +105,6 @@ def why_not(model: Any) -> str | None:
         return _LATENT()
     if "past_key_values" not in inspect.signature(backbone(model).forward).parameters:
         return _NO_CACHE()
-    layers = DynamicCache(config=text).layers
-    if len(layers) != len(modules) or any(type(layer) not in _KEYS_AND_VALUES for layer in layers):
-        return _OTHER_STATES()
     return _why_not_attention(model, modules)
 
 
@@ -115,6 +112,9 @@ def _why_not_attention(model: Any, modules: list[Any]) -> str | None:
     """Reason that lies in what the attention modules do, or in how they are called."""
     if not all(attention_source.hands_over_its_own(module) for module in modules):
         return _OTHER_KEYS()
+    layers = DynamicCache(config=model.config).layers
+    if len(layers) != len(modules) or any(type(layer) not in _KEYS_AND_VALUES for layer in layers):
+        return _OTHER_STATES()
     names = sorted({name for module in modules for name in attention_source.unknown_arguments(module)})
     if names:
         return _OTHER_ARGUMENTS(names=", ".join(names))
@@ -155,31 +155,35 @@ def backbone(model: Any) -> Any:
 def attach(model: Any, required: bool) -> bool:
     """Mark the attention modules and set their implementation; whether the model had no prefixes before."""
     modules, base = attention_modules(model), backbone(model)
-    slot = slot_of(modules[0])
+    users = _users(modules)
     for module in modules:
-        mark(module, PrefixSlot(module.layer_idx, required) if slot is None else slot._replace(users=slot.users + 1))
-    if slot is None:
+        mark(module, PrefixSlot(module.layer_idx, required, users + 1))
+    if not users:
         views = {id(module.config): view_of(module.config, _implementation(module)) for module in (base, *modules)}
         for module in base.modules():
             if id(getattr(module, "config", None)) in views:
                 module.config = views[id(module.config)]
-    return slot is None
+    return not users
 
 
 def detach(model: Any) -> bool:
     """Undo ``attach``; whether the model has no prefixes any more."""
     modules = attention_modules(model)
-    slot = slot_of(modules[0])
-    last = slot is not None and slot.users == 1
-    for module in modules:
-        if last:
+    users = _users(modules)
+    for module in modules if users else ():
+        if users == 1:
             unmark(module)
-        elif slot is not None:
-            mark(module, slot_of(module)._replace(users=slot.users - 1))
-    for module in backbone(model).modules() if last else ():
+        else:
+            mark(module, PrefixSlot(module.layer_idx, required=False, users=users - 1))
+    for module in backbone(model).modules() if users == 1 else ():
         if hasattr(module, "config"):
             module.config = viewed(module.config)
-    return last
+    return users == 1
+
+
+def _users(modules: list[Any]) -> int:
+    slot = slot_of(modules[0])
+    return 0 if slot is None else slot.users
 
 
 def _implementation(module: Any) -> Any:
@@ -261,7 +265,9 @@ def stores(base: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call without a cache makes one: as transformers decides, but not in training unless asked to."""
     wanted = kwargs.get("use_cache")
     if wanted is None:
-        wanted = getattr(base.config.get_text_config(), "use_cache", False) and not (base.training and torch.is_grad_enabled())
+        wanted = getattr(base.config.get_text_config(), "use_cache", False) and not (
+            base.training and torch.is_grad_enabled()
+        )
     return bool(wanted) and next(module for module in base.modules() if slot_of(module) is not None).is_causal
 
 
@@ -287,7 +293,8 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     interface.begin_call(has_prefixes=True)
     encoder: PrefixEncoder = getattr(base, ENCODER)
     prefixes = LayerPrefixes(encoder, encoder.prefix_length)
-    inner, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+    inner: Any = kwargs.get("past_key_values")
+    positions = kwargs.get("position_ids")
     if isinstance(inner, (PrefixCache, EncoderDecoderCache)):
         raise UnsupportedError(f"add_prefix: past_key_values must be a plain cache, got {type(inner).__name__}")
     if getattr(inner, "is_compileable", False) and any(inner.is_sliding):

@@ -88,7 +88,7 @@ class LayerPrefixes:
         self._updated.clear()
 
     def updated(self, layer: int, key: Tensor, value: Tensor, out_of_sight: bool) -> tuple[Tensor, Tensor]:
-        """Remember what a layer's cache returned, until the layer takes its prefix; or that no query sees the prefix."""
+        """Remember what a layer's cache returned until the layer takes its prefix, and whether no query sees that."""
         self._updated[layer] = key, value, out_of_sight
         return key, value
 
@@ -132,12 +132,15 @@ class PrefixedLayer(DynamicLayer):
         dtype, device: of the prefix's keys and values in it; None is what the prefix has.
     """
 
+    own: Any
+    plain: Any
+
     def __init__(
         self,
         prefixes: LayerPrefixes,
         index: int,
         rows: int,
-        plain: DynamicLayer,
+        plain: Any,
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
@@ -156,7 +159,7 @@ class PrefixedLayer(DynamicLayer):
         plain.update(*prefix)
         if own.is_initialized:
             plain.update(own.keys, own.values)
-        self.__class__ = type(plain)
+        self.__class__: Any = type(plain)
         self.__dict__ = plain.__dict__
 
     def __getattr__(self, name: str) -> Any:
@@ -193,7 +196,7 @@ class PrefixedLayer(DynamicLayer):
         self.values = values
 
     @property
-    def is_sliding(self) -> bool:
+    def is_sliding(self) -> bool:  # type: ignore[override]
         """As that of the layer it stands for."""
         return self.plain.is_sliding
 
@@ -243,6 +246,7 @@ class PrefixCache(Cache):
 
     def __init__(self, prefixes: LayerPrefixes, inner: Cache | None) -> None:
         super().__init__(layers=[])
+        self.layers: list[Any]
         self.prefixes, self.inner = prefixes, inner
         # The inner cache's layers count the prefix themselves.
         self._is_counted = inner is not None and prefixes_in(inner) is prefixes
@@ -263,7 +267,7 @@ class PrefixCache(Cache):
             joined = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         else:
             joined = key_states, value_states
-        return self.prefixes.updated(layer_idx, *joined, out_of_sight)
+        return self.prefixes.updated(layer_idx, joined[0], joined[1], out_of_sight)
 
     @property
     def is_initialized(self) -> bool:

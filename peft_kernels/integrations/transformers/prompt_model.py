@@ -135,9 +135,14 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> Any:
     Positions of a model that makes them itself are left to it, as PEFT does.
     """
     cache, new = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
-    if kwargs.get("is_first_iteration") and new is not None and cache is not None and cache.get_seq_length() > 0:
-        kwargs["next_sequence_length"] = new + first_of(getattr(model, PROMPT)).num_tokens
+    held = cache.get_seq_length() if kwargs.get("is_first_iteration") and cache is not None else 0
+    length = first_of(getattr(model, PROMPT)).num_tokens
+    if held and new is not None:
+        kwargs["next_sequence_length"] = new + length
     prepared: dict[str, Any] = getattr(type(model), _GENERATION)(model, *args, **kwargs)
+    positions = prepared.get("position_ids")
+    if held and positions is not None and prepared.get("attention_mask") is None:
+        _check_continues("position_ids must begin with", held - length, int(positions.flatten()[0]))
     if _counts_its_own_positions(model):
         prepared.pop("position_ids", None)
     return prepared
@@ -192,12 +197,16 @@ def _check_tokens(kwargs: dict[str, Any]) -> None:
     """A mask that covers the tokens before tells whether any of them are missing between the cache and the input."""
     mask, cache = kwargs.get("attention_mask"), kwargs["past_key_values"]
     given = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
-    expected = cache.get_seq_length() + given.shape[1]
-    if mask is not None and mask.shape[1] != expected:
+    if mask is not None:
+        expected = cache.get_seq_length() + given.shape[1]
+        _check_continues("attention_mask must, with the prompt's columns, be of length", expected, mask.shape[1])
+
+
+def _check_continues(what: str, expected: int, got: int) -> None:
+    if got != expected:
         raise UnsupportedError(
-            f"add_prompt: behind a cache of {cache.get_seq_length()} positions, the prompt's among them, "
-            f"attention_mask must cover {expected} with the prompt's, got {mask.shape[1]}; prefill_chunk_size is not "
-            "supported in a second turn"
+            f"add_prompt: behind a cache that holds the prompt {what} {expected}, got {got}: tokens are missing "
+            "between the cache and the input (generate's prefill_chunk_size leaves some out in a second turn)"
         )
 
 
