@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -180,14 +181,17 @@ class TestGetPrompt:
         generate(fused, padding("left"))
         compare.assert_bitwise_equal("prompt", fused.get_prompt(3), plain.get_prompt(3))
 
-    def test_one_replaced_by_another_tool_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = peft.PeftModel.get_prompt
+    @pytest.mark.parametrize("where", ["get_prompt", "encoder"])
+    def test_one_replaced_by_another_tool_runs(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for kind in CONFIGS:
             fused, plain, report = pair(kind)
+            owner = peft.PeftModel if where == "get_prompt" else type(plain.prompt_encoder["default"])
+            name = where if where == "get_prompt" else "forward"
+            original = getattr(owner, name)
             with monkeypatch.context() as patch:
-                patch.setattr(peft.PeftModel, "get_prompt", lambda self, *args, **kwargs: original(self, 3))
+                patch.setattr(owner, name, functools.wraps(original)(lambda *args, o=original, **kw: o(*args, **kw)))
                 torch.testing.assert_close(fused(tokens()).logits, plain(tokens()).logits, **CLOSE)
-                assert set(report.fallback_calls) == {"get_prompt is not PEFT's own"}
+                assert set(report.fallback_calls) == {"get_prompt or its encoder's forward is not PEFT's own"}
 
 
 class TestConfiguration:

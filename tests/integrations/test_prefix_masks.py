@@ -248,8 +248,8 @@ class TestPackedSequences:
 
     def test_masks_of_other_kinds(self) -> None:
         model, _ = with_prefix("llama")
-        with pytest.raises(pk.UnsupportedError, match=r"must be a tensor \(B, L\) or \(B, 1, S, L\), got dict"):
-            model(tokens(), attention_mask={"full_attention": None})
+        with pytest.raises(pk.UnsupportedError, match=r"must be a tensor \(B, L\) or \(B, 1, S, L\), got list"):
+            model(tokens(), attention_mask=[[1] * 7] * 3)
 
 
 @pytest.mark.parametrize("side", ["none", "left"])

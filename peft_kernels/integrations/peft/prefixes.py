@@ -49,11 +49,8 @@ def why_not(model: Any) -> str | None:
     if getattr(model.config, "model_type", None) in TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING:
         return _OTHER_LAYOUT()
     base = model.get_base_model()
-    reason = prefix_model.why_not(base)
-    if reason is not None:
-        return reason
-    slot = slot_of(prefix_model.attention_modules(base)[0])
-    return _OVER_PREFIX() if slot is not None and slot.required else None
+    slots = [slot for slot in map(slot_of, base.modules()) if slot is not None]
+    return _OVER_PREFIX() if slots and slots[0].required else prefix_model.why_not(base)
 
 
 def why_not_call(model: Any) -> str | None:

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import peft
-import peft.peft_model
 import torch
 from peft import PeftType
 from torch import Tensor, nn
@@ -40,7 +39,10 @@ _OTHER_KIND = SUPPORT.rule(
 )
 _NO_TASK = SUPPORT.rule("a model without a task (`task_type=None`)", "it is PEFT's {model}, not one of a task")
 _OTHER_ENCODER = SUPPORT.rule("an encoder of another class", "its encoder is a {encoder}, not PEFT's {expected}")
-_REPLACED = SUPPORT.rule("PEFT's own methods replaced by another tool", "{what} is not PEFT's own")
+_REPLACED = SUPPORT.rule(
+    "`get_prompt` or an encoder's `forward` replaced by another tool",
+    "get_prompt or its encoder's forward is not PEFT's own",
+)
 _HOOKED = SUPPORT.rule("hooks on the encoder or inside it", "there are hooks on its encoder")
 _OTHER_EMBEDDING = SUPPORT.rule(
     "an embedding that is quantized or sharded", "its embedding is not a plain nn.Embedding"
@@ -214,10 +216,8 @@ def _why_not_call(model: Any) -> str | None:
     expected: Any = _ENCODERS[config.peft_type]
     if type(encoder) is not expected:
         return _OTHER_ENCODER(encoder=type(encoder).__name__, expected=expected.__name__)
-    if not _is_from(peft.peft_model, peft.PeftModel.get_prompt):
-        return _REPLACED(what="get_prompt")
-    if not _is_from(sys.modules[expected.__module__], expected.forward):
-        return _REPLACED(what="its encoder's forward")
+    if not (_is_of(peft.PeftModel, peft.PeftModel.get_prompt) and _is_of(expected, expected.forward)):
+        return _REPLACED()
     if any(is_hooked(part) for part in encoder.modules()):
         return _HOOKED()
     if type(encoder.embedding) is not nn.Embedding or type(encoder.embedding.weight) not in (nn.Parameter, Tensor):
@@ -225,5 +225,6 @@ def _why_not_call(model: Any) -> str | None:
     return _prefixes().why_not_call(model) if config.peft_type == PeftType.PREFIX_TUNING else None
 
 
-def _is_from(module: ModuleType, function: Any) -> bool:
-    return getattr(function, "__globals__", None) is vars(module)
+def _is_of(cls: type, function: Any) -> bool:
+    """Whether a function was written where its class was."""
+    return getattr(function, "__globals__", None) is vars(sys.modules[cls.__module__])

@@ -132,12 +132,12 @@ def _why_not_attention(model: Any, modules: list[Any]) -> str | None:
 
 def attention_modules(model: nn.Module) -> list[Any]:
     """The self-attention modules by layer."""
-    found: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
-    ]
+    found: list[Any] = list(filter(_is_attention, model.modules()))
     return sorted(found, key=lambda module: module.layer_idx)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
 
 
 def backbone(model: Any) -> Any:
@@ -230,8 +230,8 @@ def check(caller: str, model: Any) -> None:
 
 def sizes(model: Any) -> tuple[int, int, int]:
     """(num_layers, num_kv_heads, head_dim) of a model that can carry prefixes."""
-    modules = attention_modules(model)
-    return len(modules), *_size(model, modules[0])
+    first = next(filter(_is_attention, model.modules()))
+    return model.config.get_text_config().num_hidden_layers, *_size(model, first)
 
 
 def _size(model: Any, attention: Any) -> tuple[int, int]:
