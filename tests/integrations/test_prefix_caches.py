@@ -238,6 +238,7 @@ class TestConfiguration:
             for model, logits in zip(models, expected, strict=True):
                 torch.testing.assert_close(model(tokens()).logits, logits, **CLOSE)
             pk.revert(models[index])
+            assert bool(base.model._forward_pre_hooks) == (index == order[0]), "the other one is on these kernels still"
         pk.revert(models[0])
         assert all(getattr(module, "config", config) is config for module in base.modules())
         assert not any("slot" in name for module in base.modules() for name in vars(module))
