@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -147,13 +148,6 @@ class TestGeneration:
                 results.append(generate(model, padding(side), **options))
         assert torch.equal(*results)
         assert not report.fallback_calls
-
-    def test_the_prefix_is_not_in_the_cache(self) -> None:
-        fused, plain, _ = pair("prefix")
-        with torch.no_grad():
-            ours, theirs = (m.eval()(tokens(), use_cache=True).past_key_values for m in (fused, plain))
-        assert ours.get_seq_length() == theirs.get_seq_length() == P + 7
-        assert [layer.keys.shape[2] for layer in ours.layers] == [7] * LAYERS
 
     def test_training_fills_no_cache(self) -> None:
         fused, _, _ = pair("prefix")
@@ -327,7 +321,7 @@ class TestFallbacks:
         for model in (fused, plain):
             model.get_base_model().set_attn_implementation("eager")
         _assert_same(fused, plain, inputs("llama", "CAUSAL_LM", True, padding("left")))
-        assert set(report.fallback_calls) == {"the attention implementation is no longer 'peft_kernels'"}
+        assert set(report.fallback_calls) == {"the attention implementation was changed to 'eager'"}
 
     @pytest.mark.parametrize("kind", CONFIGS)
     def test_an_encoder_of_another_kind(self, kind: str) -> None:
@@ -337,10 +331,25 @@ class TestFallbacks:
         _assert_same(fused, plain, {"input_ids": tokens()})
         assert "its encoder is a Derived" in next(iter(report.fallback_calls))
 
-    def test_attention_probabilities(self) -> None:
-        fused, _, _ = pair("prefix")
-        with pytest.raises(pk.UnsupportedError, match="output_attentions is not supported"):
-            fused(tokens(), output_attentions=True)
+    @pytest.mark.parametrize("prefixes", [True, False])
+    def test_attention_probabilities(self, prefixes: bool) -> None:
+        """A call that wants them is PEFT's own, and one without prefixes the model's own."""
+        plain = peft.get_peft_model(
+            task_base("llama", _attn_implementation="eager"), build("prefix").active_peft_config
+        )
+        fused = copy.deepcopy(plain)
+        report = pk.apply(fused)
+        arguments = {"input_ids": tokens(), "attention_mask": padding("left"), "output_attentions": True}
+        with (
+            nullcontext() if prefixes else fused.disable_adapter(),
+            nullcontext() if prefixes else plain.disable_adapter(),
+        ):
+            got, expected = fused(**arguments), plain(**arguments)
+        compare.assert_bitwise_equal("logits", got.logits, expected.logits)
+        assert len(expected.attentions) == LAYERS
+        for one, other in zip(got.attentions, expected.attentions, strict=True):
+            compare.assert_bitwise_equal("attentions", one, other)
+        assert set(report.fallback_calls) == ({"attention probabilities are not computed"} if prefixes else set())
 
     def test_models_that_are_left_alone(self) -> None:
         encoder_decoder = build("prefix", "t5", "SEQ_2_SEQ_LM")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -54,6 +55,12 @@ class TestMaskFunction:
         "custom": (lambda b, h, q, k: (q + k) % 3 > 0, {"allow_is_causal_skip": False}),
     }
 
+    @pytest.fixture(autouse=True)
+    def _a_call_with_prefixes(self) -> Iterator[None]:
+        interface.begin_call(has_prefixes=True)
+        yield
+        interface.begin_call(has_prefixes=False)
+
     @pytest.mark.parametrize("padded", ["no mask", "all ones", "left", "short"])
     @pytest.mark.parametrize(("q_length", "q_offset"), [(7, 0), (1, 6), (3, 4), (3, 0), (3, torch.tensor(4))])
     @pytest.mark.parametrize("pattern", PATTERNS)
@@ -99,7 +106,7 @@ class TestAttentionFunction:
         q, k, v = torch.randn(B, 4, 3, 8), torch.randn(B, 2, L, 8), torch.randn(B, 2, L, 8)
         pair = torch.randn(2, P, 8), torch.randn(2, P, 8)
         module = _Attention()
-        mark(module, PrefixSlot(0, True, "sdpa"))
+        mark(module, PrefixSlot(0, True))
         prefixes = LayerPrefixes(lambda: (pair,), P)
         y, weights = interface.attention(
             module, q, k, v, mask, scaling=0.3, **{interface.ARGUMENT: prefixes, **options}
@@ -186,15 +193,20 @@ class TestSlidingWindow:
         torch.testing.assert_close(logits, expected.detach(), **CLOSE)
         torch.testing.assert_close(next(iter(gradients.values())), encoder.embedding.grad, **CLOSE)
 
-    def test_generation_beyond_the_window(self) -> None:
-        """A cache that drops keys would have to drop the prefix first: it says so, and one that keeps all works."""
+    @pytest.mark.parametrize("side", ["none", "left"])
+    def test_generation_beyond_the_window(self, side: str) -> None:
+        """The window slides over the prefix and leaves it behind, whether or not the cache drops keys."""
         model, _ = with_prefix("mistral", sliding_window=9)
-        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        with pytest.raises(pk.UnsupportedError, match=r"pass past_key_values=DynamicCache\(\)"):
-            model.generate(tokens(), **options)
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        options |= {"attention_mask": padding(side), "output_logits": True, "return_dict_in_generate": True}
         with torch.no_grad():
-            got = model.generate(tokens(), past_key_values=transformers.DynamicCache(), **options)
-            assert torch.equal(got, model.generate(tokens(), use_cache=False, **options))
+            expected = torch.stack(model.generate(tokens(), use_cache=False, **options).logits)
+            for cache in (None, transformers.DynamicCache()):
+                got = model.generate(tokens(), past_key_values=cache, **options)
+                torch.testing.assert_close(torch.stack(got.logits), expected, **CLOSE)
+            assert got.past_key_values.get_seq_length() == 7 + 11
+            with pytest.raises(pk.UnsupportedError, match="no static cache for sliding windows"):
+                model.generate(tokens(), cache_implementation="static", disable_compile=True, **options)
 
 
 class TestPackedSequences:
@@ -236,8 +248,8 @@ class TestPackedSequences:
 
     def test_masks_of_other_kinds(self) -> None:
         model, _ = with_prefix("llama")
-        with pytest.raises(pk.UnsupportedError, match=r"must be a tensor \(B, L\) or \(B, 1, S, L\), got dict"):
-            model(tokens(), attention_mask={"full_attention": None})
+        with pytest.raises(pk.UnsupportedError, match=r"must be a tensor \(B, L\) or \(B, 1, S, L\), got list"):
+            model(tokens(), attention_mask=[[1] * 7] * 3)
 
 
 @pytest.mark.parametrize("side", ["none", "left"])

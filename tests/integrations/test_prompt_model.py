@@ -61,6 +61,83 @@ def test_generation_with_padding() -> None:
         assert torch.equal(padded[row, first:], alone[0])
 
 
+def _turns(model: nn.Module, **options: object) -> tuple[Tensor, Tensor, list[int]]:
+    """First logits of a second turn with and without the first one's cache, and the lengths that the model was fed."""
+    lengths: list[int] = []
+
+    def seen(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        lengths.append((kwargs["inputs_embeds"] if ids is None else ids).shape[1])
+
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    first = model.generate(tokens(), attention_mask=torch.ones_like(tokens()), **options)
+    ids = torch.cat((first.sequences, tokens(seed=1)), dim=1)
+    handle = model.base_model.register_forward_pre_hook(seen, with_kwargs=True)
+    mask = torch.ones_like(ids)
+    with_cache = model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **options)
+    handle.remove()
+    expected = model.generate(ids, attention_mask=mask, **options)
+    return with_cache.logits[0], expected.logits[0], lengths
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+def test_second_turn(architecture: str, copied: bool) -> None:
+    """What is new to the cache of the first turn is fed, all of it and nothing else."""
+    ours, _ = _pair(architecture)
+    got, expected, lengths = _turns(pickle.loads(pickle.dumps(copy.deepcopy(ours))) if copied else ours)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    # The last token of the first turn is not in its cache.
+    assert lengths == [1 + 7, 1, 1, 1]
+
+
+def test_second_turn_in_chunks_is_refused() -> None:
+    ours, _ = _pair()
+    with pytest.raises(pk.UnsupportedError, match="position_ids must begin with 10, got 15: tokens are missing"):
+        _turns(ours, prefill_chunk_size=4)
+
+
+_WITHOUT_KEYWORDS = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "megatron-bert": {"is_decoder": True},
+    "roberta": {"is_decoder": True, "max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("architecture", _WITHOUT_KEYWORDS)
+def test_heads_that_hand_on_no_keywords(architecture: str) -> None:
+    """And those whose positions are made by the model itself, where generate passes some."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(architecture, **sizes, **_WITHOUT_KEYWORDS[architecture])
+    ours = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(ours), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    )
+    prompt = PromptEmbedding(P, HIDDEN, theirs.prompt_encoder["default"].embedding.weight)
+    integration.add_prompt(ours, prompt)
+    for side in ("none", "left"):
+        arguments = inputs(architecture, "CAUSAL_LM", True, padding(side))
+        torch.testing.assert_close(ours(**arguments).logits, theirs.eval()(**arguments).logits, **CLOSE)
+    # With padding PEFT leaves out the positions that generate passes.
+    assert torch.equal(generate(ours, None), generate(theirs, None))
+
+
+def test_a_call_that_failed_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one past the hooks is refused like any other."""
+    ours, _ = _pair()
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(ours.lm_head, "forward", None)
+        ours(tokens())
+    with pytest.raises(pk.UnsupportedError, match="the prompt was not inserted"):
+        ours.model(tokens())
+
+
 def test_labels_of_each_token() -> None:
     """Where PEFT has none: its labels are as long as the input, its logits longer."""
     ours, _ = _pair("bert", "TOKEN_CLS")
@@ -167,6 +244,7 @@ class TestRefused:
             (lambda: task_base("t5"), lambda: PromptEmbedding(P, 32), pk.UnsupportedError, "encoder-decoder"),
             (lambda: nn.Linear(2, 2), lambda: PromptEmbedding(P, 32), pk.UnsupportedError, "no transformers model"),
             (lambda: _pair()[0], lambda: PromptEmbedding(P, 32), ValueError, "has a prompt already"),
+            (lambda: _cpm_ant(), lambda: PromptEmbedding(P, 32), pk.UnsupportedError, "takes no inputs_embeds"),
         ],
     )
     def test_putting_on(self, model: object, prompt: object, error: type[Exception], message: str) -> None:
@@ -188,12 +266,18 @@ class TestRefused:
             ({"attention_mask": torch.ones(3, 1, 7, 7)}, r"attention_mask must be a tensor \(B, L\)"),
             ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}, "packed sequences"),
             ({"past_key_values": "static"}, "a static cache has no room"),
+            (
+                {"past_key_values": "first", "attention_mask": torch.ones(3, 9)},
+                r"be of length 19, got 14: tokens are missing",
+            ),
         ],
     )
     def test_calls(self, extra: dict[str, object], message: str) -> None:
         ours, _ = _pair()
         if extra.get("past_key_values") == "static":
             extra = {"past_key_values": transformers.StaticCache(ours.config, max_cache_len=16)}
+        if extra.get("past_key_values") == "first":
+            extra = {**extra, "past_key_values": ours(tokens()).past_key_values}
         with pytest.raises(pk.UnsupportedError, match=message):
             ours(tokens(), **extra)
 
@@ -210,6 +294,13 @@ class TestRefused:
         integration.add_prompt(model, PromptEnsemble([PromptEmbedding(P, HIDDEN) for _ in range(2)]))
         with pytest.raises(pk.UnsupportedError, match="an ensemble answers a call at once"):
             model(tokens(), past_key_values=transformers.DynamicCache())
+
+
+def _cpm_ant() -> nn.Module:
+    config = transformers.CpmAntConfig(
+        vocab_size=61, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=1
+    )
+    return transformers.CpmAntForCausalLM(config)
 
 
 def test_the_prompt_is_written_by_prompt_tuning(monkeypatch: pytest.MonkeyPatch) -> None:

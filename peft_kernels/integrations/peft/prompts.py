@@ -1,13 +1,16 @@
 """PEFT's prefix and prompt tuning models on these kernels: the model's class is swapped, its state is not touched.
 
-PEFT's own forward and generation run, for every task; only what they get from ``get_prompt`` is another thing. For
-prefix tuning it is a cache that counts the prefix without holding it (prefixes.py); for prompt tuning a stand-in
-for the repeated prompt, which ``torch.cat`` with the embeddings writes in one pass.
+PEFT's own forward and generation run, for every task; only what they get from ``get_prompt`` is another thing, and
+nobody else does. For prefix tuning it is a cache that counts the prefix without holding it (prefixes.py); for prompt
+tuning a stand-in for the repeated prompt, which ``torch.cat`` with the embeddings writes in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -36,6 +39,10 @@ _OTHER_KIND = SUPPORT.rule(
 )
 _NO_TASK = SUPPORT.rule("a model without a task (`task_type=None`)", "it is PEFT's {model}, not one of a task")
 _OTHER_ENCODER = SUPPORT.rule("an encoder of another class", "its encoder is a {encoder}, not PEFT's {expected}")
+_REPLACED = SUPPORT.rule(
+    "`get_prompt` or an encoder's `forward` replaced by another tool",
+    "get_prompt or its encoder's forward is not PEFT's own",
+)
 _HOOKED = SUPPORT.rule("hooks on the encoder or inside it", "there are hooks on its encoder")
 _OTHER_EMBEDDING = SUPPORT.rule(
     "an embedding that is quantized or sharded", "its embedding is not a plain nn.Embedding"
@@ -44,18 +51,50 @@ _OTHER_EMBEDDING = SUPPORT.rule(
 _ENCODERS = {PeftType.PREFIX_TUNING: peft.PrefixEncoder, PeftType.PROMPT_TUNING: peft.PromptEmbedding}
 
 
+# The model whose own method asks for its prompt, in this thread, until it has got it.
+_asking = threading.local()
+
+
+def _asks(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's method of a name, whose call of ``get_prompt`` is known to be PEFT's."""
+
+    @functools.wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(super(_Fused, self), name)
+        if torch.compiler.is_compiling():
+            return own(*args, **kwargs)
+        _asking.model = self
+        try:
+            return own(*args, **kwargs)
+        finally:
+            _asking.model = None
+
+    return method
+
+
 class _Fused(peft.PeftModel):
     """What the swapped classes have in common."""
 
+    def __init_subclass__(cls) -> None:
+        # A generation asks for its prompt in prepare_inputs_for_generation, but that of an encoder-decoder at once.
+        names = ("forward", "generate" if cls.__name__ == "FusedForSeq2SeqLM" else "prepare_inputs_for_generation")
+        for name in names:
+            if hasattr(cls, name):
+                setattr(cls, name, _asks(name, getattr(cls, name)))
+
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
-        """As PEFT's; what cannot be fused is PEFT's own."""
+        """As PEFT's; what cannot be fused, or is asked for by others, is PEFT's own."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and getattr(_asking, "model", None) is not self:
+            return super().get_prompt(batch_size, task_ids, max_cache_len)
+        _asking.model = None
         reason = _why_not_call(self)
         if reason is not None:
             count_fallback(self, reason)
             return super().get_prompt(batch_size, task_ids, max_cache_len)
         if self.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
-            return _prefixes().cache_of(self)
-        if torch.compiler.is_compiling():
+            return _prefixes().cache_of(self, batch_size)
+        if compiling:
             # A compiler joins PEFT's repetition and concatenation by itself, and cannot trace a stand-in for a tensor.
             return super().get_prompt(batch_size, task_ids, max_cache_len)
         encoder: Any = self.prompt_encoder[self.active_adapter]
@@ -177,8 +216,15 @@ def _why_not_call(model: Any) -> str | None:
     expected: Any = _ENCODERS[config.peft_type]
     if type(encoder) is not expected:
         return _OTHER_ENCODER(encoder=type(encoder).__name__, expected=expected.__name__)
+    if not (_is_of(peft.PeftModel, peft.PeftModel.get_prompt) and _is_of(expected, expected.forward)):
+        return _REPLACED()
     if any(is_hooked(part) for part in encoder.modules()):
         return _HOOKED()
     if type(encoder.embedding) is not nn.Embedding or type(encoder.embedding.weight) not in (nn.Parameter, Tensor):
         return _OTHER_EMBEDDING()
     return _prefixes().why_not_call(model) if config.peft_type == PeftType.PREFIX_TUNING else None
+
+
+def _is_of(cls: type, function: Any) -> bool:
+    """Whether a function was written where its class was."""
+    return getattr(function, "__globals__", None) is vars(sys.modules[cls.__module__])

@@ -2,12 +2,14 @@
 
 Importing this registers nothing with transformers; the functions do when they are called.
 
-prefixes.py      prefix_encoder, add_prefix and remove_prefix
-prefix_model.py  which models can carry prefixes, and the hooks that bring them
-prefix_state.py  the prefixes of a call, and a cache that counts them without holding them
-interface.py     the attention function and its mask function; registered when it is imported
-prompt_model.py  the hooks that put a prompt in front of the embeddings
-callback.py      ApplyCallback
+prefixes.py          prefix_encoder, add_prefix and remove_prefix
+prefix_model.py      which models can carry prefixes, and the hooks that bring them
+attention_source.py  what a model's attention does with its keys and values
+prefix_state.py      the prefixes of a call, and caches that count them without holding them
+config_view.py       a configuration with another attention implementation, for one model
+interface.py         the attention function and its mask function; registered when it is imported
+prompt_model.py      the hooks that put a prompt in front of the embeddings
+callback.py          ApplyCallback
 """
 
 from peft_kernels.integrations.transformers.callback import ApplyCallback

@@ -17,6 +17,7 @@ row for all (B, 1, 1, L) it is padding again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,21 +26,31 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
     causal_mask_function,
     prepare_padding_mask,
     sdpa_mask,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
 from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.integrations.transformers.attention_source import eager_function
+from peft_kernels.integrations.transformers.config_view import NAME
 from peft_kernels.integrations.transformers.prefix_state import ARGUMENT, LayerPrefixes, slot_of
 from peft_kernels.prefix import prefix_attention
 
-NAME = "peft_kernels"
-
 # What transformers' "sdpa" reads beside q, k, v and the mask, and prefix_attention has no place for.
 _LEFT_TO_SDPA = ("position_bias", "softcap", "cache")
+
+# Whether this thread's call of a model has prefixes: masks are made by a function that sees nothing of the call.
+_calls = threading.local()
+
+
+def begin_call(has_prefixes: bool) -> None:
+    """Say whether the call that begins has prefixes; without them masks and attention are the model's own."""
+    _calls.has_prefixes = has_prefixes
 
 
 def attention(
@@ -53,7 +64,7 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to the module's prefix, if the call has one for it, and to the keys.
+    """Attend to the module's prefix and to the keys; a call without prefixes is for the model's own implementation.
 
     Args:
         module: the attention module; its slot says which prefix is its own.
@@ -67,10 +78,20 @@ def attention(
         (B, S, H, D), and None for the probabilities, which nobody computes.
 
     Raises:
-        UnsupportedError: the module needs a prefix and got none, or the model has attention sinks.
+        UnsupportedError: the module needs a prefix and got none, its keys and values are not those of its cache, or the
+            model has attention sinks.
         ValueError: the mask is for another number of keys.
     """
-    prefix = _prefix(module, kwargs.pop(ARGUMENT, None), key)
+    prefixes: LayerPrefixes | None = kwargs.pop(ARGUMENT, None)
+    if prefixes is None:
+        own = _own_attention(module)
+        if own is not None:
+            options = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
+            output: tuple[Tensor, None] = own(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+            )
+            return output
+    prefix = None if prefixes is None else _prefix(module, prefixes, key, value)
     if kwargs.get("s_aux") is not None:
         raise UnsupportedError("prefix_attention: attention sinks (s_aux) are not supported; remove the prefix")
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
@@ -95,7 +116,19 @@ def attention(
     return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, False, **kwargs)
 
 
-def mask(
+def mask(*args: Any, **kwargs: Any) -> Any:
+    """Make the mask that ``attention`` reads, or, in a call without prefixes, the model's own implementation's.
+
+    Arguments are those of transformers' ``sdpa_mask``.
+    """
+    implementation = getattr(kwargs.get("config"), "_attn_implementation_internal", NAME)
+    if implementation == NAME or getattr(_calls, "has_prefixes", False):
+        return _mask(*args, **kwargs)
+    own = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+    return None if own is None else own(*args, **kwargs)
+
+
+def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -109,10 +142,10 @@ def mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Make the mask that ``attention`` reads; arguments are those of transformers' ``sdpa_mask``.
+    """Make a mask for a prefix.
 
-    A mask stays compact only where it is exactly causal or bidirectional, up to padding. transformers says so: it
-    allows a skip for plain patterns alone, with the size of a local one beside it.
+    It stays compact only where it is exactly causal or bidirectional, up to padding. transformers says so: it allows a
+    skip for plain patterns alone, with the size of a local one beside it.
     """
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     padding = None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
@@ -145,18 +178,23 @@ def _is_all(padding: Tensor | None) -> bool:
     return padding is None or (not is_tracing(padding) and bool(padding.all()))
 
 
-def _prefix(module: nn.Module, prefixes: LayerPrefixes | None, key: Tensor) -> tuple[Tensor, Tensor] | None:
+def _prefix(module: nn.Module, prefixes: LayerPrefixes, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
     slot = slot_of(module)
-    if slot is None:
-        return None
-    if prefixes is not None:
-        return prefixes.take(slot.layer, key)
-    if slot.required:
+    return None if slot is None else prefixes.take(slot.layer, key, value)
+
+
+def _own_attention(module: Any) -> Callable[..., Any] | None:
+    """The attention function that the module has without this package, for a call without prefixes."""
+    slot, implementation = slot_of(module), module.config._attn_implementation_internal
+    if slot is not None and slot.required:
         raise UnsupportedError(
             f"prefix_attention: layer {slot.layer} has a prefix that did not reach it: call the model itself, not its "
             "forward, which skips its hooks; every layer must hand its keyword arguments on"
         )
-    return None
+    if implementation == NAME:
+        return None
+    function: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    return eager_function(module) if function is None else function
 
 
 def _is_padding(attention_mask: Tensor | None, keys: int) -> bool:

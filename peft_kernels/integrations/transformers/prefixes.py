@@ -17,11 +17,15 @@ def prefix_encoder(
     Args:
         model: whose layers, key and value heads and head dimension count.
         prefix_length, reparam_hidden, dtype: as PrefixEncoder's; float32 also beside a model in half precision.
-    """
-    from peft_kernels.integrations.transformers.prefix_model import sizes
 
+    Raises:
+        UnsupportedError: the model cannot carry prefixes, with the reason.
+    """
+    from peft_kernels.integrations.transformers import prefix_model
+
+    prefix_model.check("prefix_encoder", model)
     device = next(model.parameters()).device
-    return PrefixEncoder(*sizes(model), prefix_length, reparam_hidden, device=device, dtype=dtype)
+    return PrefixEncoder(*prefix_model.sizes(model), prefix_length, reparam_hidden, device=device, dtype=dtype)
 
 
 def add_prefix(model: nn.Module, encoder: PrefixEncoder) -> None:

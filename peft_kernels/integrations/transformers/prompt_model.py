@@ -1,10 +1,14 @@
 """A prompt on a transformers model: hooks that put it in front of the embeddings, with mask, positions and labels.
 
-One hook on the model inserts; one on the backbone refuses calls that went past it.
+One hook on the model inserts; one on the backbone refuses calls that went past it. ``generate`` counts the tokens that
+a cache holds to know which are new, and is told which of them are the prompt's.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import threading
 from typing import Any, cast
 
 import torch
@@ -17,8 +21,11 @@ from peft_kernels.integrations.hooks import named_arguments, remove_hooks, takes
 from peft_kernels.prompt import PromptEmbedding, PromptEnsemble
 
 PROMPT = "prompt"
-_MARK = "has_prompt"
 _IGNORED = -100
+_GENERATION = "prepare_inputs_for_generation"
+
+# The backbone of the model whose call has its prompt, in this thread: heads need not hand on what they do not know.
+_calls = threading.local()
 
 
 def add_prompt(model: Any, prompt: PromptEmbedding | PromptEnsemble) -> None:
@@ -42,16 +49,23 @@ def add_prompt(model: Any, prompt: PromptEmbedding | PromptEnsemble) -> None:
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         kind = "an encoder-decoder" if isinstance(model, PreTrainedModel) else "no transformers"
         raise UnsupportedError(f"add_prompt: {type(model).__name__} cannot have a prompt: it is {kind} model")
-    if not (takes_any_argument(model) and takes_any_argument(model.base_model)):
-        raise UnsupportedError(f"add_prompt: {type(model).__name__} hands no keyword arguments on to its backbone")
+    for part in (model, model.base_model):
+        named = "inputs_embeds" in inspect.signature(part.forward).parameters
+        if not (named or (part is not model and takes_any_argument(part))):
+            raise UnsupportedError(
+                f"add_prompt: {type(model).__name__} cannot have a prompt: {type(part).__name__} takes no inputs_embeds"
+            )
     if hasattr(model, PROMPT):
         raise ValueError(f"add_prompt: {type(model).__name__} has a prompt already; remove it first")
     expected, got = model.get_input_embeddings().embedding_dim, first_of(prompt).embedding_dim
     if got != expected:
         raise ValueError(f"add_prompt: prompt must have embedding_dim = {expected}, got {got}")
     setattr(model, PROMPT, prompt)
+    if hasattr(model, _GENERATION) and _GENERATION not in vars(model):
+        setattr(model, _GENERATION, functools.partial(_prepare_inputs, model))
     model.register_forward_pre_hook(_insert, with_kwargs=True)
-    model.base_model.register_forward_pre_hook(_check, with_kwargs=True)
+    model.register_forward_hook(_leave, always_call=True)
+    model.base_model.register_forward_pre_hook(_check)
 
 
 def remove_prompt(model: Any) -> nn.Module:
@@ -64,7 +78,9 @@ def remove_prompt(model: Any) -> nn.Module:
     if not isinstance(prompt, (PromptEmbedding, PromptEnsemble)):
         raise ValueError(f"remove_prompt: {type(model).__name__} has no prompt")
     delattr(model, PROMPT)
-    remove_hooks(model, _insert)
+    if getattr(model.__dict__.get(_GENERATION), "func", None) is _prepare_inputs:
+        delattr(model, _GENERATION)
+    remove_hooks(model, _insert, _leave)
     remove_hooks(model.base_model, _check)
     return prompt
 
@@ -89,22 +105,47 @@ def _insert(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         _check_positions(model, positions, kwargs)
         kwargs["position_ids"] = positions + length if behind else _positions(positions, length, copies)
     kwargs["attention_mask"] = _widened("attention_mask", kwargs.get("attention_mask"), length, copies, 1)
-    if not behind:
+    if behind:
+        _check_tokens(kwargs)
+    else:
         kwargs["token_type_ids"] = _widened("token_type_ids", kwargs.get("token_type_ids"), length, copies, 0)
         kwargs["labels"] = _labels(kwargs, length, copies)
         kwargs["inputs_embeds"] = prompt(_embeddings(model, kwargs))
         kwargs["input_ids"] = None
     kwargs = {name: value for name, value in kwargs.items() if value is not None or name == "input_ids"}
     _check_last_token(model, kwargs)
-    return (), {**kwargs, _MARK: True}
+    _calls.backbone = model.base_model
+    return (), kwargs
 
 
-def _check(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if not kwargs.pop(_MARK, False):
+def _leave(model: Any, args: Any, output: Any) -> None:
+    _calls.backbone = None
+
+
+def _check(base: Any, args: Any) -> None:
+    if getattr(_calls, "backbone", None) is not base:
         raise UnsupportedError(
             "add_prompt: the prompt was not inserted: call the model itself, not its forward, which skips its hooks"
         )
-    return args, kwargs
+
+
+def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the model's own, but the tokens that a cache from before holds are fewer than it says, by the prompt's.
+
+    Positions of a model that makes them itself are left to it, as PEFT does.
+    """
+    cache, new = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
+    held = cache.get_seq_length() if kwargs.get("is_first_iteration") and cache is not None else 0
+    length = first_of(getattr(model, PROMPT)).num_tokens
+    if held and new is not None:
+        kwargs["next_sequence_length"] = new + length
+    prepared: dict[str, Any] = getattr(type(model), _GENERATION)(model, *args, **kwargs)
+    positions = prepared.get("position_ids")
+    if held and positions is not None and prepared.get("attention_mask") is None:
+        _check_continues("position_ids must begin with", held - length, int(positions.flatten()[0]))
+    if _counts_its_own_positions(model):
+        prepared.pop("position_ids", None)
+    return prepared
 
 
 def _embeddings(model: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -140,12 +181,33 @@ def _positions(positions: Tensor, length: int, copies: int) -> Tensor:
     return joined.repeat(copies, 1) if joined.shape[0] > 1 else joined
 
 
+def _counts_its_own_positions(model: Any) -> bool:
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+
+
 def _check_positions(model: Any, positions: Tensor, kwargs: dict[str, Any]) -> None:
-    if positions.dim() != 2 or any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
+    if positions.dim() != 2 or _counts_its_own_positions(model):
         raise UnsupportedError("add_prompt: this model's position_ids do not count from 0 in one row; leave them out")
     alone = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
     if alone and find_packed_sequence_indices(positions) is not None:
         raise UnsupportedError("add_prompt: position_ids tell of packed sequences, and only the first has the prompt")
+
+
+def _check_tokens(kwargs: dict[str, Any]) -> None:
+    """A mask that covers the tokens before tells whether any of them are missing between the cache and the input."""
+    mask, cache = kwargs.get("attention_mask"), kwargs["past_key_values"]
+    given = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
+    if mask is not None:
+        expected = cache.get_seq_length() + given.shape[1]
+        _check_continues("attention_mask must, with the prompt's columns, be of length", expected, mask.shape[1])
+
+
+def _check_continues(what: str, expected: int, got: int) -> None:
+    if got != expected:
+        raise UnsupportedError(
+            f"add_prompt: behind a cache that holds the prompt {what} {expected}, got {got}: tokens are missing "
+            "between the cache and the input (generate's prefill_chunk_size leaves some out in a second turn)"
+        )
 
 
 def _check_last_token(model: Any, kwargs: dict[str, Any]) -> None:
