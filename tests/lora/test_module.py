@@ -7,11 +7,13 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
@@ -19,6 +21,10 @@ from peft_kernels import FusedLoRALinear
 from python_ref import compare
 
 K, N = 24, 20
+
+
+# New in torch 2.11.
+_LINEAR_LOSSES = [(lambda: nn.LinearCrossEntropyLoss(K, 5), "linear")] if hasattr(nn, "LinearCrossEntropyLoss") else []
 
 
 def _layer(seed: int = 0, **options: object) -> FusedLoRALinear:
@@ -148,6 +154,29 @@ class TestAdapters:
             (lambda layer: layer.add_adapter(""), ValueError, "non-empty string"),
             (lambda layer: layer.add_adapter("x", r=0), ValueError, "r must be an int of at least 1, got 0"),
             (lambda layer: layer.add_adapter("x", r=1.5), ValueError, "r must be an int of at least 1, got 1.5"),
+            (
+                lambda layer: layer.add_adapter("x", lora_alpha="16"),
+                ValueError,
+                "lora_alpha must be a finite number, got '16'",
+            ),
+            *(
+                (
+                    partial(FusedLoRALinear.add_adapter, name=name),
+                    ValueError,
+                    f"no attribute of nn.ParameterDict, got '{name}'",
+                )
+                for name in (
+                    "train",
+                    "keys",
+                    "half",
+                    "training",
+                    "_keys",
+                    "_parameters",
+                    "__class__",
+                    "reset_parameters",
+                )
+            ),
+            (lambda layer: layer.add_adapter(1), ValueError, "non-empty string without dots, got 1"),
             (lambda layer: layer.unmerge(), ValueError, "is not merged"),
         ],
     )
@@ -169,7 +198,7 @@ class TestMerge:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
     def test_merged_weight_is_rounded_once(self, dtype: torch.dtype) -> None:
         """W + s B A accumulates in float32 (or float64) and is rounded to the weight's dtype at the end."""
-        layer = _layer(dtype=dtype)
+        layer = _layer(dtype=dtype).eval()
         weight = layer.weight.clone()
         a, b = layer.lora_A["default"].double(), layer.lora_B["default"].double()
         exact = weight.double() + layer.scaling["default"] * b @ a
@@ -199,11 +228,11 @@ class TestMerge:
         apart = layer(x).detach()
         layer.merge()
         torch.testing.assert_close(layer(x), apart, rtol=1e-5, atol=1e-5)
-        layer.train()
+        layer.train().requires_grad_(False)
         compare.assert_bitwise_equal("no dropout is left", layer(x), layer(x))
 
     def test_overwriting_keeps_no_copy(self) -> None:
-        layer, x = _layer(), torch.randn(5, K)
+        layer, x = _layer().eval(), torch.randn(5, K)
         apart, pointer = layer(x).detach(), layer.weight.data_ptr()
         layer.merge(keep_base=False)
         assert layer.merged and layer.weight.data_ptr() == pointer and layer._merged_weight is None
@@ -229,7 +258,7 @@ class TestMerge:
         ],
     )
     def test_a_merged_layer_refuses(self, action: Callable[[FusedLoRALinear], None], message: str) -> None:
-        layer, x = _layer(), torch.randn(5, K)
+        layer, x = _layer().eval(), torch.randn(5, K)
         layer.add_adapter("second")
         layer.merge()
         before = layer(x)
@@ -252,6 +281,11 @@ class TestMerge:
         ({"r": True}, "r must be an int of at least 1, got True"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"lora_dropout": -0.1}, r"lora_dropout must be in \[0, 1\), got -0.1"),
+        ({"lora_dropout": "0.1"}, r"lora_dropout must be in \[0, 1\), got '0.1'"),
+        ({"lora_alpha": "16"}, "lora_alpha must be a finite number, got '16'"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be a finite number, got nan"),
+        ({"adapter_dtype": torch.int8}, "adapter_dtype must be a floating torch.dtype, got torch.int8"),
+        ({"adapter_dtype": "float32"}, "adapter_dtype must be a floating torch.dtype, got 'float32'"),
     ],
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:
@@ -263,9 +297,86 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
     assert linear.weight.requires_grad, "a refused layer was frozen"
 
 
-def test_from_linear_wants_a_linear() -> None:
-    with pytest.raises(ValueError, match=r"linear must be an nn.Linear, got Conv1d"):
-        FusedLoRALinear.from_linear(nn.Conv1d(2, 2, 1))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8.0, 6), "in_features must be an int of at least 0, got 8.0"),
+        ((8, "6"), "out_features must be an int of at least 0, got '6'"),
+        ((8, -6), "out_features must be an int of at least 0, got -6"),
+    ],
+)
+def test_wrong_sizes(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"FusedLoRALinear: {message}"):
+        FusedLoRALinear(*arguments)
+    with pytest.raises(ValueError, match=r"dtype must be a floating torch\.dtype, got torch\.int32"):
+        FusedLoRALinear(8, 6, dtype=torch.int32)
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class _Renamed(nn.Linear):
+    """A subclass that computes nothing of its own."""
+
+
+def _with_forward(linear: nn.Linear) -> nn.Linear:
+    linear.forward = lambda x: x
+    return linear
+
+
+def _hooked(register: str, linear: nn.Linear) -> nn.Linear:
+    getattr(linear, register)(lambda *args: None)
+    return linear
+
+
+def _packed(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+    return linear
+
+
+_HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "register_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda linear: nn.Conv1d(2, 2, 1), "must be an nn.Linear, got Conv1d"),
+        (lambda linear: linear.weight, "must be an nn.Linear, got Parameter"),
+        (lambda linear: _layer(), "must be an nn.Linear, got FusedLoRALinear"),
+        (lambda linear: _Doubled(K, N), "must have nn.Linear's own forward, got a _Doubled"),
+        (_with_forward, "must have nn.Linear's own forward, got a Linear"),
+        (lambda linear: nn.MultiheadAttention(8, 2).out_proj, "reads its out_proj's weight and never calls it"),
+        *((partial(_hooked, register), "must have no hooks, which would be lost, got _") for register in _HOOKS),
+        (nn.utils.parametrizations.weight_norm, "must have a parameter weight, got one that is computed"),
+        (nn.utils.spectral_norm, "must have a parameter weight"),
+        (lambda linear: prune.l1_unstructured(linear, "bias", 0.5), "must have a parameter bias"),
+        (
+            lambda linear: nn.LazyLinear(N),
+            "must have a floating weight that is a plain tensor, got UninitializedParameter",
+        ),
+        (_packed, "must have a floating weight that is a plain tensor, got Parameter of torch.int8"),
+    ],
+)
+def test_from_linear_refuses_what_does_more(make: Callable[[nn.Linear], nn.Module], message: str) -> None:
+    given = make(nn.Linear(K, N))
+    with pytest.raises(ValueError, match=f"FusedLoRALinear: linear .*{message}"):
+        FusedLoRALinear.from_linear(given)
+    if not isinstance(given, (Tensor, FusedLoRALinear)) and given.weight.is_floating_point():
+        assert all(parameter.requires_grad for parameter in given.parameters()), "a refused layer was frozen"
+
+
+def test_from_linear_takes_a_subclass_that_computes_the_same() -> None:
+    linear, x = _Renamed(K, N), torch.randn(3, K)
+    assert torch.equal(FusedLoRALinear.from_linear(linear)(x), linear(x))
 
 
 def _saved(layer: nn.Module) -> nn.Module:
@@ -296,7 +407,7 @@ def test_copies(duplicate: Callable[[nn.Module], nn.Module], state: str) -> None
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_moves_with_to(merged: bool) -> None:
-    layer = _layer()
+    layer = _layer().eval()
     if merged:
         layer.merge()
     layer.to(torch.bfloat16)
@@ -308,6 +419,208 @@ def test_state_dict_round_trip() -> None:
     layer, other, x = _layer(0), _layer(1), torch.randn(5, K)
     other.load_state_dict(layer.state_dict())
     compare.assert_bitwise_equal("y", other(x).detach(), layer(x).detach())
+
+
+def _changed(change: str, layer: FusedLoRALinear) -> None:
+    """One way of changing what a merged weight was made from."""
+    other = _layer(1)
+    if change == "load":
+        layer.load_state_dict(other.state_dict())
+    elif change == "assign":
+        layer.load_state_dict(other.state_dict(), assign=True)
+    elif change == "optimizer":
+        parameters = [layer.lora_A["default"], layer.lora_B["default"]]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.AdamW(parameters, lr=0.1).step()
+    elif change == "scaling":
+        layer.scaling["default"] *= 2
+    elif change == "parameter":
+        layer.lora_B["default"] = other.lora_B["default"]
+    else:
+        with torch.no_grad():
+            layer.get_parameter(change).add_(1)
+
+
+_CHANGES = ("load", "assign", "optimizer", "scaling", "parameter", "weight", "lora_A.default", "lora_B.default")
+
+
+@pytest.mark.parametrize("duplicate", [lambda layer: layer, copy.deepcopy, _saved])
+@pytest.mark.parametrize("change", _CHANGES)
+def test_merged_weight_follows_every_change(change: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    layer, x = _layer().eval(), torch.randn(5, K)
+    layer.merge()
+    before = layer(x)
+    _changed(change, layer)
+    layer = duplicate(layer)
+    torch.testing.assert_close(layer(x).double(), _expected(layer, x), rtol=1e-5, atol=1e-5)
+    assert layer.merged and not torch.equal(layer(x), before)
+    pointer = layer._merged_weight.data_ptr()
+    layer(x)
+    assert layer._merged_weight.data_ptr() == pointer, "merged anew without a change"
+
+
+def test_compiled_merged_layer_follows_a_loaded_state() -> None:
+    torch._dynamo.reset()
+    layer, x = _layer().eval(), torch.randn(5, K)
+    layer.merge()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    compiled(x)
+    layer.load_state_dict(_layer(1).state_dict())
+    torch.testing.assert_close(compiled(x).double(), _expected(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_in_inference_mode_serves_outside_of_it() -> None:
+    layer, x = _layer().eval(), torch.randn(5, K, requires_grad=True)
+    with torch.inference_mode():
+        layer.merge()
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+class TestOverwritten:
+    def _overwritten(self) -> FusedLoRALinear:
+        layer = _layer().eval()
+        layer.merge(keep_base=False)
+        return layer
+
+    def test_its_state_is_what_it_computes(self) -> None:
+        layer, x = nn.Sequential(self._overwritten()), torch.randn(5, K)
+        fresh = nn.Sequential(FusedLoRALinear(K, N, r=4))
+        fresh.load_state_dict(layer.state_dict())
+        assert torch.equal(fresh(x), layer(x))
+        assert torch.count_nonzero(layer[0].lora_B["default"]), "the adapter itself is kept"
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_whole_state_undoes_it(self, assign: bool) -> None:
+        layer, other, x = nn.Sequential(self._overwritten()), nn.Sequential(_layer(1)), torch.randn(5, K)
+        layer.load_state_dict(other.state_dict(), assign=assign)
+        assert not layer[0].merged
+        assert torch.equal(layer(x), other(x))
+
+    @pytest.mark.parametrize("part", ["weight", "lora_"])
+    def test_part_of_a_state_is_refused(self, part: str) -> None:
+        layer, x = self._overwritten(), torch.randn(5, K)
+        before, state = layer(x), {name: value for name, value in _layer(1).state_dict().items() if part in name}
+        with pytest.raises(
+            ValueError, match=r"overwrote the base weight; a state dict for this layer must have .*weight"
+        ):
+            layer.load_state_dict(state, strict=False)
+        assert torch.equal(layer(x), before) and layer.merged
+
+    def test_a_computed_weight_is_not_overwritten(self) -> None:
+        layer, x = _layer().eval(), torch.randn(5, K)
+        nn.utils.parametrizations.weight_norm(layer)
+        before = layer(x)
+        with pytest.raises(ValueError, match="weight is computed, so that it cannot be overwritten"):
+            layer.merge(keep_base=False)
+        assert torch.equal(layer(x), before) and not layer.merged
+        layer.merge()
+        with torch.no_grad():
+            layer.parametrizations.weight.original0.mul_(2)
+        torch.testing.assert_close(layer(x).double(), _expected(layer, x), rtol=1e-5, atol=1e-5)
+
+    def test_autograd_sees_the_overwriting(self) -> None:
+        layer, x = _layer(), torch.randn(5, K, requires_grad=True)
+        y = layer(x)
+        layer.merge(keep_base=False)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+def test_training_a_merged_layer_warns(keep_base: bool, recwarn: pytest.WarningsRecorder) -> None:
+    layer, x = _layer(), torch.randn(5, K)
+    layer.merge(keep_base)
+    with torch.no_grad():
+        layer(x)
+    layer.eval()(x)
+    layer.train()
+    layer.lora_A.requires_grad_(False)
+    layer(x)
+    assert not recwarn.list
+    layer.lora_A.requires_grad_()
+    with pytest.warns(
+        UserWarning, match=r"'default' is merged and gets no gradient; call unmerge\(\) to train it"
+    ) as said:
+        layer(x)
+    assert said[0].filename == __file__
+
+
+class TestReadersOfWeights:
+    """Modules of torch that read ``linear.weight`` instead of calling the linear layer."""
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    @pytest.mark.parametrize("duplicate", [lambda layer: layer, copy.deepcopy, _saved])
+    def test_encoder_layer_calls_the_adapters(
+        self, norm_first: bool, duplicate: Callable[[nn.Module], nn.Module]
+    ) -> None:
+        block = nn.TransformerEncoderLayer(K, 4, N, dropout=0.0, batch_first=True, norm_first=norm_first)
+        for name in ("linear1", "linear2"):
+            fused = FusedLoRALinear.from_linear(block.get_submodule(name), r=4)
+            nn.init.normal_(fused.lora_B["default"])
+            block.add_module(name, fused) if norm_first else setattr(block, name, fused)
+        block, x = duplicate(block), torch.randn(2, 5, K)
+        want = block.train()(x)
+        with torch.no_grad():
+            torch.testing.assert_close(block.eval()(x), want)
+
+    def test_encoder_with_padding_says_how_to_go_on(self) -> None:
+        block = nn.TransformerEncoderLayer(K, 4, N, dropout=0.0, batch_first=True)
+        block.linear1 = _layer()
+        encoder = nn.TransformerEncoder(block, 2).eval()
+        padding = torch.arange(5) >= torch.tensor([[5], [3]])
+        with torch.no_grad(), pytest.raises(ValueError, match="use_nested_tensor = False"):
+            encoder(torch.randn(2, 5, K), src_key_padding_mask=padding)
+        encoder.use_nested_tensor = False
+        x = torch.randn(2, 5, K)
+        want = encoder.train()(x, src_key_padding_mask=padding)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder.eval()(x, src_key_padding_mask=padding), want)
+
+    @pytest.mark.parametrize(("make", "name"), [(lambda: nn.MultiheadAttention(K, 4), "out_proj"), *_LINEAR_LOSSES])
+    def test_others_refuse(self, make: Callable[[], nn.Module], name: str) -> None:
+        holder = make()
+        before = holder.get_submodule(name)
+        for register in (setattr, nn.Module.add_module):
+            with pytest.raises(
+                ValueError, match=f"{type(holder).__name__} reads the weight of its {name} and never calls it"
+            ):
+                register(holder, name, FusedLoRALinear(K, K))
+        assert holder.get_submodule(name) is before
+
+    def test_a_forward_that_calls_it_is_fine(self) -> None:
+        class Calling(nn.MultiheadAttention):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.out_proj(x)
+
+        holder = Calling(K, 4)
+        holder.out_proj = FusedLoRALinear(K, N)
+        assert holder(torch.randn(2, K)).shape == (2, N)
+
+
+@pytest.mark.parametrize("merged", [None, False, True])
+def test_meta_construction(merged: bool | None) -> None:
+    """Built on meta, made real, and then every module's own reset_parameters, as FSDP does."""
+    layer = FusedLoRALinear(K, N, r=4, device="meta")
+    layer.add_adapter("second", r=2)
+    if merged is not None:
+        layer.merge(keep_base=merged)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(math.nan)
+    torch.manual_seed(0)
+    for module in layer.modules():
+        if list(module.parameters(recurse=False)):
+            module.reset_parameters()
+    assert not layer.merged
+    x = torch.randn(3, K)
+    for name, r in (("default", 4), ("second", 2)):
+        layer.set_adapter(name)
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert 0 < layer.lora_A[name].abs().max() <= K**-0.5 and layer.lora_A[name].shape == (r, K)
+    assert 0 < layer.weight.abs().max() <= K**-0.5 and 0 < layer.bias.abs().max() <= K**-0.5
 
 
 def test_repr_tells_what_is_active() -> None:
