@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
-import torch
+from peft_kernels._core.checks import FLOATING
 
 
 def integer(owner: str, name: str, value: object, least: int) -> None:
@@ -42,7 +42,7 @@ def floating(owner: str, name: str, dtype: object) -> None:
     """Check the dtype of parameters; None is torch's default.
 
     Raises:
-        ValueError: ``dtype`` is no floating torch.dtype.
+        ValueError: ``dtype`` is none that the operators take.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"{owner}: {name} must be a floating torch.dtype, got {dtype!r}")
+    if dtype is not None and dtype not in FLOATING:
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(map(str, FLOATING))}, got {dtype!r}")

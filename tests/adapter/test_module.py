@@ -150,7 +150,7 @@ def test_repr_says_what_it_is() -> None:
         ((4, 2, "relu", "2"), "SerialAdapter: scale must be a float or a 0-d floating tensor, got str"),
         (
             (4, 2, "relu", 1.0, True, None, torch.int8),
-            "SerialAdapter: dtype must be a floating torch.dtype, got torch.int8",
+            "SerialAdapter: dtype must be one of torch.float32, .*, got torch.int8",
         ),
         ((4, 2, "swish"), "SerialAdapter: activation must be one of relu, .*, got 'swish'"),
     ],

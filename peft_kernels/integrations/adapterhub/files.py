@@ -116,7 +116,7 @@ def save_adapter(
         for suffix, linear, part in _parts(place.adapter):
             value = getattr(linear, part)
             # AdapterHub's adapters always have biases.
-            value = torch.zeros(linear.out_features, dtype=linear.weight.dtype) if value is None else value
+            value = torch.zeros_like(linear.weight[:, 0]) if value is None else value
             tensors[f"{place.path}.adapters.{adapter_name}.{suffix}"] = value.detach().cpu().clone()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
