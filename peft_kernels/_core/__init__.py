@@ -10,3 +10,11 @@ device.py        facts of a device that configs are chosen from
 triton_*.py      host-side questions about Triton; device functions that several families share
 cuda_tools.py, tma.py, extension.py   the CUDA extension: launches, alignment, what TMA reads, loading
 """
+
+import torch
+
+_OLDEST_TORCH = (2, 6)
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
+    oldest = ".".join(map(str, _OLDEST_TORCH))
+    raise ImportError(f"peft_kernels needs torch {oldest} or newer, {torch.__version__} is installed", name="torch")

@@ -136,7 +136,10 @@ def test_compile_without_graph_break() -> None:
         (lambda: PromptEmbedding(P, D, "text"), "got str"),
         (lambda: PromptEnsemble([]), "at least one"),
         (lambda: PromptEnsemble([nn.Linear(1, 1)]), "must be PromptEmbeddings"),
-        (lambda: PromptEnsemble([PromptEmbedding(P, D), PromptEmbedding(P + 1, D)]), "one length, dimension, dtype and device"),
+        (
+            lambda: PromptEnsemble([PromptEmbedding(P, D), PromptEmbedding(P + 1, D)]),
+            "one length, dimension, dtype and device",
+        ),
         (lambda: _ensemble().vote(torch.ones(4, 2)), "with N = 3, got"),
         (lambda: _ensemble().vote(torch.ones(3)), "with N = 3, got"),
         (lambda: PromptEmbedding(P, "8"), "embedding_dim must be an int of at least 1, got '8'"),
