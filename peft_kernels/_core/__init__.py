@@ -4,6 +4,8 @@ operator.py      one declaration makes an operator: the eager route, and what a 
 registration.py  the same operator for torch.library: schema, fake, autograd of compiled calls
 signature.py     an operator's arguments in the forms that torch asks for
 checks.py        what arguments must be: a table of tensors whose letters bind sizes
+arguments.py     what modules may be made of
+encoder_layer.py torch's fused encoder layer, which calls no submodule
 dispatch.py      which backend runs, and why not another; use_backend
 explain.py       what a call does, in words
 device.py        facts of a device that configs are chosen from

@@ -15,7 +15,7 @@ from peft_kernels._core.encoder_layer import refuse_nested
 
 _LINEAR_FORWARD = nn.Linear.forward
 
-# Of these the forward passes read the weight of a linear layer, which they do not call. The last is new in torch 2.11.
+# Of these the forward passes read the weight of a linear layer, which they do not call. Older torch lacks the last.
 _READERS = tuple(getattr(nn, name) for name in ("MultiheadAttention", "LinearCrossEntropyLoss") if hasattr(nn, name))
 
 
