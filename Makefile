@@ -23,18 +23,20 @@ else
   GPU_PYTHON := $(PYTHON)
 endif
 
-NVCC := $(if $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc))
+# $(value ...): a variable's text as it stands, of which make runs nothing.
+NVCC := $(if $(value CUDA_HOME),$(wildcard $(value CUDA_HOME)/bin/nvcc),$(shell command -v nvcc))
 CSRC := $(shell find csrc -type f)
 EMULATOR := $(shell find tests/simt -name '*.h' -o -name '*.cuh')
 # Where a compiler is, a failure to compile must be seen; elsewhere the package works without the extension.
 ifneq ($(NVCC),)
-ifneq ($(PEFT_KERNELS_NO_CUDA),1)
+ifneq ($(value PEFT_KERNELS_NO_CUDA),1)
   export PEFT_KERNELS_REQUIRE_CUDA := 1
 endif
 endif
 
 # The stamp's name holds what the built file depends on besides the sources, so that a change of it builds again.
-stamp_for = build/extension-$(shell echo '$(1) $(NVCC) $(PEFT_KERNELS_CUDA_ARCHS) $(PEFT_KERNELS_NO_CUDA)' | cksum | cut -d' ' -f1).stamp
+depends = $(1) $(NVCC) $(value PEFT_KERNELS_CUDA_ARCHS) $(value PEFT_KERNELS_NO_CUDA)
+stamp_for = build/extension-$(shell echo '$(subst ','\'',$(depends))' | cksum | cut -d' ' -f1).stamp
 STAMP := $(call stamp_for,$(PYTHON))
 GPU_STAMP := $(call stamp_for,$(GPU_PYTHON))
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,10 +108,16 @@ def build(extension: Path, build_dir: Path) -> BuildRecord:
     if missing:
         raise CannotBuild(f"the include folder {missing[0]} does not exist")
 
-    build_dir.mkdir(parents=True, exist_ok=True)
-    ninja_file = build_dir / "build.ninja"
-    write_if_changed(ninja_file, ninja_text(nvcc, archs, ptx, includes, extension))
-    run_ninja(ninja_file)
+    with tempfile.TemporaryDirectory() as folder:
+        links = Path(folder)
+        # nvcc asks for its working folder, so that a link to it would not do.
+        ninja_file = (build_dir if is_plain(build_dir) else links / "build") / "build.ninja"
+        ninja_file.parent.mkdir(parents=True, exist_ok=True)
+        compiler = os.path.join(plain(Path(nvcc.path).parent, links), "nvcc")
+        sources, *includes = (plain(path, links) for path in includes)
+        library = Path(plain(extension.parent, links)) / extension.name
+        write_if_changed(ninja_file, ninja_text(compiler, archs, ptx, Path(sources), includes, library))
+        run_ninja(ninja_file)
     return BuildRecord(
         built=True,
         archs=archs,
@@ -121,7 +129,7 @@ def build(extension: Path, build_dir: Path) -> BuildRecord:
 
 def find_nvcc() -> Nvcc:
     home = os.environ.get("CUDA_HOME")
-    path = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    path = shutil.which(os.path.join(home, "bin", "nvcc")) if home else shutil.which("nvcc")
     if path is None:
         where = "in CUDA_HOME's bin" if home else "on PATH, and CUDA_HOME is not set"
         raise CannotBuild(f"there is no nvcc {where}")
@@ -183,7 +191,9 @@ def pybind11_include() -> str:
     return pybind11.get_include()
 
 
-def ninja_text(nvcc: Nvcc, archs: tuple[str, ...], ptx: str | None, includes: list[str], extension: Path) -> str:
+def ninja_text(
+    nvcc: str, archs: tuple[str, ...], ptx: str | None, csrc: Path, includes: list[str], extension: Path
+) -> str:
     machine_code = {arch: f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs}
     targets = list(machine_code.values())
     if ptx is not None:
@@ -194,8 +204,8 @@ def ninja_text(nvcc: Nvcc, archs: tuple[str, ...], ptx: str | None, includes: li
         "-O3",
         "-lineinfo",
         *(f"-Xcompiler={flag}" for flag in host_flags),
-        f"-DPEFT_KERNELS_ARCHS='\"{';'.join(archs)}\"'",
-        *(f"-I{quoted(path)}" for path in includes),
+        f'-DPEFT_KERNELS_ARCHS="{";".join(archs)}"',
+        *(f"-I{path}" for path in (csrc, *includes)),
     ]
     # torch loads a CUDA runtime of its own, with its symbols visible to every library. Those of the static runtime must
     # stay inside the extension, or its calls would end in torch's, which may be another version.
@@ -203,9 +213,9 @@ def ninja_text(nvcc: Nvcc, archs: tuple[str, ...], ptx: str | None, includes: li
 
     lines = [
         "ninja_required_version = 1.5",
-        f"nvcc = {escaped(quoted(nvcc.path))}",
-        f"flags = {escaped(' '.join(flags))}",
-        f"targets = {' '.join(targets)}",
+        f"nvcc = {command(nvcc)}",
+        f"flags = {command(*flags)}",
+        f"targets = {command(*targets)}",
         "",
         "rule device",
         "  command = $nvcc $flags $targets -MD -MF $out.d -c $in -o $out",
@@ -220,38 +230,57 @@ def ninja_text(nvcc: Nvcc, archs: tuple[str, ...], ptx: str | None, includes: li
         "  deps = gcc",
         "",
         "rule link",
-        f"  command = $nvcc {' '.join(link_flags)} $in -o $out",
+        f"  command = $nvcc {command(*link_flags)} $in -o $out",
         "  description = link $out",
         "",
     ]
     objects = []
     for rule, pattern in (("device", "*.cu"), ("host", "*.cpp")):
-        for source in sorted(CSRC.rglob(pattern)):
-            name = escaped_path(f"{source.relative_to(CSRC).as_posix()}.o")
+        for source in sorted(csrc.rglob(pattern)):
+            name = escaped_path(f"{source.relative_to(csrc).as_posix()}.o")
             objects.append(name)
             lines.append(f"build {name}: {rule} {escaped_path(str(source))}")
             # Kernels for Hopper alone, whose launchers refuse every other device: elsewhere they would be traps.
             if source.stem.endswith("_sm90") and "90a" in machine_code:
-                lines.append(f"  targets = {machine_code['90a']}")
+                lines.append(f"  targets = {command(machine_code['90a'])}")
     lines.append(f"build {escaped_path(str(extension))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
-def quoted(path: str) -> str:
-    return f'"{path}"'
+def is_plain(path: str | Path) -> bool:
+    """Whether a shell leaves a path as it is between double quotes, where nvcc puts it in commands of its own."""
+    return re.search(r'[$`"\\]', str(path)) is None
 
 
-def escaped(text: str) -> str:
-    return text.replace("$", "$$")
+def plain(path: str | Path, links: Path) -> str:
+    """The path, or a plain link to it."""
+    if is_plain(path):
+        return str(path)
+    link = links / str(len(list(links.iterdir())))
+    link.symlink_to(path)
+    return str(link)
+
+
+def command(*words: str) -> str:
+    """Words of a command as ninja hands them to sh, which runs nothing that stands in them."""
+    return shlex.join(on_one_line(word) for word in words).replace("$", "$$")
 
 
 def escaped_path(path: str) -> str:
-    return escaped(path).replace(":", "$:").replace(" ", "$ ")
+    """A path among ninja's own, which it quotes for sh by itself."""
+    return on_one_line(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+
+def on_one_line(text: str) -> str:
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise CannotBuild(f"ninja has no way to write the control characters of {text!r}")
+    return text
 
 
 def write_if_changed(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+    content = os.fsencode(text)  # paths in it may be no UTF-8
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
 
 
 def run_ninja(ninja_file: Path) -> None:
@@ -264,8 +293,12 @@ def run_ninja(ninja_file: Path) -> None:
     if not executable:
         raise CannotBuild("there is no ninja on PATH, and the package ninja is not installed")
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    command = [executable, "-C", str(ninja_file.parent), "-j", jobs]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    if not re.fullmatch(r"[0-9]+", jobs):
+        raise CannotBuild(f"MAX_JOBS must be a number, got {jobs!r}")
+    words = [executable, "-C", str(ninja_file.parent), "-j", jobs]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         output = []
         for line in process.stdout or ():
             print(line, end="", flush=True)

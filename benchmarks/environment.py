@@ -61,7 +61,9 @@ def _describe_cuda(device: torch.device) -> dict[str, Any]:
     return {
         "type": "cuda",
         "name": properties.name,
-        "architecture": f"sm_{properties.major}{properties.minor}",
+        "architecture": f"sm_{properties.major}{properties.minor}"
+        if torch.version.hip is None
+        else properties.gcnArchName,
         "memory_bytes": properties.total_memory,
         "cache_bytes": properties.L2_cache_size,
         "processors": properties.multi_processor_count,

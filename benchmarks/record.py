@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +88,52 @@ def append(target: Path, records: Iterable[Mapping[str, Any]]) -> None:
     records = list(records)
     for record in records:
         check(record)
+    append_lines(target, records)
+
+
+def append_lines(target: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines in one write: all or, where that raises, none; never to a line that a killed run left torn."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("a") as file:
-        file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    with target.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        try:
+            text = b"\n" * torn + text
+            if file.write(text) != len(text):
+                raise OSError(f"{target} could not be written to its end")
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def read_lines(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read a file of JSON objects with their line numbers; warns of a torn line and leaves it out.
+
+    Raises:
+        ValueError: a line is JSON, but no object; says which.
+    """
+    for number, text in enumerate(source.read_text(errors="replace").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            warnings.warn(f"{source}:{number}: torn, left out ({error})", stacklevel=2)
+            continue
+        if not isinstance(line, dict):
+            raise ValueError(f"{source}:{number}: a record must be an object, got {text[:80]}")
+        yield number, line
 
 
 def load(source: Path) -> list[dict[str, Any]]:
-    """Read a file of records.
+    """Read a file of records; warns of a torn line and leaves it out.
 
     Raises:
-        ValueError: a line is no record; says which.
+        ValueError: a line is whole and no record; says which.
     """
     records = []
-    for number, line in enumerate(source.read_text().splitlines(), start=1):
+    for number, record in read_lines(source):
         try:
-            record = json.loads(line)
             check(record)
         except ValueError as error:
             raise ValueError(f"{source}:{number}: {error}") from error

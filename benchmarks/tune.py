@@ -88,7 +88,7 @@ class Tuner:
             with _without_a_gpu():
                 call = self._call(problem, _meta(self.family.make_inputs(problem, torch.device("cpu"), 0)))
                 lines = list(self._compiled(problem, call, changes, arch))
-            _append(path, lines)
+            record.append_lines(path, lines)
             left = sum(not line["reasons"] for line in lines)
             print(f"{tables.label(dataclasses.asdict(problem))}: {left} of {len(lines)} candidates left", flush=True)
             failed |= bool(lines) and bool(lines[0]["reasons"])
@@ -113,7 +113,7 @@ class Tuner:
                 if not candidate or not left or (_key(dataclasses.asdict(problem)), candidates.label(candidate)) in left
             ]
             lines = self._timed(problem, wanted, session)
-            _append(path, lines)
+            record.append_lines(path, lines)
             print(_table(dataclasses.asdict(problem), lines), flush=True)
             failed |= bool(lines) and lines[0]["status"] != "ok"
         return int(failed)
@@ -224,13 +224,7 @@ def _key(problem: Any) -> str:
 
 
 def _load(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    return [line for _, line in record.read_lines(path)] if path.exists() else []
 
 
 def _table(problem: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:

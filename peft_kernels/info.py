@@ -90,11 +90,13 @@ def _package() -> dict[str, str]:
 def _torch() -> dict[str, Any]:
     import torch
 
+    accelerator = torch.accelerator.current_accelerator()
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "cuda_available": torch.cuda.is_available(),
+        "accelerator": accelerator and accelerator.type,
     }
 
 
@@ -122,7 +124,9 @@ def _gpus() -> list[dict[str, Any]]:
         gpus.append(
             {
                 "name": properties.name,
-                "arch": f"sm_{properties.major}{properties.minor}",
+                "arch": f"sm_{properties.major}{properties.minor}"
+                if torch.version.hip is None
+                else properties.gcnArchName,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "multiprocessors": properties.multi_processor_count,
             }

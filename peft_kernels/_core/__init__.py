@@ -4,9 +4,19 @@ operator.py      one declaration makes an operator: the eager route, and what a 
 registration.py  the same operator for torch.library: schema, fake, autograd of compiled calls
 signature.py     an operator's arguments in the forms that torch asks for
 checks.py        what arguments must be: a table of tensors whose letters bind sizes
+arguments.py     what modules may be made of
+encoder_layer.py torch's fused encoder layer, which calls no submodule
 dispatch.py      which backend runs, and why not another; use_backend
 explain.py       what a call does, in words
 device.py        facts of a device that configs are chosen from
 triton_*.py      host-side questions about Triton; device functions that several families share
 cuda_tools.py, tma.py, extension.py   the CUDA extension: launches, alignment, what TMA reads, loading
 """
+
+import torch
+
+_OLDEST_TORCH = (2, 6)
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
+    oldest = ".".join(map(str, _OLDEST_TORCH))
+    raise ImportError(f"peft_kernels needs torch {oldest} or newer, {torch.__version__} is installed", name="torch")

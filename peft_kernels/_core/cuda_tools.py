@@ -98,6 +98,9 @@ def is_capturing(device: torch.device) -> bool:
 
 @cache
 def _why_not_compiled(arch: int) -> str | None:
+    reason = extension.why_no_record()
+    if reason is not None:
+        return reason
     record = extension.build_record()
     if runs_on(arch, record["archs"], record["ptx"]):
         return None

@@ -33,6 +33,11 @@ def hardware(device: torch.device) -> Hardware:
     return _cuda_hardware(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def not_nvidia() -> str:
+    """Reason why no kernel runs where torch is built for AMD's GPUs, whose devices it calls CUDA too."""
+    return f"the kernels are for NVIDIA GPUs, and torch is built for AMD's (ROCm {torch.version.hip})"
+
+
 def why_not_verified(device: torch.device, verified_archs: frozenset[int], backend: str) -> str | None:
     """Reason why ``auto`` passes over kernels that run on this device: nobody has verified them there; or None."""
     if backend == "triton" and device.type != "cuda":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from peft_kernels._core import device
 
 _MODULE = "peft_kernels._C"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -41,6 +44,8 @@ def why_not_importable() -> str | None:
 @cache
 def why_not() -> str | None:
     """Reason why no kernel of the extension can run in this process, or None."""
+    if torch.version.hip is not None:
+        return device.not_nvidia()
     module, reason = _imported()
     if module is None:
         return reason
@@ -54,10 +59,31 @@ def build_record() -> dict[str, Any]:
     """Read what the build wrote down: built, reason, archs, ptx, nvcc, python_abi.
 
     Raises:
-        OSError, ValueError: there is no record, or it is not JSON.
+        OSError, ValueError: there is no record, or it is not JSON, or not of that shape.
     """
-    record: dict[str, Any] = json.loads(_RECORD.read_text())
+    record = json.loads(_RECORD.read_text())
+    if not isinstance(record, dict) or not isinstance(record.get("built"), bool):
+        raise ValueError(f"it must be an object in which built is true or false, got {str(record)[:80]}")
+    archs, ptx = record.setdefault("archs", []), record.setdefault("ptx", None)
+    record["reason"], record["python_abi"] = record.get("reason"), record.get("python_abi")
+    if not isinstance(archs, list) or not all(_is_match(r"\d+[af]?", arch) for arch in archs):
+        raise ValueError(f'archs must be names such as "90a", got {archs!r}')
+    if ptx is not None and not _is_match(r"\d+", ptx):
+        raise ValueError(f'ptx must be null or a number such as "90" in quotes, got {ptx!r}')
     return record
+
+
+def why_no_record() -> str | None:
+    """Reason why the build record cannot be read, or None."""
+    try:
+        build_record()
+    except (OSError, ValueError) as error:
+        return f"its build record is unreadable ({error}); {_WAY_OUT}"
+    return None
+
+
+def _is_match(pattern: str, value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 @cache
@@ -74,13 +100,13 @@ def _imported() -> tuple[ModuleType | None, str | None]:
 
 
 def _why_not_found() -> str:
-    try:
-        record = build_record()
-    except (OSError, ValueError) as error:
-        return f"it was never built here, or its build record is unreadable ({error}); {_WAY_OUT}"
+    reason = why_no_record()
+    if reason is not None:
+        return f"it was never built here, or {reason}"
+    record = build_record()
     if not record["built"]:
-        return f"it was not built: {record['reason']}; {_WAY_OUT}"
+        return f"it was not built: {record['reason'] or 'no reason was written down'}; {_WAY_OUT}"
     abi = sysconfig.get_config_var("EXT_SUFFIX")
     if record["python_abi"] != abi:
-        return f"it was built for {record['python_abi']}, this Python loads {abi}; {_WAY_OUT}"
+        return f"it was built for {record['python_abi'] or 'an unknown Python'}, this Python loads {abi}; {_WAY_OUT}"
     return f"it was built, but its file is gone from {_PACKAGE}; {_WAY_OUT}"

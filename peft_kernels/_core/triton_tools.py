@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from peft_kernels._core.device import Hardware
+from peft_kernels._core.device import Hardware, not_nvidia
 
 MINIMUM_ARCH = 80
 MINIMUM_VERSION = (3, 6)  # the oldest that the kernels were compiled with
@@ -40,10 +40,12 @@ def interpreting() -> bool:
 def why_not_environment() -> str | None:
     """Reason why no Triton kernel can run in this process, or None."""
     reason = why_not_installed()
+    if reason is None and interpreting():
+        return None
+    if torch.version.hip is not None:
+        return not_nvidia()
     if reason is not None:
         return reason
-    if interpreting():
-        return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
     return None
@@ -51,6 +53,8 @@ def why_not_environment() -> str | None:
 
 def why_not_device(device: torch.device) -> str | None:
     """Reason why Triton kernels cannot run on this device, or None."""
+    if device.type not in ("cuda", "cpu"):
+        return f"the kernels are for NVIDIA GPUs, these tensors are on {device}"
     reason = why_not_environment()
     if reason is not None:
         return reason

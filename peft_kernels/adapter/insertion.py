@@ -6,11 +6,13 @@ before that addition, by forward hooks, so that the block's own code, parameters
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from peft_kernels._core.encoder_layer import refuse_nested
 from peft_kernels.adapter.module import ParallelAdapter, SerialAdapter
 
 ATTRIBUTE = "adapters"
@@ -52,30 +54,30 @@ class _After:
         return self.adapter(output)
 
 
+class _Kept(threading.local):
+    """A sublayer's input, in the thread that runs the block."""
+
+    x: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
 class _Beside:
     """Two hooks: one keeps the sublayer's input, the other gives it to the adapter with the sublayer's output."""
 
     def __init__(self, adapter: ParallelAdapter) -> None:
         self.adapter = adapter
-        self.x: Tensor | None = None
+        self.kept = _Kept()
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.x = args[0] if args else next(iter(kwargs.values()))
+        self.kept.x = args[0] if args else next(iter(kwargs.values()))
 
     def add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x, self.x = self.x, None
+        x, self.kept.x = self.kept.x, None
         if x is None:
             raise RuntimeError("insert_adapters: the sublayer's target ran before its source; its paths are wrong")
         return self.adapter(x, output)
-
-
-def _refuse_nested(block: nn.Module, args: tuple[Any, ...]) -> None:
-    """nn.TransformerEncoder makes its layers' input nested for the fused path, which hooks have closed by then."""
-    if args and isinstance(args[0], Tensor) and args[0].is_nested:
-        raise ValueError(
-            f"insert_adapters: {type(block).__name__} with adapters takes no nested tensors; "
-            "set use_nested_tensor = False on the nn.TransformerEncoder, or build it with enable_nested_tensor=False"
-        )
 
 
 def insert_adapters(
@@ -119,8 +121,9 @@ def insert_adapters(
     known = _sublayers(block, adapters, sublayers)
     if hasattr(block, ATTRIBUTE):
         raise ValueError(f"insert_adapters: {type(block).__name__} has an attribute {ATTRIBUTE!r} already")
-    ends = {name: [_submodule(block, path) for path in known[name]] for name in adapters}
-    hooks = [block.register_forward_pre_hook(_refuse_nested)]
+    ends = {name: _ends(block, known[name]) for name in adapters}
+    held = nn.ModuleDict(dict(adapters))
+    hooks = [block.register_forward_pre_hook(refuse_nested)]
     for name, adapter in adapters.items():
         source, target = ends[name]
         if isinstance(adapter, SerialAdapter):
@@ -129,7 +132,7 @@ def insert_adapters(
             beside = _Beside(adapter)
             hooks.append(source.register_forward_pre_hook(beside.keep, with_kwargs=True))
             hooks.append(target.register_forward_hook(beside.add))
-    block.add_module(ATTRIBUTE, nn.ModuleDict(dict(adapters)))
+    block.add_module(ATTRIBUTE, held)
     for adapter in adapters.values():
         adapter.train(block.training)
 
@@ -147,8 +150,10 @@ def _sublayers(
     sublayers: Mapping[str, Sublayer | tuple[str, str]] | None,
 ) -> Mapping[str, Sublayer | tuple[str, str]]:
     """The sublayers that the adapters name, after every check but that of the paths."""
-    if isinstance(block, (nn.Sequential, nn.ModuleList)):
-        raise ValueError(f"insert_adapters: block must call its submodules by name, got {type(block).__name__}")
+    if not isinstance(block, nn.Module) or isinstance(block, (nn.Sequential, nn.ModuleList)):
+        raise ValueError(
+            f"insert_adapters: block must be a module that calls its submodules by name, got {type(block).__name__}"
+        )
     kind = next((cls.__name__ for cls in type(block).__mro__ if cls.__name__ in SUBLAYERS), None)
     known = sublayers if sublayers is not None else SUBLAYERS.get(kind or "")
     if known is None:
@@ -159,6 +164,11 @@ def _sublayers(
     for name, adapter in adapters.items():
         if name not in known:
             raise ValueError(f"insert_adapters: adapters must be named after {', '.join(known)}, got {name!r}")
+        if "." in name or not name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                "insert_adapters: a sublayer's name must be non-empty, without dots and no attribute of nn.ModuleDict, "
+                f"got {name!r}"
+            )
         if not isinstance(adapter, (SerialAdapter, ParallelAdapter)):
             raise ValueError(
                 f"insert_adapters: adapter {name!r} must be a SerialAdapter or a ParallelAdapter, "
@@ -167,8 +177,10 @@ def _sublayers(
     return known
 
 
-def _submodule(block: nn.Module, path: str) -> nn.Module:
+def _ends(block: nn.Module, paths: Sublayer | tuple[str, str]) -> list[nn.Module]:
+    if not isinstance(paths, tuple) or len(paths) != 2:
+        raise ValueError(f"insert_adapters: a sublayer must be a tuple (source, target), got {paths!r}")
     try:
-        return block.get_submodule(path)
+        return [block.get_submodule(path) for path in paths]
     except AttributeError as error:
-        raise ValueError(f"insert_adapters: {type(block).__name__} has no submodule {path!r} ({error})") from None
+        raise ValueError(f"insert_adapters: {type(block).__name__} has no submodules {paths!r} ({error})") from None

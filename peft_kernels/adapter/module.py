@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peft_kernels._core import arguments
+from peft_kernels._core.checks import scalar
 from peft_kernels.adapter.kernels.activations import ACTIVATIONS
 from peft_kernels.adapter.op import bottleneck_adapter
+
+
+class _Up(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class _Adapter(nn.Module):
@@ -24,22 +35,20 @@ class _Adapter(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        for argument, value in (("hidden", hidden), ("bottleneck", bottleneck)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {argument} must be an int of at least 1, got {value!r}")
-        if activation not in ACTIVATIONS:
+        arguments.integer(name, "hidden", hidden, 1)
+        arguments.integer(name, "bottleneck", bottleneck, 1)
+        scalar(name, "scale", scale)
+        arguments.floating(name, "dtype", dtype)
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.activation, self.scale = activation, scale
         self.down = nn.Linear(hidden, bottleneck, bias=bias, device=device, dtype=dtype)
-        self.up = nn.Linear(bottleneck, hidden, bias=bias, device=device, dtype=dtype)
-        self.reset_parameters()
+        self.up = _Up(bottleneck, hidden, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draw the down projection as nn.Linear does, and set the up projection to zero."""
         self.down.reset_parameters()
-        nn.init.zeros_(self.up.weight)
-        if self.up.bias is not None:
-            nn.init.zeros_(self.up.bias)
+        self.up.reset_parameters()
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, scale={self.scale:g}"
@@ -74,7 +83,8 @@ class SerialAdapter(_Adapter):
         down, up: nn.Linear, which hold the parameters; they are not called, so their hooks do not run.
 
     Raises:
-        ValueError: a width below 1 or an unknown activation.
+        ValueError: a width that is no int or below 1, an unknown activation, a scale that is no number, or a dtype that
+            is not floating.
 
     Example:
         >>> adapter = SerialAdapter(4, 2, activation="gelu")

@@ -5,6 +5,7 @@ apply_revert.py                     which libraries a model is of; apply, revert
 report.py                           what apply found, and what fell back since
 rules.py                            the reasons for fallbacks, and docs/integrations.md's tables of them
 sites.py                            what is swapped as one, and the swap itself
+versions.py                         the oldest releases of other libraries
 hooks.py                            hooks on other libraries' modules
 adapter_files.py                    reading and writing other libraries' adapter folders
 

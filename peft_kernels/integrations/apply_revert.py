@@ -11,6 +11,7 @@ from torch import nn
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.report import Report, forget
 from peft_kernels.integrations.sites import Site
+from peft_kernels.integrations.versions import needs
 
 # Library -> the files here that find its sites in a model: sites(model) -> Iterator[Site].
 _LIBRARIES = {
@@ -40,6 +41,7 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
     Raises:
         ValueError: ``model`` is no module.
         UnsupportedError: ``strict``, and something would fall back.
+        ImportError: the library is older than what this package knows; says which release is needed.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"apply: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -80,5 +82,6 @@ def revert(model: nn.Module) -> None:
 def _sites(model: nn.Module) -> list[Site]:
     # A model holds a library's modules only if that library was imported.
     names = [file for library, files in _LIBRARIES.items() if library in sys.modules for file in files]
-    files = [importlib.import_module(f"peft_kernels.integrations.{name}") for name in names]
+    with needs("apply"):
+        files = [importlib.import_module(f"peft_kernels.integrations.{name}") for name in names]
     return [site for file in files for site in file.sites(model)]

@@ -33,6 +33,7 @@ Map, bottom to top:
         cuda_impl.py       what the CUDA kernels can run, in the order in which they are tried
         op.py              the public function, and the declaration that makes it an operator
     module.py              FusedLoRALinear
+    base_layer.py          which linear layers it can wrap, and what of torch's cannot hold it
 """
 
 from peft_kernels.lora.kernels.dropout import lora_linear_dropout_mask

@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_kernels._core import arguments
+from peft_kernels.lora.base_layer import guard_readers, why_not_base
 from peft_kernels.lora.linear.op import lora_linear
 
+_NAME = "FusedLoRALinear"
 _HALF = (torch.bfloat16, torch.float16)
 _MERGE_ROWS = 1024
+
+
+class _Source(NamedTuple):
+    """A value that a merged weight is made from: where it stands, and autograd's counter of its changes in place."""
+
+    place: Mapping[str, Any]
+    key: str
+    value: Any
+    version: int | None
+
+
+class _DownFactors(nn.ParameterDict):
+    """A by adapter name."""
+
+    def reset_parameters(self) -> None:
+        """Draw every A as nn.Linear draws its weight, as the reference code of LoRA and PEFT do."""
+        for parameter in self.values():
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+
+
+class _UpFactors(nn.ParameterDict):
+    """B by adapter name."""
+
+    def reset_parameters(self) -> None:
+        """Set every B to zero."""
+        for parameter in self.values():
+            nn.init.zeros_(parameter)
 
 
 class FusedLoRALinear(nn.Module):
@@ -20,7 +52,9 @@ class FusedLoRALinear(nn.Module):
 
     Semantics: ``y = x @ weight.T + bias + scaling[active] * (drop(x) @ lora_A[active].T) @ lora_B[active].T``, with
     dropout in training mode only; with no active adapter, or merged, ``y = F.linear(x, weight, bias)`` on the base or
-    merged weight.
+    merged weight. ``weight`` is the base's: code that reads it and does not call the layer sees no adapter. An
+    nn.TransformerEncoderLayer that gets this layer is taken off its fused inference path, which would do that; an
+    nn.MultiheadAttention refuses it.
 
     Args:
         in_features, out_features: K and N.
@@ -38,7 +72,8 @@ class FusedLoRALinear(nn.Module):
         scaling: dict by adapter name.
 
     Raises:
-        ValueError: a rank below 1, a dropout outside [0, 1), a bad adapter name, an operation on a merged layer.
+        ValueError: a size or rank that is no int or too small, an alpha that is no number, a dropout outside [0, 1), a
+            dtype that is not floating, a bad adapter name, an operation on a merged layer.
         KeyError: an adapter name is unknown.
 
     Example:
@@ -64,6 +99,9 @@ class FusedLoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
+        arguments.integer(_NAME, "in_features", in_features, 0)
+        arguments.integer(_NAME, "out_features", out_features, 0)
+        arguments.floating(_NAME, "dtype", dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._setup(base, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
 
@@ -80,10 +118,12 @@ class FusedLoRALinear(nn.Module):
         """Wrap a linear layer: its weight and bias are shared, not copied, and frozen.
 
         Raises:
-            ValueError: ``linear`` is not an nn.Linear.
+            ValueError: ``linear`` is not an nn.Linear, or does more than one: a forward of its own, hooks, a weight
+                that is computed, quantized or lazy; or it is the output projection of an nn.MultiheadAttention.
         """
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"FusedLoRALinear: linear must be an nn.Linear, got {type(linear).__name__}")
+        reason = why_not_base(linear)
+        if reason is not None:
+            raise ValueError(f"{_NAME}: linear {reason}")
         layer = cls.__new__(cls)
         layer._setup(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
         layer.train(linear.training)
@@ -99,23 +139,37 @@ class FusedLoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None,
     ) -> None:
         nn.Module.__init__(self)
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"FusedLoRALinear: lora_dropout must be in [0, 1), got {lora_dropout}")
-        _check_adapter("default", r)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        guard_readers(FusedLoRALinear)
+        arguments.probability(_NAME, "lora_dropout", lora_dropout)
+        arguments.floating(_NAME, "adapter_dtype", adapter_dtype)
+        self.lora_A, self.lora_B = _DownFactors(), _UpFactors()
+        self._check_adapter("default", r, lora_alpha)
+        self.weight, self.bias = cast("nn.Parameter", base.weight), cast("nn.Parameter | None", base.bias)
+        self.out_features, self.in_features = self.weight.shape
         self.lora_dropout, self.use_rslora = lora_dropout, use_rslora
         self.adapter_dtype = adapter_dtype
-        self.weight, self.bias = cast("nn.Parameter", base.weight), cast("nn.Parameter | None", base.bias)
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad = False
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scaling: dict[str, float] = {}
         self.register_buffer("_merged_weight", None, persistent=False)
-        self._overwritten = False
+        self._merged = False
+        self._merged_from: tuple[_Source, ...] = ()
         self._active: str | None = None
+        self.register_load_state_dict_post_hook(_merge_what_was_loaded)
+        self.register_state_dict_post_hook(_leave_out_what_was_merged)
         self.add_adapter("default", r, lora_alpha)
         self.set_adapter("default")
+
+    def reset_parameters(self) -> None:
+        """Draw everything anew, such as after ``to_empty``: the base as nn.Linear does, adapters as ``add_adapter``.
+
+        The layer is not merged afterwards.
+        """
+        self._merged, self._merged_weight = False, None
+        nn.Linear.reset_parameters(cast("nn.Linear", self))
+        self.lora_A.reset_parameters()
+        self.lora_B.reset_parameters()
 
     @property
     def active_adapter(self) -> str | None:
@@ -125,22 +179,22 @@ class FusedLoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the forward pass uses a weight that holds the active adapter."""
-        return self._overwritten or self._merged_weight is not None
+        return self._merged
 
     def add_adapter(self, name: str, r: int = 8, lora_alpha: float = 16) -> None:
         """Add an adapter that changes nothing yet (B is zero), without making it active.
 
         Raises:
-            ValueError: the name is taken, empty or has a dot; r is below 1.
+            ValueError: the name is taken, empty, has a dot, or is an attribute of nn.ParameterDict; r is below 1, or
+                ``lora_alpha`` is no number.
         """
-        _check_adapter(name, r)
+        self._check_adapter(name, r, lora_alpha)
         if name in self.scaling:
             raise ValueError(f"FusedLoRALinear: there is an adapter {name!r} already")
         device, dtype = self.weight.device, self._adapter_dtype()
-        lora_a = torch.empty(r, self.in_features, device=device, dtype=dtype)
-        # The initialisation of the LoRA reference code and of PEFT: nn.Linear's own for A, zero for B.
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(lora_a)
+        down = _DownFactors({name: torch.empty(r, self.in_features, device=device, dtype=dtype)})
+        down.reset_parameters()
+        self.lora_A[name] = down[name]
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
         self.scaling[name] = lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
@@ -173,33 +227,68 @@ class FusedLoRALinear(nn.Module):
             )
         del self.lora_A[name], self.lora_B[name], self.scaling[name]
 
-    @torch.no_grad()
     def merge(self, keep_base: bool = True) -> None:
         """Put the active adapter into the weight that the forward pass uses: W + scaling B A, accumulated in float32.
 
         Args:
             keep_base: True keeps W beside the merged weight (W's memory twice), and ``weight`` and the state dict stay
-                W's; False overwrites W in place, also for a linear layer that shares it, and cannot be undone.
+                W's. Where W, A, B or the scaling have changed, by an optimizer, ``load_state_dict`` or in place, the
+                next call merges anew; what it cannot see are changes through ``.data``, and in a compiled graph all
+                but ``load_state_dict``.
+                False overwrites W in place, also for a linear layer that shares it, and cannot be undone; B is zero in
+                its state dict, which so holds what the layer computes.
 
         Raises:
-            ValueError: the layer is merged already, or no adapter is active.
+            ValueError: the layer is merged already, no adapter is active, or ``keep_base=False`` and the weight is
+                computed from others (parametrized).
         """
-        if self.merged:
-            raise ValueError(f"FusedLoRALinear: adapter {self._active!r} is merged already")
+        if self._merged:
+            raise ValueError(f"{_NAME}: adapter {self._active!r} is merged already")
         if self._active is None:
-            raise ValueError("FusedLoRALinear: there is no active adapter to merge")
-        target = torch.empty_like(self.weight) if keep_base else self.weight.data
+            raise ValueError(f"{_NAME}: there is no active adapter to merge")
+        if keep_base:
+            self._merge_beside()
+        elif "weight" in self._parameters:
+            self._merge_into(self.weight)
+        else:
+            raise ValueError(f"{_NAME}: weight is computed, so that it cannot be overwritten; merge() keeps it")
+        self._merged = True
+
+    def _merge_beside(self) -> Tensor:
+        sources = self._sources()
+        # Not an inference tensor, so that calls outside of inference mode can use it too.
+        with torch.inference_mode(False):
+            merged = torch.empty_like(self.weight, requires_grad=False)
+        self._merge_into(merged)
+        # In this order: another thread that finds the new sources finds the new weight.
+        self._merged_weight = merged
+        self._merged_from = sources
+        return merged
+
+    @torch.no_grad()
+    def _merge_into(self, target: Tensor) -> None:
+        name = cast("str", self._active)
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        lora_a = self.lora_A[self._active].to(wide)
-        lora_b = self.lora_B[self._active].to(wide)
+        lora_a, lora_b = self.lora_A[name].to(wide), self.lora_B[name].to(wide)
         for start in range(0, self.out_features, _MERGE_ROWS):
             rows = slice(start, start + _MERGE_ROWS)
-            update = torch.addmm(self.weight[rows].to(wide), lora_b[rows], lora_a, alpha=self.scaling[self._active])
+            update = torch.addmm(self.weight[rows].to(wide), lora_b[rows], lora_a, alpha=self.scaling[name])
             target[rows].copy_(update)
-        if keep_base:
-            self._merged_weight = target
-        else:
-            self._overwritten = True
+
+    def _sources(self) -> tuple[_Source, ...]:
+        name = cast("str", self._active)
+        found = [_Source(self.scaling, name, self.scaling[name], None)]
+        for module, key in ((self, "weight"), (self.lora_A, name), (self.lora_B, name)):
+            tensor = getattr(module, key)
+            # An inference tensor has no counter.
+            found.append(_Source(module._parameters, key, tensor, None if tensor.is_inference() else tensor._version))
+        return tuple(found)
+
+    def _is_stale(self) -> bool:
+        for place, key, value, version in self._merged_from:
+            if (version is not None and value._version != version) or place.get(key) is not value:
+                return True
+        return False
 
     def unmerge(self) -> None:
         """Go back to W and the adapter apart; W has its exact bits.
@@ -207,18 +296,18 @@ class FusedLoRALinear(nn.Module):
         Raises:
             ValueError: the layer is not merged, or was merged with keep_base=False.
         """
-        if not self.merged:
-            raise ValueError("FusedLoRALinear: the layer is not merged")
-        if self._overwritten:
-            raise ValueError("FusedLoRALinear: merge(keep_base=False) overwrote the base weight; it cannot be restored")
-        self._merged_weight = None
+        if not self._merged:
+            raise ValueError(f"{_NAME}: the layer is not merged")
+        if self._merged_weight is None:
+            raise ValueError(f"{_NAME}: merge(keep_base=False) overwrote the base weight; it cannot be restored")
+        self._merged, self._merged_weight, self._merged_from = False, None, ()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., K) to y (..., N)."""
+        """Map x (..., K) to y (..., N); warns where a merged layer would train."""
+        if self._merged:
+            return F.linear(x, self._weight_of_call(), self.bias)
         name = self._active
-        if self._merged_weight is not None:
-            return F.linear(x, self._merged_weight, self.bias)
-        if name is None or self._overwritten:
+        if name is None:
             return F.linear(x, self.weight, self.bias)
         return lora_linear(
             x,
@@ -229,6 +318,25 @@ class FusedLoRALinear(nn.Module):
             self.bias,
             dropout_p=self.lora_dropout if self.training else 0.0,
         )
+
+    def _weight_of_call(self) -> Tensor:
+        if not torch.compiler.is_compiling():
+            if self.training and torch.is_grad_enabled() and self.lora_A[cast("str", self._active)].requires_grad:
+                warnings.warn(
+                    f"{_NAME}: adapter {self._active!r} is merged and gets no gradient; call unmerge() to train it, "
+                    "eval() or requires_grad_(False) where it shall not train",
+                    stacklevel=5,
+                )
+            if self._is_stale():
+                return self._merge_beside()
+        return self.weight if self._merged_weight is None else self._merged_weight
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard_readers(FusedLoRALinear)
+        # Counters of changes do not survive a copy.
+        if self._merged_weight is not None:
+            self._merge_beside()
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: r={a.shape[0]} scaling={self.scaling[name]:g}" for name, a in self.lora_A.items())
@@ -244,11 +352,35 @@ class FusedLoRALinear(nn.Module):
 
     def _check_known(self, name: str) -> None:
         if name not in self.scaling:
-            raise KeyError(f"FusedLoRALinear: there is no adapter {name!r}; there are {sorted(self.scaling)}")
+            raise KeyError(f"{_NAME}: there is no adapter {name!r}; there are {sorted(self.scaling)}")
+
+    def _check_adapter(self, name: str, r: int, lora_alpha: float) -> None:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"{_NAME}: an adapter's name must be a non-empty string without dots, got {name!r}")
+        if name not in self.lora_A and hasattr(self.lora_A, name):
+            raise ValueError(f"{_NAME}: an adapter's name must be no attribute of nn.ParameterDict, got {name!r}")
+        arguments.integer(_NAME, "r", r, 1)
+        arguments.number(_NAME, "lora_alpha", lora_alpha)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._merged and self._merged_weight is None:
+            needed = {f"{prefix}{name}" for name in ("weight", f"lora_A.{self._active}", f"lora_B.{self._active}")}
+            missing = needed - state_dict.keys()
+            if missing and missing != needed:
+                raise ValueError(
+                    f"{_NAME}: merge(keep_base=False) overwrote the base weight; a state dict for this layer must have "
+                    f"{', '.join(sorted(needed))}, got one without {', '.join(sorted(missing))}"
+                )
+            self._merged = bool(missing)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_adapter(name: str, r: int) -> None:
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"FusedLoRALinear: an adapter's name must be a non-empty string without dots, got {name!r}")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"FusedLoRALinear: r must be an int of at least 1, got {r!r}")
+def _merge_what_was_loaded(layer: FusedLoRALinear, incompatible_keys: Any) -> None:
+    if layer._merged_weight is not None:
+        layer._merge_beside()
+
+
+def _leave_out_what_was_merged(layer: FusedLoRALinear, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    key = f"{prefix}lora_B.{layer._active}"
+    if layer._merged and layer._merged_weight is None and key in state:
+        state[key] = torch.zeros_like(state[key])

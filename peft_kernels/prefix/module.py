@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peft_kernels._core import arguments
+
 
 class PrefixEncoder(nn.Module):
     """Hold one prefix of keys and values for each layer of a model (Li & Liang 2021, arXiv:2101.00190).
@@ -24,7 +26,7 @@ class PrefixEncoder(nn.Module):
             out as PEFT stores it: layer by layer the key of every head, then the value of every head.
 
     Raises:
-        ValueError: a size is below 1, or the length below 0.
+        ValueError: a size is no int or below 1, the length below 0, or the dtype not floating.
 
     Example:
         >>> encoder = PrefixEncoder(num_layers=2, num_kv_heads=4, head_dim=8, prefix_length=3, reparam_hidden=16)
@@ -50,8 +52,9 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for name, value in (sizes | ({} if reparam_hidden is None else {"reparam_hidden": reparam_hidden})).items():
-            _check_size(name, value, 1)
-        _check_size("prefix_length", prefix_length, 0)
+            arguments.integer("PrefixEncoder", name, value, 1)
+        arguments.integer("PrefixEncoder", "prefix_length", prefix_length, 0)
+        arguments.floating("PrefixEncoder", "dtype", dtype)
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.prefix_length, self.reparam_hidden = prefix_length, reparam_hidden
         width = 2 * num_layers * num_kv_heads * head_dim
@@ -66,6 +69,13 @@ class PrefixEncoder(nn.Module):
                 nn.Tanh(),
                 nn.Linear(reparam_hidden, width, device=device, dtype=dtype),
             )
+
+    def reset_parameters(self) -> None:
+        """Draw everything anew, such as after ``to_empty``: normal rows, the MLP as nn.Linear does."""
+        nn.init.normal_(self.embedding)
+        for layer in self.mlp or ():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
 
     def forward(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Return (prefix_k, prefix_v) of each layer, views of one table, each (H_kv, P, D)."""
@@ -99,8 +109,3 @@ class PrefixEncoder(nn.Module):
     def _rows(self) -> Tensor:
         """(P, 2 * num_layers * H_kv * D)."""
         return self.embedding if self.mlp is None else self.mlp(self.embedding)
-
-
-def _check_size(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"PrefixEncoder: {name} must be an int of at least {least}, got {value!r}")

@@ -69,7 +69,8 @@ def forward_in_ranges(problem: PrefixAttentionProblem, inputs: Inputs) -> Tensor
             last = min(first + size, problem.s)
             seen = problem.p + last + problem.shift
             q = inputs.q[batch, :, first:last].reshape(-1, problem.group, last - first, problem.d)
-            mask = torch.ones(last - first, seen, dtype=torch.bool).tril_(problem.p + problem.shift + first)
+            mask = torch.ones(last - first, seen, dtype=torch.bool, device=problem.device)
+            mask.tril_(problem.p + problem.shift + first)
             if inputs.key_padding_mask is not None:
                 mask[:, problem.p :] &= inputs.key_padding_mask[batch, : seen - problem.p]
             attended = F.scaled_dot_product_attention(

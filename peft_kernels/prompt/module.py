@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from peft_kernels._core import arguments
 from peft_kernels.prompt.op import prompt_tuning
 
 
@@ -24,7 +25,7 @@ class PromptEmbedding(nn.Module):
         device, dtype: of the prompt; None takes those of ``init_from``, or torch's defaults.
 
     Raises:
-        ValueError: a size is below 1, or ``init_from`` does not fit.
+        ValueError: a size is no int or below 1, the dtype is not floating, or ``init_from`` does not fit.
 
     Example:
         >>> prompt = PromptEmbedding(2, 4)
@@ -41,16 +42,22 @@ class PromptEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_tokens", num_tokens), ("embedding_dim", embedding_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"PromptEmbedding: {name} must be an int of at least 1, got {value!r}")
+        arguments.integer("PromptEmbedding", "num_tokens", num_tokens, 1)
+        arguments.integer("PromptEmbedding", "embedding_dim", embedding_dim, 1)
+        arguments.floating("PromptEmbedding", "dtype", dtype)
         self.num_tokens, self.embedding_dim = num_tokens, embedding_dim
         rows = _initial_rows(init_from, num_tokens, embedding_dim)
         if rows is not None:
             device, dtype = device or rows.device, dtype or rows.dtype
         self.weight = nn.Parameter(torch.empty(num_tokens, embedding_dim, device=device, dtype=dtype))
-        with torch.no_grad():
-            self.weight.normal_() if rows is None else self.weight.copy_(rows)
+        if rows is None:
+            self.reset_parameters()
+        else:
+            self.weight.data.copy_(rows)
+
+    def reset_parameters(self) -> None:
+        """Draw normal values, such as after ``to_empty``; ``init_from`` is not kept."""
+        nn.init.normal_(self.weight)
 
     def forward(self, token_embeddings: Tensor) -> Tensor:
         """Map token_embeddings (B, L, D) to (B, P + L, D)."""
@@ -66,7 +73,7 @@ class PromptEnsemble(nn.Module):
     Semantics: ``y[n * B + b] = cat(prompts[n].weight, token_embeddings[b])``
 
     Args:
-        prompts: PromptEmbeddings of one length, dimension and dtype; at least one.
+        prompts: PromptEmbeddings of one length, dimension, dtype and device; at least one.
 
     Raises:
         ValueError: there is no prompt, or they differ.
@@ -81,13 +88,16 @@ class PromptEnsemble(nn.Module):
 
     def __init__(self, prompts: Sequence[PromptEmbedding]) -> None:
         super().__init__()
-        prompts = list(prompts)
+        prompts = list(prompts) if isinstance(prompts, Iterable) else []
         if not prompts or not all(isinstance(prompt, PromptEmbedding) for prompt in prompts):
             raise ValueError("PromptEnsemble: prompts must be PromptEmbeddings, at least one")
-        kinds = {(prompt.num_tokens, prompt.embedding_dim, prompt.weight.dtype) for prompt in prompts}
+        kinds = {
+            (prompt.num_tokens, prompt.embedding_dim, prompt.weight.dtype, prompt.weight.device) for prompt in prompts
+        }
         if len(kinds) > 1:
             raise ValueError(
-                f"PromptEnsemble: prompts must have one length, dimension and dtype, got {sorted(map(str, kinds))}"
+                "PromptEnsemble: prompts must have one length, dimension, dtype and device, "
+                f"got {sorted(map(str, kinds))}"
             )
         self.prompts = nn.ModuleList(prompts)
 
@@ -100,12 +110,15 @@ class PromptEnsemble(nn.Module):
         """Return the class (B,) that most prompts choose; ties go to the higher mean probability, then the lower index.
 
         Args:
-            logits: (N * B, C), in the order of ``forward``.
+            logits: (N * B, C), floating, in the order of ``forward``.
 
         Raises:
-            ValueError: the shape is another.
+            ValueError: the shape or dtype is another.
         """
         n = len(self.prompts)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"PromptEnsemble: logits must be a floating torch.Tensor, got {got}")
         if logits.dim() != 2 or logits.shape[0] % n or logits.shape[1] == 0:
             raise ValueError(f"PromptEnsemble: logits must be (N * B, C) with N = {n}, got {tuple(logits.shape)}")
         apart = logits.unflatten(0, (n, logits.shape[0] // n))
@@ -120,9 +133,13 @@ def _initial_rows(init_from: Tensor | nn.Embedding | None, num_tokens: int, embe
         return None
     if isinstance(init_from, nn.Embedding):
         table = init_from.weight.detach()
+        if table.shape[0] == 0:
+            raise ValueError("PromptEmbedding: init_from must have rows to draw from, got an nn.Embedding of none")
         init_from = table[torch.randint(table.shape[0], (num_tokens,), device=table.device)]
     if not isinstance(init_from, Tensor) or tuple(init_from.shape) != (num_tokens, embedding_dim):
         got = tuple(init_from.shape) if isinstance(init_from, Tensor) else type(init_from).__name__
         expected = (num_tokens, embedding_dim)
         raise ValueError(f"PromptEmbedding: init_from must be (P, D) = {expected} or an nn.Embedding of D, got {got}")
+    if not init_from.is_floating_point():
+        raise ValueError(f"PromptEmbedding: init_from must be floating, got {init_from.dtype}")
     return init_from.detach()

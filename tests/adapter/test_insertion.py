@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -193,6 +195,32 @@ def test_checkpointed_block(use_reentrant: bool) -> None:
         torch.testing.assert_close(leaf.grad, gradient)
 
 
+def test_threads_that_share_a_block() -> None:
+    """Each stands between the source's and the target's hook while the other goes through."""
+    block = _encoder_layer(False, False)
+    pk.insert_adapters(block, _adapters((None, "parallel")))
+    inputs = torch.randn(2, 1, 3, H)
+    with torch.no_grad():
+        expected = [block(x) for x in inputs]
+    inside = threading.Barrier(2, timeout=60)
+    block.linear2.register_forward_pre_hook(lambda module, args: inside.wait() * 0 or None)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(torch.no_grad()(lambda x: block(x)), inputs))
+    for got, want in zip(results, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_lora_layer_stays_off_the_fast_path_without_adapters() -> None:
+    block, x = _encoder_layer(False, False), torch.randn(2, 5, H)
+    remove = pk.insert_adapters(block, _adapters(("serial", None)))
+    block.linear1 = pk.FusedLoRALinear.from_linear(block.linear1, r=R)
+    nn.init.normal_(block.linear1.lora_B["default"])
+    remove()
+    want = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), want)
+
+
 class _Block(nn.Module):
     """A block that no table knows."""
 
@@ -233,13 +261,22 @@ def test_known_blocks_have_their_paths() -> None:
         (nn.Linear(H, H), {}, None, "block must be one of TransformerEncoderLayer, BertLayer unless .*got Linear"),
         (_encoder_layer(False, False), {"mlp": pk.SerialAdapter(H, R)}, None, "must be named after attention, .*'mlp'"),
         (_encoder_layer(False, False), {"attention": nn.Linear(H, H)}, None, "must be a SerialAdapter .*got Linear"),
-        (_Block(), {"a": pk.SerialAdapter(H, R)}, {"a": ("first", "last")}, "_Block has no submodule 'last'"),
-        (nn.Sequential(), {}, {}, "block must call its submodules by name, got Sequential"),
+        (_Block(), {"a": pk.SerialAdapter(H, R)}, {"a": ("first", "last")}, "_Block has no submodules .*'last'"),
+        (nn.Sequential(), {}, {}, "block must be a module that calls its submodules by name, got Seq"),
+        (None, {}, {}, "block must be a module that calls its submodules by name, got NoneType"),
+        (_Block(), {"a": pk.SerialAdapter(H, R)}, {"a": ("first",)}, r"a sublayer must be a tuple .*got \('first',\)"),
+        (_Block(), {"a": pk.SerialAdapter(H, R)}, {"a": "first"}, "a sublayer must be a tuple .*got 'first'"),
+        *(
+            (_Block(), {name: pk.ParallelAdapter(H, R)}, {name: ("first", "second")}, f"name must be .*got '{name}'")
+            for name in ("", "a.b", "keys", "train", "training", "_modules")
+        ),
     ],
 )
 def test_wrong_insertion_is_named(block, adapters, sublayers, message) -> None:
     with pytest.raises(ValueError, match=f"insert_adapters: .*{message}"):
         pk.insert_adapters(block, adapters, sublayers)
+    if block is None:
+        return
     assert not hasattr(block, "adapters")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 

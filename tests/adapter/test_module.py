@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -71,10 +72,21 @@ def test_to_moves_and_casts(kind: str) -> None:
     given = _inputs(kind, 3, H, dtype=torch.bfloat16)
     assert adapter(*given).dtype == torch.bfloat16
     assert KINDS[kind](H, R, device="meta", dtype=torch.float16).up.weight.dtype == torch.float16
-    meta = KINDS[kind](H, R, device="meta").to_empty(device="cpu")
-    meta.reset_parameters()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by_part", [False, True])
+def test_meta_construction(kind: str, by_part: bool) -> None:
+    """By the adapter's own reset_parameters, or by that of each module that holds parameters, as FSDP does."""
+    adapter = KINDS[kind](H, R, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(math.nan)
+    for module in (adapter.down, adapter.up) if by_part else (adapter,):
+        module.reset_parameters()
     given = _inputs(kind, 3, H)
-    assert torch.equal(meta(*given), given[-1])
+    assert torch.equal(adapter(*given), given[-1])
+    assert 0 < adapter.down.weight.abs().max() <= H**-0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,6 +145,13 @@ def test_repr_says_what_it_is() -> None:
         ((4, -1), "SerialAdapter: bottleneck must be an int of at least 1, got -1"),
         ((4, 2.0), "SerialAdapter: bottleneck must be an int of at least 1, got 2.0"),
         ((4, True), "SerialAdapter: bottleneck must be an int of at least 1, got True"),
+        (("4", 2), "SerialAdapter: hidden must be an int of at least 1, got '4'"),
+        ((4, 2, ["relu"]), r"SerialAdapter: activation must be one of relu, .*, got \['relu'\]"),
+        ((4, 2, "relu", "2"), "SerialAdapter: scale must be a float or a 0-d floating tensor, got str"),
+        (
+            (4, 2, "relu", 1.0, True, None, torch.int8),
+            "SerialAdapter: dtype must be one of torch.float32, .*, got torch.int8",
+        ),
         ((4, 2, "swish"), "SerialAdapter: activation must be one of relu, .*, got 'swish'"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import resource
+import signal
 import types
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -448,9 +450,42 @@ def test_nothing_is_written_if_one_record_is_wrong(measured: list[dict], tmp_pat
 def test_load_names_the_line(measured: list[dict], tmp_path) -> None:
     target = tmp_path / "toy.jsonl"
     record.append(target, measured[:1])
-    target.write_text(target.read_text() + "{\n")
-    with pytest.raises(ValueError, match=r"toy\.jsonl:2: "):
-        record.load(target)
+    whole = target.read_text()
+    for text, message in (
+        ("[1]", r"must be an object, got \[1\]"),
+        ("null", "got null"),
+        ('{"a": 1}', "schema is missing"),
+    ):
+        target.write_text(f"{whole}{text}\n")
+        with pytest.raises(ValueError, match=rf"toy\.jsonl:2: .*{message}"):
+            record.load(target)
+
+
+@pytest.mark.parametrize("left", [1, 40, 200])
+def test_a_torn_line_costs_no_other(measured: list[dict], tmp_path, left: int) -> None:
+    """As a run leaves it that is killed inside its write."""
+    target = tmp_path / "toy.jsonl"
+    record.append(target, measured[:2])
+    whole = target.read_bytes().splitlines(keepends=True)
+    target.write_bytes(whole[0] + whole[1][:left])
+    record.append(target, measured[1:2])
+    with pytest.warns(UserWarning, match=r"toy\.jsonl:2: torn, left out"):
+        assert record.load(target) == measured[:2]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(measured: list[dict], tmp_path) -> None:
+    target = tmp_path / "toy.jsonl"
+    record.append(target, measured[:1])
+    before, (soft, hard) = target.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 40, hard))
+    try:
+        with pytest.raises(OSError, match=r"written to its end|too large"):
+            record.append(target, measured[:1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert target.read_bytes() == before
 
 
 def test_discover_finds_families_by_their_files() -> None:

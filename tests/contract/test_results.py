@@ -95,6 +95,16 @@ def test_two_runs_give_the_same_bits(operator: Operator, case: Any, variant: str
     assert_bitwise_equal(first, second)
 
 
+@over("case", lambda operator: itertools.product(operator.kinds))
+def test_default_device_plays_no_part(operator: Operator, case: Any, device: torch.device) -> None:
+    """Everything that an operator makes is on its tensors' device."""
+    tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
+    expected = operator.run_ours(case, tensors, dy, "torch")
+    with torch.device("meta"):
+        got = operator.run_ours(case, tensors, dy, "torch")
+    assert_bitwise_equal(got, expected)
+
+
 @over("case, variant", lambda operator: itertools.product((operator.typical, operator.kinds[0]), operator.variants))
 def test_each_gradient_alone(operator: Operator, case: Any, variant: str, device: torch.device) -> None:
     """A gradient does not depend on which others are asked for, and nothing else gets one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -40,9 +41,11 @@ def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProce
     return result, json.loads(record.read_text()) if record.exists() else None
 
 
-def fake_nvcc(tmp_path: Path, version: str, archs: tuple[str, ...] = ("90",), compiles: bool = False) -> str:
+def fake_nvcc(
+    tmp_path: Path, version: str, archs: tuple[str, ...] = ("90",), compiles: bool = False, home: str = "home"
+) -> str:
     """A CUDA_HOME whose nvcc answers questions and fails to compile, or leaves an empty file for a result."""
-    script = tmp_path / "home" / "bin" / "nvcc"
+    script = tmp_path / home / "bin" / "nvcc"
     script.parent.mkdir(parents=True)
     known = "\n".join(f"echo compute_{arch}" for arch in archs)
     compiling = 'for last; do :; done; : > "$last"' if compiles else "echo no such instruction; exit 1"
@@ -138,3 +141,50 @@ def test_hopper_kernels_are_built_for_hopper(tmp_path: Path, archs: str) -> None
     assert any("_sm90.cu.o" in line for line in followers) and any("_sm90" not in line for line in followers)
     for line, follower in followers.items():
         assert (follower == hopper) == ("_sm90.cu.o" in line and "90a" in archs)
+
+
+HOSTILE = ["a b", "$(touch PWNED)", "`touch PWNED`", 'a"b', "a'b", "a$b", "a;touch PWNED;", "a&b", "a:b", "\udcff"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_in_a_path_is_executed(tmp_path: Path, name: str) -> None:
+    """In that of the compiler, of an include folder, of what is built and of where."""
+    work = tmp_path / name
+    (work / "pybind11").mkdir(parents=True)
+    (work / "pybind11" / "__init__.py").write_text("def get_include():\n    return __path__[0]\n")
+    home = fake_nvcc(work, "13.0.88", compiles=True, home=name)
+    result, record = build(work, CUDA_HOME=home, PYTHONPATH=str(work), PEFT_KERNELS_REQUIRE_CUDA="1")
+    assert result.returncode == 0, result.stderr
+    assert record is not None and record["built"]
+    assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("PEFT_KERNELS_CUDA_ARCHS", "90a;$(touch PWNED)", "PEFT_KERNELS_CUDA_ARCHS names '$(touch'"),
+        ("MAX_JOBS", "1 -t clean", "MAX_JOBS must be a number, got '1 -t clean'"),
+        ("MAX_JOBS", "$(touch PWNED)", "MAX_JOBS must be a number"),
+    ],
+)
+def test_nothing_in_a_variable_is_executed(tmp_path: Path, variable: str, value: str, reason: str) -> None:
+    home = fake_nvcc(tmp_path, "13.0.88", compiles=True)
+    assert_not_built(build(tmp_path, **{"CUDA_HOME": home, variable: value}), reason)
+    assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
+
+
+def test_a_line_break_in_a_path_ends_no_statement(tmp_path: Path) -> None:
+    home = fake_nvcc(tmp_path, "13.0.88", compiles=True, home="a\nrule b\n  command = touch PWNED\nbuild c: b\n")
+    assert_not_built(build(tmp_path, CUDA_HOME=home), "ninja has no way to write the control characters of")
+    assert not list(tmp_path.rglob("PWNED"))
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "PEFT_KERNELS_CUDA_ARCHS", "PEFT_KERNELS_NO_CUDA"])
+@pytest.mark.parametrize("value", ["$(shell touch {0})", "'; touch {0}; '", "`touch {0}`", "$(touch {0})"])
+def test_make_executes_nothing_in_a_variable(tmp_path: Path, variable: str, value: str) -> None:
+    if shutil.which("make") is None or not (ROOT / "Makefile").exists():
+        pytest.skip("there is no make on PATH, or no Makefile")
+    pwned = tmp_path / "PWNED"
+    environment = {**os.environ, variable: value.format(pwned)}
+    subprocess.run(["make", "-n", "help"], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert not pwned.exists()

@@ -55,6 +55,14 @@ def test_where_kernels_run(present: pytest.MonkeyPatch) -> None:
     assert cuda_tools.why_not_device(CUDA, 80) == "it was never built"
 
 
+def test_unreadable_record_is_a_reason(present: pytest.MonkeyPatch) -> None:
+    def unreadable() -> None:
+        raise ValueError("no JSON")
+
+    present.setattr(extension, "build_record", unreadable)
+    assert "its build record is unreadable (no JSON)" in (cuda_tools.why_not_device(CUDA, 80) or "")
+
+
 def test_rows_aligned() -> None:
     rows = torch.zeros(6, 32, dtype=torch.bfloat16)
     assert cuda_tools.rows_aligned(rows, rows[:, :16], rows[:1], rows.view(2, 3, 32), rows[:1].expand(4, 32), rows[0])

@@ -220,11 +220,45 @@ def test_file_is_gone(fresh: Path) -> None:
     assert "its file is gone" in (extension.why_not() or "")
 
 
-@pytest.mark.parametrize("text", [None, "not json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "{}",
+        "[]",
+        "null",
+        "true",
+        '"built"',
+        '[{"built": true}]',
+        '{"built": null}',
+        '{"built": "yes"}',
+        '{"built": true, "archs": null}',
+        '{"built": true, "archs": "90"}',
+        '{"built": true, "archs": [90]}',
+        '{"built": true, "archs": ["sm_90"]}',
+        '{"built": true, "archs": [], "ptx": 90}',
+        '{"built": true, "archs": [], "ptx": "90a"}',
+    ],
+)
 def test_no_usable_record(fresh: Path, text: str | None) -> None:
     if text is not None:
         fresh.write_text(text)
     assert "never built here, or its build record is unreadable" in (extension.why_not() or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"built": true}', "it was built for an unknown Python, this Python loads"),
+        ('{"built": false}', "it was not built: no reason was written down;"),
+        ('{"built": false, "reason": null}', "it was not built: no reason was written down;"),
+    ],
+)
+def test_record_without_some_keys(fresh: Path, text: str, reason: str) -> None:
+    fresh.write_text(text)
+    assert reason in (extension.why_not() or "")
 
 
 def test_broken_binary(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

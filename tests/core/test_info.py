@@ -43,6 +43,15 @@ def test_text_shows_reasons() -> None:
     assert "torch sees no CUDA device" in result.stdout or "not installed" in result.stdout
 
 
+def test_old_torch_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("__version__ = '2.5.1+cpu'")
+    result = _run(SOURCE, "--json", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["peft_kernels"] == {
+        "error": "ImportError: peft_kernels needs torch 2.6 or newer, 2.5.1+cpu is installed"
+    }
+
+
 def test_broken_torch_leaves_a_report(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: no such file')")
     result = _run(SOURCE, "--json", PYTHONPATH=str(tmp_path))

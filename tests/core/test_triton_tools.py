@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from peft_kernels._core import device, triton_tools
+from peft_kernels._core import cuda_tools, device, extension, triton_tools
 from peft_kernels._core.device import Hardware
 
 
@@ -39,6 +39,31 @@ def test_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "triton", None)  # its import raises
     assert (triton_tools.why_not_installed() or "").startswith("triton cannot be imported (ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_amd_is_named(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    """torch on ROCm calls its devices CUDA, and says 9.4 for the capability of an MI300."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(triton_tools, "why_not_installed", lambda: None if installed else "not installed")
+    monkeypatch.setattr(triton_tools, "interpreting", lambda: False)
+    extension.why_not.cache_clear()
+    reasons = [
+        extension.why_not(),
+        triton_tools.why_not_environment(),
+        triton_tools.why_not_device(torch.device("cuda", 0)),
+        cuda_tools.why_not_device(torch.device("cuda", 0), 80),
+    ]
+    extension.why_not.cache_clear()
+    assert reasons == ["the kernels are for NVIDIA GPUs, and torch is built for AMD's (ROCm 6.4)"] * 4
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu:0", "meta"])
+def test_other_accelerators_are_named(name: str) -> None:
+    assert (triton_tools.why_not_device(torch.device(name)) or "").endswith(f"these tensors are on {name}")
+    assert (cuda_tools.why_not_device(torch.device(name), 80) or "").endswith(f"got tensors on {name}")
 
 
 @pytest.mark.parametrize(("value", "power"), [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (512, 512)])

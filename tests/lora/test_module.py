@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,28 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_kernels as pk
 from peft_kernels import FusedLoRALinear
 from python_ref import compare
-
-K, N = 24, 20
-
-
-def _layer(seed: int = 0, **options: object) -> FusedLoRALinear:
-    """A layer whose adapter does something: B is not zero."""
-    torch.manual_seed(seed)
-    layer = FusedLoRALinear(K, N, r=4, **options)
-    with torch.no_grad():
-        for parameter in layer.lora_B.values():
-            parameter.normal_()
-    return layer
-
-
-def _expected(layer: FusedLoRALinear, x: Tensor) -> Tensor:
-    """The layer's equation in float64, with the active adapter and no dropout."""
-    y = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
-    name = layer.active_adapter
-    if name is not None:
-        update = x.double() @ layer.lora_A[name].double().t() @ layer.lora_B[name].double().t()
-        y = y + layer.scaling[name] * update
-    return y
+from tests.lora.modules import K, N, expected, lora_layer, saved_and_loaded
 
 
 def test_fresh_layer_is_its_base() -> None:
@@ -61,7 +40,7 @@ def test_from_linear_shares_and_freezes() -> None:
 
 
 def test_checkpoint_of_linear_loads() -> None:
-    linear, layer = nn.Linear(K, N), _layer()
+    linear, layer = nn.Linear(K, N), lora_layer()
     missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=False)
     assert (missing, unexpected) == (["lora_A.default", "lora_B.default"], [])
     assert torch.equal(layer.weight, linear.weight) and torch.equal(layer.bias, linear.bias)
@@ -70,16 +49,16 @@ def test_checkpoint_of_linear_loads() -> None:
 @pytest.mark.parametrize("shape", [(K,), (3, K), (2, 3, K), (0, K)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward(shape: tuple[int, ...], bias: bool) -> None:
-    layer, x = _layer(bias=bias), torch.randn(shape)
-    torch.testing.assert_close(layer(x).double(), _expected(layer, x), rtol=1e-5, atol=1e-5)
+    layer, x = lora_layer(bias=bias), torch.randn(shape)
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_acts_in_training_alone() -> None:
-    layer, x = _layer(lora_dropout=0.5), torch.randn(5, K)
+    layer, x = lora_layer(lora_dropout=0.5), torch.randn(5, K)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    torch.testing.assert_close(layer(x).double(), _expected(layer, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -106,7 +85,7 @@ def test_adapter_dtype(dtype: torch.dtype, asked: torch.dtype | None, expected: 
 
 class TestAdapters:
     def test_switching_copies_nothing(self) -> None:
-        layer, x = _layer(), torch.randn(5, K)
+        layer, x = lora_layer(), torch.randn(5, K)
         first = layer(x).detach()
         layer.add_adapter("second", r=2, lora_alpha=4)
         layer.lora_B["second"].data.normal_()
@@ -115,24 +94,24 @@ class TestAdapters:
         for name in ("second", None, "default"):
             layer.set_adapter(name)
             assert layer.active_adapter == name
-            torch.testing.assert_close(layer(x).double(), _expected(layer, x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
         assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == before
         compare.assert_bitwise_equal("back again", layer(x).detach(), first)
 
     def test_no_adapter_is_the_base(self) -> None:
-        layer, x = _layer(), torch.randn(5, K)
+        layer, x = lora_layer(), torch.randn(5, K)
         layer.set_adapter(None)
         compare.assert_bitwise_equal("y", layer(x), F.linear(x, layer.weight, layer.bias))
 
     def test_only_the_active_one_gets_gradients(self) -> None:
-        layer = _layer()
+        layer = lora_layer()
         layer.add_adapter("second", r=2)
         layer(torch.randn(5, K)).sum().backward()
         got = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
         assert got == {"lora_A.default", "lora_B.default"}
 
     def test_delete(self) -> None:
-        layer = _layer()
+        layer = lora_layer()
         layer.add_adapter("second")
         layer.delete_adapter("second")
         assert set(layer.scaling) == set(layer.lora_A) == set(layer.lora_B) == {"default"}
@@ -148,13 +127,36 @@ class TestAdapters:
             (lambda layer: layer.add_adapter(""), ValueError, "non-empty string"),
             (lambda layer: layer.add_adapter("x", r=0), ValueError, "r must be an int of at least 1, got 0"),
             (lambda layer: layer.add_adapter("x", r=1.5), ValueError, "r must be an int of at least 1, got 1.5"),
+            (
+                lambda layer: layer.add_adapter("x", lora_alpha="16"),
+                ValueError,
+                "lora_alpha must be a finite number, got '16'",
+            ),
+            *(
+                (
+                    partial(FusedLoRALinear.add_adapter, name=name),
+                    ValueError,
+                    f"no attribute of nn.ParameterDict, got '{name}'",
+                )
+                for name in (
+                    "train",
+                    "keys",
+                    "half",
+                    "training",
+                    "_keys",
+                    "_parameters",
+                    "__class__",
+                    "reset_parameters",
+                )
+            ),
+            (lambda layer: layer.add_adapter(1), ValueError, "non-empty string without dots, got 1"),
             (lambda layer: layer.unmerge(), ValueError, "is not merged"),
         ],
     )
     def test_wrong_use_changes_nothing(
         self, action: Callable[[FusedLoRALinear], None], error: type[Exception], message: str
     ) -> None:
-        layer = _layer()
+        layer = lora_layer()
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         with pytest.raises(error, match=message):
             action(layer)
@@ -165,86 +167,6 @@ class TestAdapters:
         assert layer.active_adapter == "default" and set(layer.scaling) == {"default"}
 
 
-class TestMerge:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-    def test_merged_weight_is_rounded_once(self, dtype: torch.dtype) -> None:
-        """W + s B A accumulates in float32 (or float64) and is rounded to the weight's dtype at the end."""
-        layer = _layer(dtype=dtype)
-        weight = layer.weight.clone()
-        a, b = layer.lora_A["default"].double(), layer.lora_B["default"].double()
-        exact = weight.double() + layer.scaling["default"] * b @ a
-        layer.merge()
-        x = torch.eye(K, dtype=dtype)
-        merged = (layer(x) - layer.bias).t() if dtype == torch.float64 else layer._merged_weight
-        # Half an eps of the largest addend for the last rounding, as much again for a float32 sum of five terms.
-        slack = 2 * torch.finfo(dtype).eps * exact.abs().max()
-        assert (merged.double() - exact).abs().max() <= slack
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_unmerge_restores_every_bit(self, dtype: torch.dtype) -> None:
-        layer, x = _layer(dtype=dtype), torch.randn(5, K, dtype=dtype)
-        weight, before = layer.weight.clone(), layer(x).detach()
-        pointer = layer.weight.data_ptr()
-        layer.merge()
-        assert layer.merged and layer.weight.data_ptr() == pointer
-        compare.assert_bitwise_equal("weight while merged", layer.weight, weight)
-        layer.unmerge()
-        assert not layer.merged
-        compare.assert_bitwise_equal("weight", layer.weight, weight)
-        compare.assert_bitwise_equal("y", layer(x).detach(), before)
-
-    def test_merged_forward_is_one_product(self) -> None:
-        layer, x = _layer(lora_dropout=0.5), torch.randn(5, K)
-        layer.eval()
-        apart = layer(x).detach()
-        layer.merge()
-        torch.testing.assert_close(layer(x), apart, rtol=1e-5, atol=1e-5)
-        layer.train()
-        compare.assert_bitwise_equal("no dropout is left", layer(x), layer(x))
-
-    def test_overwriting_keeps_no_copy(self) -> None:
-        layer, x = _layer(), torch.randn(5, K)
-        apart, pointer = layer(x).detach(), layer.weight.data_ptr()
-        layer.merge(keep_base=False)
-        assert layer.merged and layer.weight.data_ptr() == pointer and layer._merged_weight is None
-        torch.testing.assert_close(layer(x), apart, rtol=1e-5, atol=1e-5)
-        with pytest.raises(ValueError, match=r"merge\(keep_base=False\) overwrote the base weight"):
-            layer.unmerge()
-
-    def test_checkpoint_of_a_merged_layer_is_that_of_the_base(self) -> None:
-        layer = _layer()
-        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-        layer.merge()
-        assert list(layer.state_dict()) == list(before)
-        for name, tensor in layer.state_dict().items():
-            compare.assert_bitwise_equal(name, tensor, before[name])
-
-    @pytest.mark.parametrize(
-        ("action", "message"),
-        [
-            (lambda layer: layer.merge(), "'default' is merged already"),
-            (lambda layer: layer.set_adapter("second"), r"call unmerge\(\) before set_adapter\('second'\)"),
-            (lambda layer: layer.set_adapter(None), r"call unmerge\(\) before set_adapter\(None\)"),
-            (lambda layer: layer.delete_adapter("default"), "is active"),
-        ],
-    )
-    def test_a_merged_layer_refuses(self, action: Callable[[FusedLoRALinear], None], message: str) -> None:
-        layer, x = _layer(), torch.randn(5, K)
-        layer.add_adapter("second")
-        layer.merge()
-        before = layer(x)
-        with pytest.raises(ValueError, match=message):
-            action(layer)
-        assert layer.merged and layer.active_adapter == "default"
-        compare.assert_bitwise_equal("y", layer(x), before)
-
-    def test_nothing_to_merge(self) -> None:
-        layer = _layer()
-        layer.set_adapter(None)
-        with pytest.raises(ValueError, match="no active adapter to merge"):
-            layer.merge()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -252,6 +174,11 @@ class TestMerge:
         ({"r": True}, "r must be an int of at least 1, got True"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"lora_dropout": -0.1}, r"lora_dropout must be in \[0, 1\), got -0.1"),
+        ({"lora_dropout": "0.1"}, r"lora_dropout must be in \[0, 1\), got '0.1'"),
+        ({"lora_alpha": "16"}, "lora_alpha must be a finite number, got '16'"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be a finite number, got nan"),
+        ({"adapter_dtype": torch.int8}, "adapter_dtype must be one of torch.float32, .*, got torch.int8"),
+        ({"adapter_dtype": "float32"}, "adapter_dtype must be one of torch.float32, .*, got 'float32'"),
     ],
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:
@@ -263,22 +190,27 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
     assert linear.weight.requires_grad, "a refused layer was frozen"
 
 
-def test_from_linear_wants_a_linear() -> None:
-    with pytest.raises(ValueError, match=r"linear must be an nn.Linear, got Conv1d"):
-        FusedLoRALinear.from_linear(nn.Conv1d(2, 2, 1))
-
-
-def _saved(layer: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8.0, 6), "in_features must be an int of at least 0, got 8.0"),
+        ((8, "6"), "out_features must be an int of at least 0, got '6'"),
+        ((8, -6), "out_features must be an int of at least 0, got -6"),
+    ],
+)
+def test_wrong_sizes(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"FusedLoRALinear: {message}"):
+        FusedLoRALinear(*arguments)
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, .*, got torch\.int32"):
+        FusedLoRALinear(8, 6, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("state", ["apart", "merged", "overwritten", "none active"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), _saved])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_and_loaded]
+)
 def test_copies(duplicate: Callable[[nn.Module], nn.Module], state: str) -> None:
-    layer, x = _layer(lora_dropout=0.1).eval(), torch.randn(5, K)
+    layer, x = lora_layer(lora_dropout=0.1).eval(), torch.randn(5, K)
     layer.add_adapter("second", r=2)
     if state == "none active":
         layer.set_adapter(None)
@@ -296,7 +228,7 @@ def test_copies(duplicate: Callable[[nn.Module], nn.Module], state: str) -> None
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_moves_with_to(merged: bool) -> None:
-    layer = _layer()
+    layer = lora_layer().eval()
     if merged:
         layer.merge()
     layer.to(torch.bfloat16)
@@ -305,13 +237,52 @@ def test_moves_with_to(merged: bool) -> None:
 
 
 def test_state_dict_round_trip() -> None:
-    layer, other, x = _layer(0), _layer(1), torch.randn(5, K)
+    layer, other, x = lora_layer(0), lora_layer(1), torch.randn(5, K)
     other.load_state_dict(layer.state_dict())
     compare.assert_bitwise_equal("y", other(x).detach(), layer(x).detach())
 
 
+@pytest.mark.parametrize("merged", [None, False, True])
+def test_meta_construction(merged: bool | None) -> None:
+    """Built on meta, made real, and then every module's own reset_parameters, as FSDP does."""
+    layer = FusedLoRALinear(K, N, r=4, device="meta")
+    layer.add_adapter("second", r=2)
+    if merged is not None:
+        layer.merge(keep_base=merged)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(math.nan)
+    torch.manual_seed(0)
+    for module in layer.modules():
+        if list(module.parameters(recurse=False)):
+            module.reset_parameters()
+    assert not layer.merged
+    x = torch.randn(3, K)
+    for name, r in (("default", 4), ("second", 2)):
+        layer.set_adapter(name)
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert 0 < layer.lora_A[name].abs().max() <= K**-0.5 and layer.lora_A[name].shape == (r, K)
+    assert 0 < layer.weight.abs().max() <= K**-0.5 and 0 < layer.bias.abs().max() <= K**-0.5
+
+
+def test_default_device_plays_no_part() -> None:
+    layer, x = lora_layer(lora_dropout=0.5), torch.randn(3, K)
+    linear = nn.Linear(K, N)
+    torch.manual_seed(3)
+    want = layer(x)
+    with torch.device("meta"):
+        torch.manual_seed(3)
+        assert torch.equal(layer(x), want)
+        layer.add_adapter("second")
+        layer.eval().merge()
+        assert {each.device.type for each in (*layer.parameters(), *layer.buffers(), layer(x))} == {"cpu"}
+        assert FusedLoRALinear.from_linear(linear)(x).device.type == "cpu"
+        assert FusedLoRALinear(K, N).lora_A["default"].device.type == "meta"
+
+
 def test_repr_tells_what_is_active() -> None:
-    text = repr(_layer(lora_dropout=0.25))
+    text = repr(lora_layer(lora_dropout=0.25))
     for part in (
         f"in_features={K}",
         f"out_features={N}",
@@ -324,7 +295,7 @@ def test_repr_tells_what_is_active() -> None:
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(adapter_dtype: torch.dtype) -> None:
-    layer, x = _layer(adapter_dtype=adapter_dtype), torch.randn(5, K, requires_grad=True)
+    layer, x = lora_layer(adapter_dtype=adapter_dtype), torch.randn(5, K, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
@@ -332,13 +303,13 @@ def test_autocast(adapter_dtype: torch.dtype) -> None:
     assert x.grad.dtype == torch.float32
     assert layer.lora_A["default"].grad.dtype == adapter_dtype
     # Operands of 8 bits: an eps of bfloat16 for each of four roundings on the longest way, of the largest value.
-    exact = _expected(layer, x).detach()
+    exact = expected(layer, x).detach()
     assert (y.detach().double() - exact).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(use_reentrant: bool) -> None:
-    layers = nn.Sequential(_layer(lora_dropout=0.3), nn.ReLU())
+    layers = nn.Sequential(lora_layer(lora_dropout=0.3), nn.ReLU())
     x = torch.randn(5, K, requires_grad=True)
 
     def gradients(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -357,7 +328,7 @@ def test_checkpointing(use_reentrant: bool) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_compiles_without_graph_break(p: float) -> None:
     torch._dynamo.reset()
-    layer, x = _layer(lora_dropout=p).eval(), torch.randn(5, K, requires_grad=True)
+    layer, x = lora_layer(lora_dropout=p).eval(), torch.randn(5, K, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
     layer.train()
@@ -387,6 +358,6 @@ def test_trains() -> None:
 
 
 def test_forced_backend_reaches_the_layer() -> None:
-    layer = _layer(dtype=torch.float64)
+    layer = lora_layer(dtype=torch.float64)
     with pk.use_backend("triton"), pytest.raises(pk.UnsupportedError, match="cannot run this problem"):
         layer(torch.randn(3, K, dtype=torch.float64))

@@ -134,6 +134,25 @@ def test_compile_without_graph_break() -> None:
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(q), call(q))
 
 
+@pytest.mark.parametrize("reparam", [None, 7])
+def test_meta_construction(reparam: int | None) -> None:
+    with torch.device("meta"):
+        encoder = _encoder(reparam)
+    encoder.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.fill_(torch.nan)
+    encoder.reset_parameters()
+    assert all(parameter.isfinite().all() and parameter.std() > 0 for parameter in encoder.parameters())
+
+
+def test_default_device_plays_no_part() -> None:
+    encoder = _encoder(7)
+    with torch.device("meta"):
+        folded = encoder.fold()
+        assert folded()[0][0].device.type == encoder()[0][0].device.type == "cpu"
+
+
 def test_repr_names_the_sizes() -> None:
     text = repr(_encoder(7))
     assert "num_layers=3, num_kv_heads=2, head_dim=4, prefix_length=5, reparam_hidden=7" in text
@@ -148,6 +167,8 @@ def test_repr_names_the_sizes() -> None:
         ({"prefix_length": -1}, "prefix_length must be an int of at least 0, got -1"),
         ({"reparam_hidden": 0}, "reparam_hidden must be an int of at least 1, got 0"),
         ({"prefix_length": True}, "prefix_length must be an int of at least 0, got True"),
+        ({"num_layers": "1"}, "num_layers must be an int of at least 1, got '1'"),
+        ({"dtype": torch.int8}, "dtype must be one of torch.float32, .*, got torch.int8"),
     ],
 )
 def test_wrong_use_is_named(changes: dict[str, object], message: str) -> None:

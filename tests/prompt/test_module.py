@@ -100,6 +100,22 @@ def test_modules_survive_copies_and_files() -> None:
     assert "num_tokens=3, embedding_dim=8" in repr(ensemble)
 
 
+@pytest.mark.parametrize("init_from", [None, nn.Embedding(5, D)])
+def test_meta_construction(init_from: nn.Embedding | None) -> None:
+    prompt = PromptEmbedding(P, D, init_from, device="meta").to_empty(device="cpu")
+    torch.nn.init.constant_(prompt.weight, torch.nan)
+    prompt.reset_parameters()
+    assert prompt.weight.isfinite().all() and prompt.weight.std() > 0
+
+
+def test_default_device_plays_no_part() -> None:
+    table, ensemble, tokens = nn.Embedding(5, D), _ensemble(), torch.randn(2, 5, D)
+    want = ensemble.vote(ensemble(tokens)[:, 0])
+    with torch.device("meta"):
+        assert PromptEmbedding(P, D, table).weight.device.type == "cpu"
+        assert torch.equal(ensemble.vote(ensemble(tokens)[:, 0]), want)
+
+
 def test_compile_without_graph_break() -> None:
     torch._dynamo.reset()
     ensemble, tokens = _ensemble(), torch.randn(2, 5, D)
@@ -120,9 +136,31 @@ def test_compile_without_graph_break() -> None:
         (lambda: PromptEmbedding(P, D, "text"), "got str"),
         (lambda: PromptEnsemble([]), "at least one"),
         (lambda: PromptEnsemble([nn.Linear(1, 1)]), "must be PromptEmbeddings"),
-        (lambda: PromptEnsemble([PromptEmbedding(P, D), PromptEmbedding(P + 1, D)]), "one length, dimension and dtype"),
+        (
+            lambda: PromptEnsemble([PromptEmbedding(P, D), PromptEmbedding(P + 1, D)]),
+            "one length, dimension, dtype and device",
+        ),
         (lambda: _ensemble().vote(torch.ones(4, 2)), "with N = 3, got"),
         (lambda: _ensemble().vote(torch.ones(3)), "with N = 3, got"),
+        (lambda: PromptEmbedding(P, "8"), "embedding_dim must be an int of at least 1, got '8'"),
+        (lambda: PromptEmbedding(P, D, dtype=torch.int8), "dtype must be one of torch.float32, .*, got torch.int8"),
+        (
+            lambda: PromptEmbedding(P, D, torch.ones(P, D, dtype=torch.long)),
+            "init_from must be floating, got torch.int64",
+        ),
+        (lambda: PromptEmbedding(P, D, nn.Embedding(0, D)), "init_from must have rows to draw from"),
+        (lambda: PromptEmbedding(P, D)(torch.ones(2, 3, dtype=torch.long)), "token_embeddings must be"),
+        (
+            lambda: PromptEmbedding(P, D)(torch.ones(2, 3, D, dtype=torch.long)),
+            "token_embeddings must have one of the dtypes",
+        ),
+        (lambda: PromptEnsemble(5), "must be PromptEmbeddings"),
+        (
+            lambda: PromptEnsemble([PromptEmbedding(P, D), PromptEmbedding(P, D, device="meta")]),
+            "dtype and device, got",
+        ),
+        (lambda: _ensemble().vote(torch.ones(3, 2, dtype=torch.long)), "logits must be a floating .*got torch.int64"),
+        (lambda: _ensemble().vote([[1.0]]), "logits must be a floating torch.Tensor, got list"),
     ],
 )
 def test_wrong_use_is_named(action, message) -> None:

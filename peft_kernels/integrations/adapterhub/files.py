@@ -199,7 +199,7 @@ def _tensors(places: list[_Place], name: str) -> dict[str, Tensor]:
         for suffix, linear, part in _parts(place.adapter):
             key, value = f"{place.path}.adapters.{name}.{suffix}", getattr(linear, part)
             # AdapterHub's adapters always have biases.
-            value = torch.zeros(linear.out_features, dtype=linear.weight.dtype) if value is None else value
+            value = torch.zeros_like(linear.weight[:, 0]) if value is None else value
             check_tensor(f"save_adapter: {key} (whole: gather one that is sharded)", value, _shape(linear, part))
             if not is_plain(value):
                 raise ValueError(f"save_adapter: {key} must be a dense tensor with values, is a {type(value).__name__}")

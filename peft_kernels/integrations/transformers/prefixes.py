@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from peft_kernels.integrations.versions import needs
 from peft_kernels.prefix import PrefixEncoder
 
 
+@needs("prefix_encoder")
 def prefix_encoder(
     model: nn.Module, prefix_length: int, reparam_hidden: int | None = None, dtype: Any = None
 ) -> PrefixEncoder:
@@ -28,6 +30,7 @@ def prefix_encoder(
     return PrefixEncoder(*prefix_model.sizes(model), prefix_length, reparam_hidden, device=device, dtype=dtype)
 
 
+@needs("add_prefix")
 def add_prefix(model: nn.Module, encoder: PrefixEncoder) -> None:
     """Put prefixes on every layer of a transformers model, in place (prefix tuning, Li & Liang 2021, arXiv:2101.00190).
 
@@ -52,6 +55,7 @@ def add_prefix(model: nn.Module, encoder: PrefixEncoder) -> None:
     prefix_model.add(model, encoder)
 
 
+@needs("remove_prefix")
 def remove_prefix(model: nn.Module) -> PrefixEncoder:
     """Undo ``add_prefix``, and return the encoder.
 
