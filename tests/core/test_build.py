@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -125,6 +126,8 @@ def test_one_architecture(tmp_path: Path) -> None:
     ninja = (tmp_path / "temp" / "build.ninja").read_text()
     assert "-gencode=arch=compute_90a,code=sm_90a" in ninja
     assert "code=compute_" not in ninja
+    (flags,) = [line for line in ninja.splitlines() if line.startswith("flags = ")]
+    assert '-DPEFT_KERNELS_ARCHS="90a"' in shlex.split(flags.replace("$$", "$"))
 
 
 @pytest.mark.parametrize("archs", ["80;90a", "80"])

@@ -121,7 +121,8 @@ _CHANGES = ("load", "assign", "optimizer", "scaling", "parameter", "weight", "lo
 @pytest.mark.parametrize("duplicate", [lambda layer: layer, copy.deepcopy, saved_and_loaded])
 @pytest.mark.parametrize("change", _CHANGES)
 def test_merged_weight_follows_every_change(change: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    layer, x = lora_layer().eval(), torch.randn(5, K)
+    # A copy's counters of changes begin at zero, so that those of a copy of it are no other.
+    layer, x = copy.deepcopy(lora_layer()).eval(), torch.randn(5, K)
     layer.merge()
     before = layer(x)
     _changed(change, layer)
