@@ -107,6 +107,9 @@ class Table:
         for row in self.rows:
             tensor = getattr(call, row.name)
             if isinstance(tensor, Tensor):
+                if tensor.layout is not torch.strided or tensor.is_nested:
+                    kind = "nested" if tensor.is_nested else tensor.layout
+                    raise ValueError(f"{self.operator}: {row.name} must be a dense tensor, got a {kind} one")
                 wrong = row.bind(tensor.shape, sizes)
                 if wrong is not None:
                     raise ValueError(f"{self.operator}: {row.name} {wrong}")

@@ -11,6 +11,7 @@ from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels.adapter import cuda_impl, torch_impl, triton_impl
+from peft_kernels.adapter.composite import composite
 from peft_kernels.adapter.problem import NAME, BottleneckAdapterProblem, Gradients, Inputs, Needs, make_problem
 
 
@@ -144,8 +145,10 @@ OPERATOR = Operator(
     forward=_forward,
     backward=_backward,
     results=_results,
+    composite=composite,
     reads=_reads,
     kept=("z",),
     activations=("x", "residual"),
+    adds=("residual", "up_bias"),
     passes="residual",
 )
