@@ -6,7 +6,7 @@ A kernel, or an operation in place, takes no batch of gradients: the pass runs f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,13 +28,13 @@ def one_by_one(run: Run, dy: Gradients) -> Gradients:
     # torch.autograd's own vmap, which knows no rule of a Function.
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    apart = [torch._remove_batch_dim(each, level, 1, 0) if _is_legacy(each) else each for each in dy]
-    size = next(len(each) for each, old in zip(apart, dy, strict=True) if _is_legacy(old))
-    rows = [[each[i] if _is_legacy(old) else each for each, old in zip(apart, dy, strict=True)] for i in range(size)]
+    parts = [[each] if not _is_legacy(each) else torch._remove_batch_dim(each, level, 1, 0).unbind() for each in dy]
+    size = max(map(len, parts))
+    rows = ([part[i if len(part) > 1 else 0] for part in parts] for i in range(size))
     return [None if each is None else torch._add_batch_dim(each, 0, level) for each in _stacked(map(run, rows))]
 
 
-def _is_legacy(tensor: Tensor | None) -> bool:
+def _is_legacy(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return tensor is not None and _functorch.is_legacy_batchedtensor(tensor)
 
 
@@ -44,7 +44,7 @@ def _stacked(rows: Any) -> list[Tensor | None]:
 
 class _OneByOne(torch.autograd.Function):
     @staticmethod
-    def forward(run: Run, *dy: Tensor | None) -> Any:  # type: ignore[override]
+    def forward(run: Run, *dy: Tensor | None) -> Any:
         return tuple(run(dy))
 
     @staticmethod
@@ -54,9 +54,9 @@ class _OneByOne(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, run: Run, *dy: Tensor | None) -> Any:
         """Return each result with a first dimension for the batch."""
-        dims = in_dims[1:]
-        found = _stacked(
-            _OneByOne.apply(run, *(x if dim is None else x.select(dim, i) for x, dim in zip(dy, dims, strict=True)))  # type: ignore[union-attr]
+        rows = (
+            [x if x is None or dim is None else x.select(dim, i) for x, dim in zip(dy, in_dims[1:], strict=True)]
             for i in range(info.batch_size)
         )
+        found = _stacked(_OneByOne.apply(run, *row) for row in rows)
         return tuple(found), tuple(None if each is None else 0 for each in found)

@@ -79,7 +79,8 @@ def as_symbol(scale: Any, like: Tensor) -> Any:
         return scale
     from torch.fx.experimental import symbolic_shapes
 
-    if symbolic_shapes.has_static_value(scale):
+    # Older torch cannot say.
+    if not hasattr(symbolic_shapes, "has_static_value") or symbolic_shapes.has_static_value(scale):
         return scale
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.ones((), dtype=dtype, device=like.device) * scale

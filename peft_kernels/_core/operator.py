@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels._core import registration
 from peft_kernels._core.autocast import without_autocast
@@ -107,7 +107,7 @@ class Operator:
         return self._eager.apply(problem, implementation, *self.signature.leaves(call))
 
     def _traced(self, call: Any, backend: str) -> Any:
-        if is_transformed():
+        if is_transformed() or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in call):
             return self.composite(self.make_problem(call), call)
         is_scalar = self.signature.is_scalar
         scalars = {name: as_symbol(getattr(call, name), call[0]) for name in call._fields if is_scalar(name)}

@@ -43,8 +43,7 @@ def bottleneck_adapter(
         residual (..., N): x's dtype or float32, x's leading dimensions; strides as x's; or None.
         activation: "relu", "gelu" (with erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu" (slope 0.01) or
             "identity".
-        scale: float, or 0-d floating tensor, which is never read by the host; not differentiated. Under torch.compile
-            another float recompiles, as for every operator, and another tensor does not.
+        scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 

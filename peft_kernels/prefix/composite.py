@@ -21,7 +21,8 @@ def composite(problem: PrefixAttentionProblem, call: Inputs) -> Tensor:
     mask = _mask(problem, call)
     # A query that may attend to nothing attends to everything, and its row is zeroed.
     blind = None if mask is None or problem.p > 0 else ~mask.any(-1, keepdim=True)
-    seen, grouped = mask if blind is None else mask | blind, bool(problem.group > 1)
+    seen = mask if mask is None or blind is None else mask | blind
+    grouped = bool(problem.group > 1)
     with _with_tangents():
         y = F.scaled_dot_product_attention(call.q, keys, values, seen, scale=problem.scale, enable_gqa=grouped)
     return y if blind is None else y.masked_fill(blind, 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels._core import checks, dispatch
+from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.operator import Operator
 
 
@@ -192,7 +193,6 @@ TABLE = checks.Table(
         ({"biases": torch.ones(2)}, r"biases must be \(H, P\) or \(B, H, P\), got a tensor of shape \(2,\)"),
         ({"biases": 1}, "biases must be a torch.Tensor, got int"),
         ({"x": torch.ones(2, 3).to_sparse()}, "x must be a dense tensor, got a torch.sparse_coo one"),
-        ({"weights": torch.nested.nested_tensor([torch.ones(3)])}, "weights must be a dense tensor, got a nested one"),
     ],
 )
 def test_table_names_what_is_wrong(changes: dict[str, object], message: str) -> None:
@@ -200,3 +200,10 @@ def test_table_names_what_is_wrong(changes: dict[str, object], message: str) -> 
     assert TABLE.check(call) == {"N": 5, "K": 3, "...": (4, 2)}
     with pytest.raises(ValueError, match=message):
         TABLE.check(call._replace(**changes))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_table_refuses_nested_tensors_with_a_way_out(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=layout)
+    with pytest.raises(UnsupportedError, match=r"op: x must be a dense tensor, got a nested one; .*to_padded_tensor"):
+        TABLE.check(Inputs(nested, torch.ones(5, 3), None, 1.0, False))  # type: ignore[arg-type]
