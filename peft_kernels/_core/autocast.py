@@ -9,11 +9,16 @@ import torch
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast gives a matrix product on this device, or None outside autocast."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return torch.get_autocast_dtype(device_type) if _is_enabled(device_type) else None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context in which autocast is off; entering torch's own costs as much as a small kernel's launch."""
-    if torch.is_autocast_enabled(device_type):
+    if _is_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _is_enabled(device_type: str) -> bool:
+    """Whether autocast is on; torch raises where asked for a device that knows none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

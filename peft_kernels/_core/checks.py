@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_kernels._core.errors import UnsupportedError
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Sizes = dict[str, Any]
@@ -101,12 +103,15 @@ class Table:
 
         Raises:
             ValueError: naming the argument, what it must be and what it was.
+            UnsupportedError: a tensor is nested.
         """
         sizes: Sizes = {}
         there = []
         for row in self.rows:
             tensor = getattr(call, row.name)
             if isinstance(tensor, Tensor):
+                if tensor.layout is not torch.strided or tensor.is_nested:
+                    self._refuse_layout(row, tensor)
                 wrong = row.bind(tensor.shape, sizes)
                 if wrong is not None:
                     raise ValueError(f"{self.operator}: {row.name} {wrong}")
@@ -131,6 +136,14 @@ class Table:
                     f"{self.operator}: {row.name} must be on the device of {self.first} ({device}), got {tensor.device}"
                 )
         return sizes
+
+    def _refuse_layout(self, row: Row, tensor: Tensor) -> None:
+        text = f"{self.operator}: {row.name} must be a dense tensor, got a"
+        if tensor.is_nested:
+            raise UnsupportedError(
+                f"{text} nested one; torch.nested.to_padded_tensor or, if jagged, values() make it one"
+            )
+        raise ValueError(f"{text} {tensor.layout} one")
 
     def _check_float32(self, row: Row, tensor: Tensor, dtype: torch.dtype) -> None:
         mixes = row.or_float32 and dtype in (torch.bfloat16, torch.float16)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def _checked(backend: str, source: str) -> str:
 
 def _say_once(operator: str, implementation: Implementation, refusals: list[str], problem: Any) -> None:
     """Log a choice that was not made before; warn where it leaves a GPU to the torch backend."""
-    rules = tuple(re.sub(r",? got [^;]*", "", refusal) for refusal in refusals)
+    rules = tuple(map(_rule, refusals))
     key = (operator, implementation.name, problem.device.type, *rules)
     if key in _said:
         return
@@ -213,6 +214,12 @@ def _say_once(operator: str, implementation: Implementation, refusals: list[str]
     _log.debug("%s", text)
     if implementation.name == "torch" and problem.device.type == "cuda":
         warnings.warn(text, stacklevel=_levels_to_the_caller())
+
+
+@lru_cache(maxsize=1024)
+def _rule(refusal: str) -> str:
+    """A reason without the value that it refuses."""
+    return re.sub(r",? got [^;]*", "", refusal)
 
 
 def _levels_to_the_caller() -> int:

@@ -2,7 +2,8 @@
 
 Eager calls go through an ``autograd.Function`` around a direct launch, which costs a third of a dispatched operator;
 compiled ones through what registration.py makes of the same declaration. Both routes end in the same two functions of
-the family, and a backward pass runs on the backend of its forward pass.
+the family, and a backward pass runs on the backend of its forward pass. Where torch must see what is inside a call, it
+is composed of torch's own differentiable operations.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
 from peft_kernels._core import registration
+from peft_kernels._core.autocast import without_autocast
+from peft_kernels._core.batched import is_batched, one_by_one
 from peft_kernels._core.dispatch import (
     Implementation,
     backend_of_graph,
@@ -24,8 +26,9 @@ from peft_kernels._core.dispatch import (
     requested_backend,
     select_backend,
 )
+from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.explain import note
-from peft_kernels._core.graph import is_recorded
+from peft_kernels._core.graph import DISPATCH_MODE, as_symbol, is_transformed, why_not_opaque
 from peft_kernels._core.signature import Signature
 
 OPERATORS: dict[str, Operator] = {}
@@ -47,6 +50,7 @@ class Operator:
         backward: (problem, call, kept, dy, needs, implementation) -> a gradient, or None, for each of ``needs``; those
             of a tuple of tensors are a tuple. What it does not read of ``call`` and kept may be None.
         results: (problem, call, implementation) -> empty tensors like ``forward``'s.
+        composite: (problem, call) -> what the caller sees, by torch's differentiable operations, none of them in place.
         reads: needs -> names of the tensors, among arguments and kept results, that ``backward`` reads for them.
         kept: names of the results that are there for ``backward`` alone; y's own among them where it reads y too.
         keep: (y, *results for backward alone) -> what is kept of them, a tensor or None for each name in ``kept``.
@@ -54,6 +58,9 @@ class Operator:
             and empty tensors in the place of the others; it always has all other arguments.
         passes: an argument whose gradient is dy itself, which no registered operator may return.
         several: whether y is a tuple.
+        adds: arguments that are added to y: no gradient depends on them.
+        linear: whether no gradient depends on any argument, and the torch implementation's ``backward`` is made of
+            differentiable operations: then it has derivatives of its own.
     """
 
     name: str
@@ -64,15 +71,22 @@ class Operator:
     forward: Callable[..., tuple[Any, ...]]
     backward: Callable[..., Sequence[Any]]
     results: Callable[..., tuple[Any, ...]]
+    composite: Callable[[Any, Any], Any]
     reads: Callable[[Any], Iterable[str]]
     kept: tuple[str, ...] = ()
     keep: Callable[..., tuple[Tensor | None, ...]] = lambda y, *kept: kept
     activations: tuple[str, ...] = ()
     passes: str | None = None
     several: bool = False
+    adds: tuple[str, ...] = ()
+    linear: bool = False
     signature: Signature = field(init=False)
 
     def __post_init__(self) -> None:
+        self.no_second_derivative = (
+            f"{self.name}: no second derivatives: its gradients cannot be differentiated twice by create_graph=True; "
+            "torch.func's transforms, such as torch.func.hessian, can differentiate the call"
+        )
         self.signature = Signature.of(self.call)
         self.plan = lru_cache(maxsize=1024)(self._plan)
         self._eager = _eager(self)
@@ -82,13 +96,50 @@ class Operator:
     def __call__(self, call: Any, backend: str | None) -> Any:
         """Run a call on a backend; None is the one in force."""
         if torch.compiler.is_compiling():
-            return self.visible(self._operator(*self.signature.flat(call), backend_of_graph(backend)))
-        problem = self.make_problem(call)
+            return self._traced(call, backend_of_graph(backend))
+        problem, reason = self.make_problem(call), why_not_opaque(call)
+        if reason is not None:
+            return self._composed(problem, call, requested_backend(backend), reason)
         implementation = self.select(problem, requested_backend(backend))
         self.note(problem, backend)
-        if not is_recorded():
-            return self.visible(self.forward(problem, call, implementation))
+        if not torch.is_grad_enabled():
+            return self.visible(self.fresh(problem, call, implementation))
         return self._eager.apply(problem, implementation, *self.signature.leaves(call))
+
+    def _traced(self, call: Any, backend: str) -> Any:
+        if is_transformed() or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in call):
+            return self.composite(self.make_problem(call), call)
+        is_scalar = self.signature.is_scalar
+        scalars = {name: as_symbol(getattr(call, name), call[0]) for name in call._fields if is_scalar(name)}
+        return self.visible(self._operator(*self.signature.flat(call._replace(**scalars)), backend))
+
+    def _composed(self, problem: Any, call: Any, backend: str, reason: str) -> Any:
+        """Run a call that may not be opaque. A forced backend has kernels alone, which a mode sees as one operator."""
+        if backend in ("auto", "torch"):
+            note(lambda: f"{self.name}: torch's own operations\n  {reason}")
+            with without_autocast(problem.device.type):
+                return self.composite(problem, call)
+        if reason == DISPATCH_MODE:
+            return self.visible(self._operator(*self.signature.flat(call), backend))
+        raise UnsupportedError(
+            f"{self.name}: backend {backend!r} cannot run this call: {reason}; backend='torch' or 'auto' can"
+        )
+
+    def fresh(self, problem: Any, call: Any, implementation: Implementation) -> tuple[Any, ...]:
+        """``forward``'s results, none of them a view: what was a view in here, nobody may change in place."""
+        results = self.forward(problem, call, implementation)
+        return tuple(y.data if y._is_view() else y for y in results)
+
+    def differentiate(
+        self, problem: Any, call: Any, kept: Any, dy: Any, needs: Any, implementation: Implementation
+    ) -> Sequence[Any]:
+        """``backward``'s gradients, without a graph of their own but where the operator is linear."""
+        if not torch.is_grad_enabled():
+            return self.backward(problem, call, kept, dy, needs, implementation)
+        if self.linear:
+            return self.backward(problem, call, kept, dy, needs, self.implementations[-1])
+        with torch.no_grad():
+            return self.backward(problem, call, kept, dy, needs, implementation)
 
     def select(self, problem: Any, backend: str) -> Implementation:
         """The implementation for a problem; with nothing to compute there is nothing to launch."""
@@ -117,7 +168,9 @@ class Operator:
         read = (name for name in leaves if name in reads or signature.is_scalar(name))
         saved = tuple(place for name in read for place in signature.all_of(leaves[name]))
         passes = None if self.passes is None else next(iter(signature.all_of(leaves[self.passes])))
-        return _Plan(needs, reads, saved, places, passes if passes is not None and needed[passes] else None)
+        added = {place for name in self.adds for place in signature.all_of(leaves[name])}
+        unseen = tuple(place not in added and place not in saved for place, need in enumerate(needed) if need)
+        return _Plan(needs, reads, saved, places, passes if passes is not None and needed[passes] else None, unseen)
 
     def keeps(self, results: Sequence[Any], reads: Iterable[str]) -> tuple[Tensor | None, ...]:
         """Of ``forward``'s results those that ``backward`` reads."""
@@ -134,6 +187,7 @@ class _Plan(NamedTuple):
         saved: positions of the leaves that ``backward`` reads.
         places: positions of the leaves that ``needs`` names, in its order.
         passes: position of the leaf whose gradient is dy, where it is asked for.
+        unseen: of each leaf that needs a gradient, whether a gradient may depend on it that it is not saved for.
     """
 
     needs: Any
@@ -141,6 +195,39 @@ class _Plan(NamedTuple):
     saved: tuple[int, ...]
     places: tuple[int, ...]
     passes: int | None
+    unseen: tuple[bool, ...]
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """Pass gradients on, tied to all that they depend on, so that no derivative of them is silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(ctx.message)
+
+
+def _differentiable_once(
+    operator: Operator, node: Any, sources: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients that raise where they are differentiated, also by what dy does not depend on."""
+    tied = [source for source in sources if source is not None and source.requires_grad]
+    edges = [edge for edge, _ in node.next_functions if edge is not None]
+    for edge, unseen in zip(edges, node.plan.unseen, strict=True):
+        if unseen and not hasattr(edge, "variable"):
+            # An activation that was not saved, to which nothing can be tied any more.
+            raise RuntimeError(operator.no_second_derivative)
+        if unseen:
+            tied.append(edge.variable)
+    there = [gradient for gradient in gradients if gradient is not None]
+    if not there:
+        return list(gradients)
+    passed = iter(_DifferentiableOnce.apply(operator.no_second_derivative, len(there), *there, *tied))
+    return [None if gradient is None else next(passed) for gradient in gradients]
 
 
 def _eager(operator: Operator) -> type[torch.autograd.Function]:
@@ -149,7 +236,7 @@ def _eager(operator: Operator) -> type[torch.autograd.Function]:
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, problem: Any, implementation: Implementation, lengths: Any, *leaves: Any) -> Any:
-            results = operator.forward(problem, signature.from_leaves(lengths, leaves), implementation)
+            results = operator.fresh(problem, signature.from_leaves(lengths, leaves), implementation)
             if any(ctx.needs_input_grad):
                 ctx.plan = operator.plan(ctx.needs_input_grad[3:], lengths)
                 ctx.problem, ctx.implementation, ctx.lengths = problem, implementation, lengths
@@ -161,18 +248,27 @@ def _eager(operator: Operator) -> type[torch.autograd.Function]:
             return operator.visible(results)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
-            plan, leaves, saved = ctx.plan, ctx.leaves, ctx.saved_tensors
+            plan, leaves, saved = ctx.plan, list(ctx.leaves), ctx.saved_tensors
             gradients: list[Tensor | None] = [None] * len(leaves)
-            incoming = dy if operator.several else dy[0]
             if any(signature.spread(plan.needs)) and any(each is not None for each in dy):
                 for place, leaf in zip(plan.saved, saved, strict=False):
                     leaves[place] = leaves[place] if leaf is None else leaf
                 call, kept = signature.from_leaves(ctx.lengths, leaves), saved[len(plan.saved) :]
-                found = operator.backward(ctx.problem, call, kept, incoming, plan.needs, ctx.implementation)
-                for place, gradient in zip(plan.places, signature.spread(found), strict=True):
+
+                def run(dy: Sequence[Tensor | None]) -> list[Tensor | None]:
+                    incoming = dy if operator.several else dy[0]
+                    found = operator.differentiate(ctx.problem, call, kept, incoming, plan.needs, ctx.implementation)
+                    return signature.spread(found)
+
+                for place, gradient in zip(
+                    plan.places, one_by_one(run, dy) if is_batched(dy) else run(dy), strict=True
+                ):
                     gradients[place] = gradient
+            if torch.is_grad_enabled() and is_batched(dy):
+                raise RuntimeError(operator.no_second_derivative)
+            if torch.is_grad_enabled() and not operator.linear:
+                gradients = _differentiable_once(operator, ctx, [*dy, *saved], gradients)
             if plan.passes is not None:
                 gradients[plan.passes] = dy[0]
             return None, None, None, *gradients

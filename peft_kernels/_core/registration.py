@@ -29,7 +29,7 @@ def register(operator: Any) -> Callable[..., list[Tensor]]:
     def kernel(*values: Any) -> list[Tensor]:
         problem, call, implementation = problem_of(values)
         operator.note(problem, values[-1])
-        return list(operator.forward(problem, call, implementation))
+        return list(operator.fresh(problem, call, implementation))
 
     def fake(*values: Any) -> list[Tensor]:
         return list(operator.results(*problem_of(values)))
@@ -105,6 +105,9 @@ def _register_autograd(operator: Any, forward: str, backward: str) -> None:
         call, asked = signature.from_leaves(ctx.lengths, leaves), signature.spread(plan.needs)
         if any(each is not None for each in dy):
             if any(asked):
+                if torch.is_grad_enabled():
+                    # Where a tracer keeps this formula, as torch.compile(backend="eager") does.
+                    raise RuntimeError(operator.no_second_derivative)
                 values = *signature.flat(call), *ctx.facts, *saved
                 found = _dispatched(backward)(incoming, *values, asked, ctx.backend)
                 asking = (place for place, need in zip(plan.places, asked, strict=True) if need)

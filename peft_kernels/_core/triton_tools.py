@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def why_not_device(device: torch.device) -> str | None:
     if reason is not None:
         return reason
     if interpreting():
-        return None
+        return None if device.type == "cpu" else f"Triton's interpreter runs on CPU tensors, these are on {device}"
     if device.type != "cuda":
         return f"Triton kernels run on CUDA tensors, these are on {device}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -83,9 +85,31 @@ def why_not_tensors(device: torch.device, dtype: torch.dtype, what: str, *number
     return None
 
 
+def on_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a pass, whose first argument is the problem, so that its launches go to the problem's device.
+
+    Triton launches on the current device and its stream, wherever the tensors are.
+    """
+
+    @wraps(run)
+    def launch(problem: Any, *arguments: Any) -> Any:
+        device = problem.device
+        if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+            return run(problem, *arguments)
+        with torch.cuda.device(device):
+            return run(problem, *arguments)
+
+    return launch
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """Triton's name for what torch allows float32 products to do on this process's CUDA devices."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    settings = torch.backends.cuda.matmul
+    # Where torch (2.9) has it, it answers for both settings; the older one then raises if the newer was used.
+    precision = getattr(settings, "fp32_precision", None)
+    return "tf32" if (settings.allow_tf32 if precision is None else precision == "tf32") else "ieee"
 
 
 def sum_partials(partials: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels.adapter import cuda_impl, torch_impl, triton_impl
+from peft_kernels.adapter.composite import composite
 from peft_kernels.adapter.problem import NAME, BottleneckAdapterProblem, Gradients, Inputs, Needs, make_problem
 
 
@@ -42,8 +43,7 @@ def bottleneck_adapter(
         residual (..., N): x's dtype or float32, x's leading dimensions; strides as x's; or None.
         activation: "relu", "gelu" (with erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu" (slope 0.01) or
             "identity".
-        scale: float, or 0-d floating tensor, which is never read by the host; not differentiated. Under torch.compile
-            another float recompiles, as for every operator, and another tensor does not.
+        scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 
@@ -145,8 +145,10 @@ OPERATOR = Operator(
     forward=_forward,
     backward=_backward,
     results=_results,
+    composite=composite,
     reads=_reads,
     kept=("z",),
     activations=("x", "residual"),
+    adds=("residual", "up_bias"),
     passes="residual",
 )

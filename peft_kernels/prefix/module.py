@@ -78,11 +78,13 @@ class PrefixEncoder(nn.Module):
                 layer.reset_parameters()
 
     def forward(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Return (prefix_k, prefix_v) of each layer, views of one table, each (H_kv, P, D)."""
+        """Return (prefix_k, prefix_v) of each layer, parts of one table, each (H_kv, P, D)."""
         rows = self._rows()
         table = rows.view(self.prefix_length, 2 * self.num_layers, self.num_kv_heads, self.head_dim)
         # A copy, not views of the parameter: FSDP frees that when forward returns.
-        pieces = table.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format).unbind(0)
+        copy = table.permute(1, 2, 0, 3).clone(memory_format=torch.contiguous_format)
+        # Pieces that are no views, which autograd lets nobody change in place where one call returned several.
+        pieces = torch.unsafe_split(copy.flatten(0, 1), self.num_kv_heads)
         return tuple(zip(pieces[::2], pieces[1::2], strict=True))
 
     @torch.no_grad()

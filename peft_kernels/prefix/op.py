@@ -7,8 +7,10 @@ from torch import Tensor
 
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.graph import as_symbol
 from peft_kernels._core.operator import Operator
 from peft_kernels.prefix import torch_impl, triton_impl
+from peft_kernels.prefix.composite import composite
 from peft_kernels.prefix.problem import (
     NAME,
     Gradients,
@@ -85,7 +87,18 @@ def prefix_attention(
 
     if scale is None and isinstance(q, Tensor):
         scale = default_scale(q.shape[-1] if q.dim() else 1)
+    elif torch.compiler.is_compiling():
+        q, scale = _with_changing_scale(q, scale)
     return OPERATOR(Inputs(q, k, v, prefix_k, prefix_v, causal, scale, key_padding_mask), backend)
+
+
+def _with_changing_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """A scale that the graph holds as a symbol goes into q, because kernels are chosen by its value."""
+    symbol = as_symbol(scale, q)
+    if not isinstance(symbol, Tensor):
+        return q, scale
+    default = default_scale(q.shape[-1])
+    return q * (symbol / default), default
 
 
 def _as_backends_take(problem: PrefixAttentionProblem, inputs: Inputs) -> Inputs:
@@ -137,6 +150,7 @@ OPERATOR = Operator(
     forward=_forward,
     backward=_backward,
     results=_results,
+    composite=composite,
     reads=lambda needs: (*Inputs._fields, "y", "stats"),
     kept=("y", "stats"),
     keep=lambda y, stats: (y if stats.dim() > 1 else None, stats),

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from peft_kernels._core.operator import Operator
 from peft_kernels.prompt import torch_impl, triton_impl
+from peft_kernels.prompt.composite import composite
 from peft_kernels.prompt.problem import NAME, Inputs, Needs, make_problem
 
 
@@ -50,6 +51,8 @@ OPERATOR = Operator(
     results=lambda problem, call, implementation: (
         call.token_embeddings.new_empty((problem.n * problem.b, problem.p + problem.l, problem.d)),
     ),
+    composite=composite,
     reads=lambda needs: (),
     activations=("token_embeddings",),
+    linear=True,
 )

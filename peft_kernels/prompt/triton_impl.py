@@ -44,6 +44,6 @@ IMPLEMENTATION = Implementation(
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
     verified_archs=frozenset(),
-    forward=forward,
-    backward=backward,
+    forward=triton_tools.on_device(forward),
+    backward=triton_tools.on_device(backward),
 )

@@ -41,16 +41,19 @@ def is_ours(function: Any) -> bool:
     return isinstance(function, torch._ops.OpOverload) and function.namespace == "peft_kernels"
 
 
-class RegisteredOperators(TorchDispatchMode):
-    """Names of the package's registered operators that are called inside."""
+class WrittenInPlace(TorchDispatchMode):
+    """Names of the operations that are called inside and write into a tensor, and of the package's own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.called: list[str] = []
+        self.written: list[str] = []
+        self.ours: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            self.written.append(str(func))
         if is_ours(func):
-            self.called.append(str(func))
+            self.ours.append(str(func))
         return func(*args, **(kwargs or {}))
 
 

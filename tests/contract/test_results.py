@@ -175,3 +175,47 @@ def test_tensor_scale_is_its_value(operator: Operator, case: Any, variant: str, 
     given = operator.make(case, device), operator.output_gradient(case, device)
     got = operator.run_ours(replace(case, scale=torch.tensor(case.scale, device=device)), *given, variant)
     assert_close(got, operator.run_eager(case, *given), operator.run_oracle(case, *given))
+
+
+@over(
+    "variant, leading", lambda operator: itertools.product(operator.variants, (False, True)[: 1 + bool(operator.rows)])
+)
+def test_a_result_may_be_changed_in_place(
+    operator: Operator, variant: str, leading: bool, device: torch.device
+) -> None:
+    """It is no view, shares no memory with an argument, and the gradients are those of the changed value."""
+    case, names = operator.rows[0] if leading else (operator.typical, ())
+    tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
+    tensors = tensors._replace(**{name: getattr(tensors, name)[:, None] for name in names})
+    dy = dy[:, None] if leading else dy
+
+    def changed(leaves: Any) -> Tensor:
+        with operator.using(variant) as backend:
+            y = operator.call(case, leaves, backend)
+        assert not y._is_view()
+        storages = {each.untyped_storage().data_ptr() for each in leaves if each is not None and each.numel()}
+        assert y.untyped_storage().data_ptr() not in storages
+        y.mul_(2.0)
+        y += 1
+        return torch.relu_(y)
+
+    def expected(leaves: Any) -> Tensor:
+        with operator.using(variant) as backend:
+            return (operator.call(case, leaves, backend) * 2.0 + 1).relu()
+
+    try:
+        got = operator.run(changed, tensors, dy)
+    except RuntimeError as error:
+        # As torch's fused attention, which keeps its result too.
+        assert "y" in operator.op.OPERATOR.kept and "modified by an inplace operation" in str(error), error
+        return
+    assert_bitwise_equal(got, operator.run(expected, tensors, dy))
+
+
+@each_variant
+def test_a_result_without_a_graph_may_join_one(operator: Operator, variant: str, device: torch.device) -> None:
+    tensors = operator.make(operator.typical, device)
+    with torch.no_grad(), operator.using(variant) as backend:
+        y = operator.call(operator.typical, tensors, backend)
+    y += torch.ones((), dtype=y.dtype, device=device, requires_grad=True)
+    assert y.requires_grad

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels._core import checks, dispatch
+from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.operator import Operator
 
 
@@ -62,6 +63,10 @@ def _results(problem: Problem, call: Inputs, implementation: Any) -> tuple[Tenso
     return *(call.x.new_empty(m, w.shape[0]) for w in call.weights), call.x.new_empty(k)
 
 
+def _composite(problem: Problem, call: Inputs) -> tuple[Tensor, ...]:
+    return _forward(problem, call, None)[:-1]
+
+
 OPERATOR = Operator(
     name="several_linears",
     call=Inputs,
@@ -71,6 +76,7 @@ OPERATOR = Operator(
     forward=_forward,
     backward=_backward,
     results=_results,
+    composite=_composite,
     reads=lambda needs: ("weights", "biases", *(("x",) if any(needs.weights) else ())),
     kept=("total",),
     activations=("x",),
@@ -154,6 +160,14 @@ def test_checkpointing(use_reentrant: bool) -> None:
         assert torch.equal(leaf.grad, gradient)
 
 
+def test_transforms_and_batched_gradients() -> None:
+    leaves = _leaves()
+    assert torch.autograd.gradcheck(_call, leaves, check_forward_ad=True, check_batched_grad=True)
+    rows = torch.func.vmap(_call, in_dims=(0, None, None, None))(leaves[0][:, None], *leaves[1:])
+    for got, expected in zip(rows, _call(*leaves), strict=True):
+        torch.testing.assert_close(got[:, 0], expected)
+
+
 TABLE = checks.Table(
     "op",
     "x",
@@ -178,6 +192,7 @@ TABLE = checks.Table(
         ),
         ({"biases": torch.ones(2)}, r"biases must be \(H, P\) or \(B, H, P\), got a tensor of shape \(2,\)"),
         ({"biases": 1}, "biases must be a torch.Tensor, got int"),
+        ({"x": torch.ones(2, 3).to_sparse()}, "x must be a dense tensor, got a torch.sparse_coo one"),
     ],
 )
 def test_table_names_what_is_wrong(changes: dict[str, object], message: str) -> None:
@@ -185,3 +200,10 @@ def test_table_names_what_is_wrong(changes: dict[str, object], message: str) -> 
     assert TABLE.check(call) == {"N": 5, "K": 3, "...": (4, 2)}
     with pytest.raises(ValueError, match=message):
         TABLE.check(call._replace(**changes))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_table_refuses_nested_tensors_with_a_way_out(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=layout)
+    with pytest.raises(UnsupportedError, match=r"op: x must be a dense tensor, got a nested one; .*to_padded_tensor"):
+        TABLE.check(Inputs(nested, torch.ones(5, 3), None, 1.0, False))  # type: ignore[arg-type]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
-from types import ModuleType
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from peft_kernels._core import cuda_tools, device, extension, triton_tools
 from peft_kernels._core.device import Hardware
+from peft_kernels._core.operator import OPERATORS
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +80,43 @@ def test_only_verified_architectures_are_chosen_by_auto(monkeypatch: pytest.Monk
     assert device.why_not_verified(cuda, frozenset({80, 90}), "triton") is None
     assert "not been verified on sm_90" in (device.why_not_verified(cuda, frozenset({80}), "triton") or "")
     assert "for tests" in (device.why_not_verified(torch.device("cpu"), frozenset({90}), "triton") or "")
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_launches_go_to_the_tensors_device(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
+    entered: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    run = triton_tools.on_device(lambda problem, *rest: rest)
+    assert run(SimpleNamespace(device=torch.device("cuda", 1)), 2, 3) == (2, 3)
+    assert entered == ([] if current == 1 else [torch.device("cuda", 1)])
+    run(SimpleNamespace(device=torch.device("cpu")))
+    assert len(entered) == 1 - current
+
+
+def test_every_operator_s_launches_do() -> None:
+    for operator in OPERATORS.values():
+        for each in operator.implementations:
+            if each.name == "triton":
+                assert each.forward.__wrapped__ and each.backward.__wrapped__
+
+
+_TF32 = """
+import sys, torch
+from peft_kernels._core.triton_tools import dot_precision
+assert dot_precision(torch.float32) == "ieee"
+exec(sys.argv[1])
+assert dot_precision(torch.float32) == "tf32" and dot_precision(torch.bfloat16) == "ieee"
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_precision_is_what_either_setting_says(setting: str) -> None:
+    """In a process of its own: torch refuses one setting for ever after the other was used."""
+    subprocess.run([sys.executable, "-c", _TF32, setting], check=True)

@@ -102,6 +102,10 @@ def test_tensors_without_addresses_are_described() -> None:
     with FakeTensorMode():
         fake = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2, 8), (16, 8), (1, 8), (16, 1))]
         described = problem.make_problem(problem.Inputs(*fake, 1.0, None, 0.0, None))
+        batched = torch.func.vmap(
+            lambda x: x * problem.make_problem(problem.Inputs(x, *fake[1:], 1.0, None, 0.0, None)).m
+        )
+        assert batched(torch.stack([fake[0]] * 3)).shape == (3, 2, 8)
     assert described.device.type == "cuda" and not described.rows_aligned
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -175,3 +176,17 @@ def test_wrong_use_is_named(changes: dict[str, object], message: str) -> None:
     sizes = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "prefix_length": 1}
     with pytest.raises(ValueError, match=message):
         PrefixEncoder(**{**sizes, **changes})
+
+
+@pytest.mark.parametrize("reparam_hidden", [None, 6])
+@pytest.mark.parametrize("length", [0, 3])
+def test_prefixes_may_be_changed_in_place(length: int, reparam_hidden: int | None) -> None:
+    encoder = PrefixEncoder(2, 2, 4, length, reparam_hidden)
+
+    def gradient(change: Callable[[Tensor], Tensor]) -> Tensor:
+        encoder.zero_grad()
+        sum(change(piece).square().sum() for layer in encoder() for piece in layer).backward()
+        return encoder.embedding.grad.clone()
+
+    expected = gradient(lambda piece: piece * 3)
+    assert torch.equal(gradient(lambda piece: piece.mul_(3)), expected) and (length == 0 or expected.any())

@@ -98,6 +98,15 @@ def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) ->
     return halves.to(torch.int32).neg_().add_(limit - 1 - LEVELS // 2).bitwise_right_shift_(31)[:, :cols]
 
 
+def keep_mask(seed: Tensor, rows: int, cols: int, limit: int) -> Tensor:
+    """The same mask as bool, of a whole matrix, with nothing written in place: for vmap and dispatch modes."""
+    row = torch.arange(rows, dtype=torch.int64, device=seed.device)[:, None]
+    col = torch.arange(-(-cols // DECISIONS_PER_CALL), dtype=torch.int64, device=seed.device)
+    words = _philox(seed, col, row & _LOW, row >> 32, in_place=False)
+    halves = torch.stack([half for word in words for half in (word & (LEVELS - 1), word >> 16)], dim=-1)
+    return halves.flatten(1)[:, :cols] >= limit
+
+
 def drop_(x: Tensor, bits: Tensor) -> Tensor:
     """``drop``, in place."""
     integer = _INTEGER_OF_SIZE[x.element_size()]
@@ -144,7 +153,7 @@ def lora_linear_dropout_mask(
     return keep_bits(as_seed(seed, torch.device(device)).to(device), 0, rows, cols, limit) != 0
 
 
-def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, in_place: bool = True) -> tuple[Tensor, ...]:
     """Run the rounds on counters that broadcast against each other.
 
     The counters stay unbroadcast: until the words of rows and columns mix in the third round, each product is made on
@@ -154,13 +163,15 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, T
     c3 = torch.zeros((), dtype=torch.int64, device=seed.device)
     for _ in range(ROUNDS):
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c2 = _mixed(product_1, c1, key_0), _mixed(product_0, c3, key_1)
+        c0, c2 = _mixed(product_1, c1, key_0, in_place), _mixed(product_0, c3, key_1, in_place)
         # Only multiplicands need clean upper halves, so c1 and c3 carry the whole product until the next mask.
         c1, c3 = product_1, product_0
         key_0, key_1 = (key_0 + _WEYL_0) & _LOW, (key_1 + _WEYL_1) & _LOW
     return c0, c1 & _LOW, c2, c3 & _LOW
 
 
-def _mixed(product: Tensor, carried: Tensor, key: Tensor) -> Tensor:
+def _mixed(product: Tensor, carried: Tensor, key: Tensor, in_place: bool) -> Tensor:
     """The product's upper half, mixed with another word and the key; in place from the first full-sized tensor on."""
+    if not in_place:
+        return ((product >> 32) ^ carried ^ key) & _LOW
     return ((product >> 32) ^ carried).bitwise_xor_(key).bitwise_and_(_LOW)

@@ -12,6 +12,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.linear import cuda_impl, torch_impl, triton_impl
+from peft_kernels.lora.linear.composite import composite
 from peft_kernels.lora.linear.problem import NAME, Gradients, Inputs, LoraLinearProblem, Needs, make_problem
 
 
@@ -132,7 +133,9 @@ OPERATOR = Operator(
     forward=_forward,
     backward=_backward,
     results=_results,
+    composite=composite,
     reads=_reads,
     kept=("s",),
     activations=("x",),
+    adds=("bias",),
 )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peft_kernels._core import checks, cuda_tools
@@ -147,8 +148,8 @@ def make_problem(call: Inputs) -> LoraLinearProblem:
 
 
 def _can_be_launched_on(x: Tensor) -> bool:
-    # Tensors that only stand for shapes, as when a graph is traced, have no addresses.
-    return x.device.type == "cuda" and not isinstance(x, FakeTensor)
+    # Tensors that only stand for shapes, as when a graph is traced, or for a batch of others, have no addresses.
+    return x.device.type == "cuda" and not isinstance(x, FakeTensor) and not is_functorch_wrapped_tensor(x)
 
 
 def _check_seed(seed: Tensor, device: torch.device) -> None:

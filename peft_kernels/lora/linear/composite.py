@@ -1,0 +1,24 @@
+"""LoRA linear by torch's differentiable operations, for torch.func, tracers and dispatch modes.
+
+Nothing is written in place, and no step is larger than what PEFT's own layer makes, but for the mask of dropout.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.linear.problem import Inputs, LoraLinearProblem
+
+
+def composite(problem: LoraLinearProblem, call: Inputs) -> Tensor:
+    """Return y (..., N)."""
+    x = call.x.to(problem.adapter_dtype)
+    if call.seed is not None:
+        keep = dropout.keep_mask(call.seed, problem.m, problem.k, problem.dropout_threshold)
+        x = torch.where(keep.reshape(x.shape), x * problem.keep_scale, 0.0)
+    scale = call.scale.detach() if isinstance(call.scale, Tensor) else call.scale
+    update = F.linear(F.linear(x, call.lora_a), call.lora_b) * scale
+    return F.linear(call.x, call.weight, call.bias) + update.to(problem.dtype)
