@@ -30,8 +30,8 @@ from tests.adapterhub.parity import adapters_of, assert_bitwise, assert_same, pa
         ({"ln_before": True}, "it has a layer norm of its own"),
         ({"ln_after": True}, "it has a layer norm of its own"),
         ({"ln_after": True, "adapter_residual_before_ln": True}, "it has a layer norm of its own"),
-        ({"scaling": "learned"}, "its scaling is learned"),
-        ({"scaling": "channel"}, "its scaling is learned"),
+        ({"scaling": "learned"}, "its scaling is a Parameter, not a number"),
+        ({"scaling": "channel"}, "its scaling is a Parameter, not a number"),
         (
             {"phm_layer": True, "reduction_factor": 4, "init_weights": "bert"},
             "it is made of PHMLayer, Activation_Function_Class, PHMLayer, Dropout",
@@ -248,7 +248,7 @@ def test_device_without_autocast() -> None:
     adapter = adapters_of(fused)[0].to("meta")
     x = torch.empty(2, 3, HIDDEN, device="meta")
     assert adapter(x, x)[0].shape == x.shape
-    assert set(report.fallback_calls) == {"x is on meta"}
+    assert set(report.fallback_calls) == {"it runs on meta"}
 
 
 def test_autocast_stays_out_of_float64() -> None:

@@ -50,8 +50,12 @@ class TestApply:
         assert len(pk.apply(model).fused) == 2
         model.add_adapter("wide", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
         assert {type(layer) for layer in lora_layers(model)} == {PeftLinear, FusedLoraLinear}
-        assert len(pk.apply(model).fused) == 4
+        report = pk.apply(model, strict=True)
+        assert (len(report.fused), len(report.unused)) == (2, 2)
+        assert "2 modules fused, 0 not\n  2 without an active adapter (" in str(report)
         assert {type(layer) for layer in lora_layers(model)} == {FusedLoraLinear}
+        model.set_adapter("wide")
+        assert len(pk.apply(model).fused) == 4
 
     @pytest.mark.filterwarnings("ignore:apply. nothing in")
     @pytest.mark.parametrize("reason", [None, "one is too wide"])
@@ -110,14 +114,24 @@ class TestPeftFeatures:
             model.set_adapter("other2")
         assert_same(fused, plain)
 
-    def test_deepcopy_and_torch_save(self) -> None:
+    def test_copies_are_fused_and_files_are_peft_s(self) -> None:
         fused, plain, _ = pair()
         buffer = io.BytesIO()
         torch.save(fused, buffer)
+        assert b"peft_kernels" not in buffer.getvalue()
         buffer.seek(0)
-        for copied in (copy.deepcopy(fused), torch.load(buffer, weights_only=False)):
-            assert {type(layer) for layer in lora_layers(copied)} == {FusedLoraLinear}
-            assert_same(copied, plain)
+        loaded = torch.load(buffer, weights_only=False)
+        copied = copy.deepcopy(fused)
+        for model, cls in ((copied, FusedLoraLinear), (loaded, PeftLinear)):
+            assert {type(layer) for layer in lora_layers(model)} == {cls}
+            assert_same(model, plain)
+        assert type(copy.copy(lora_layers(fused)[0])) is FusedLoraLinear
+
+    def test_prints_and_reports_its_status_as_peft_s(self) -> None:
+        fused, plain, _ = pair()
+        assert repr(fused) == repr(plain)
+        assert peft.get_layer_status(fused) == peft.get_layer_status(plain)
+        assert peft.get_model_status(fused) == peft.get_model_status(plain)
 
     def test_hotswap(self, tmp_path: Path) -> None:
         from peft.utils.hotswap import hotswap_adapter
