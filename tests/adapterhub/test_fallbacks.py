@@ -218,7 +218,8 @@ CALLS = {
     "no residual": (lambda x: (x, None), "the residual is a NoneType"),
     "x of more": (lambda x: (x.double(), x), "x is torch.float64, its parameters are torch.float32"),
     "x of another width": (lambda x: (x[..., :5], x[..., :5]), r"x is \(2, 3, 5\)"),
-    "x elsewhere": (lambda x: (x.to("meta"), x.to("meta")), "its tensors are on several devices"),
+    "x elsewhere": (lambda x: (x.to("meta"), x.to("meta")), "it runs on meta"),
+    "residual elsewhere": (lambda x: (x, x.to("meta")), "its tensors are on several devices"),
 }
 
 

@@ -114,8 +114,10 @@ class _Operands(NamedTuple):
     ps: list[float]
 
     def tensors(self) -> Iterator[Tensor]:
-        biases = (self.bias, *self.up_biases)
-        yield from (self.weight, *self.downs, *self.ups, *(bias for bias in biases if bias is not None))
+        """All that must be where x is; a scaling may also be on the CPU, as PEFT's product takes it."""
+        yield from (self.weight, *self.downs, *self.ups)
+        yield from (bias for bias in (self.bias, *self.up_biases) if bias is not None)
+        yield from (scaling for scaling in self.scalings if isinstance(scaling, Tensor) and not scaling.is_cpu)
 
 
 class FusedLoraLinear(Swapped, PeftLinear):
