@@ -73,9 +73,13 @@ def _described(x: Tensor) -> str:
 
 def _is_transformed() -> bool:
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
+        return torch.compiler.is_exporting() or _is_in_torch_func()
+    return forward_ad._current_level >= 0 or _is_in_torch_func() or torch._C._get_tracing_state() is not None
+
+
+def _is_in_torch_func() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# torch.compile asks it while it traces; a graph's guards have the stack of transforms.
+_is_in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
