@@ -5,7 +5,8 @@ apply_revert.py                     which libraries a model is of; apply, revert
 report.py                           what apply found, and what fell back since
 rules.py                            the reasons for fallbacks, and docs/integrations.md's tables of them
 sites.py                            what is swapped as one, and the swap itself
-hooks.py                            hooks on other libraries' modules
+calls.py                            calls that no fused layer takes, whatever library it is of
+hooks.py                            what others put on a library's modules: hooks, other methods
 file_readers.py                     reading adapter files
 
 Imports: shared files <- transformers/ <- peft/, and shared files <- adapterhub/. PEFT's prefixes run on transformers'.

@@ -54,7 +54,7 @@ class Report:
 
 def count_fallback(module: nn.Module, reason: str) -> None:
     """Remember that a fused module ran its library's forward; a compiled graph is not made to remember."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _fallen_back.setdefault(module, Counter())[reason] += 1
         note(lambda: f"{type(module).__name__}: its library's own forward\n  peft_kernels: {reason}")
 
