@@ -51,7 +51,7 @@ def why_not_device(x: Tensor) -> str | None:
     return None
 
 
-def why_not_operation(error: ValueError) -> str | None:
+def why_not_operation(error: ValueError) -> str:
     """Reason that the operation gave.
 
     Raises:

@@ -60,6 +60,10 @@ def test_activations(name: str) -> None:
     assert_same(fused, plain, assert_bitwise)
 
 
+def _scaled(adapter: nn.Module) -> None:
+    adapter.scaling = torch.linspace(0, 1, HIDDEN)
+
+
 def _leaky(adapter: nn.Module) -> None:
     adapter.adapter_down[1].f = nn.LeakyReLU(0.3)
 
@@ -145,6 +149,7 @@ def _rebound(adapter: nn.Module) -> None:
 
 _HOOKED = "there are hooks on it or on its parts"
 CHANGES = {
+    "scaling by feature": (_scaled, "its scaling is a Tensor, not a number"),
     "leaky": (_leaky, "its activation is LeakyReLU, which has no equivalent"),
     "parametrized": (_parametrized, "it is made of Linear, Activation_Function_Class, ParametrizedLinear, Dropout"),
     "alpha dropout": (_alpha_dropout, "it is made of Linear, Activation_Function_Class, Linear, AlphaDropout"),
@@ -209,6 +214,48 @@ def test_gating_scores(kind: str) -> None:
         scores = (torch.from_numpy(scores[layer]["output_adapter"]) for scores in (got, expected))
         assert_bitwise("scores", *scores)
     assert set(report.fallback_calls) == {"the call asks for gating scores"}
+
+
+@pytest.mark.parametrize("kind", ["double", "parallel"])
+@pytest.mark.parametrize("part", ["", "adapter_down", "adapter_down.1", "adapter_down.1.f", "adapter_up"])
+def test_patched_classes(part: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a tool's forward stands in the place of AdapterHub's, transformers' or torch's, it runs."""
+    plain, after, before = (build("bert", kind) for _ in range(3))
+    report_after = pk.apply(after)
+    cls = type(adapters_of(plain)[0].get_submodule(part))
+    original = cls.forward
+
+    def patched(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)
+        return (result[0] / 2, *result[1:]) if isinstance(result, tuple) else result / 2
+
+    monkeypatch.setattr(cls, "forward", patched)
+    with pytest.warns(UserWarning, match="nothing in BertForMaskedLM"):
+        assert set(pk.apply(before).fallbacks.values()) == {f"{cls.__name__}.forward was replaced"}
+    assert_same(before, plain, assert_bitwise)
+    assert_same(after, plain, assert_bitwise)
+    assert set(report_after.fallback_calls) == {f"{cls.__name__}.forward was replaced"}
+
+
+@pytest.mark.parametrize("kind", ["double", "parallel"])
+def test_what_a_tool_kept_works_after_revert(kind: str) -> None:
+    model, plain, _ = pair("bert", kind)
+    for adapter in adapters_of(model):
+        kept = adapter.forward
+        adapter.forward = lambda *args, kept=kept, **kwargs: kept(*args, **kwargs)
+    pk.revert(model)
+    assert_same(model, plain, assert_bitwise)
+
+
+@pytest.mark.parametrize("kind", ["double", "parallel"])
+def test_transforms(kind: str) -> None:
+    fused, plain, report = pair("bert", kind)
+    x = torch.randn(2, 3, HIDDEN)
+    parts = (adapters_of(model)[0] for model in (fused, plain))
+    got, expected = (torch.func.jvp(lambda x, part=part: part(x, x)[0], (x,), (x,)) for part in parts)
+    assert_bitwise("output", got[0], expected[0])
+    assert_bitwise("tangent", got[1], expected[1])
+    assert set(report.fallback_calls) == {"the call is transformed, traced or exported"}
 
 
 CALLS = {

@@ -21,6 +21,7 @@ import peft_kernels as pk
 from peft_kernels.integrations import apply_revert
 from peft_kernels.integrations.peft.layers import FusedLoraLinear, PeftLinear
 from peft_kernels.integrations.sites import Site
+from peft_kernels.integrations.transformers import ApplyCallback
 from python_ref import compare
 from tests.integrations.models import CLOSE, assert_same, build, lora_layers, pair, run, tokens
 
@@ -82,7 +83,8 @@ class TestApply:
 
     def test_nothing_to_do_is_said(self) -> None:
         model = nn.Linear(3, 3)
-        with pytest.warns(UserWarning, match="nothing in Linear was put on these kernels"):
+        text = r"(?s)nothing in Linear was put on these kernels.*none of PEFT's layers.*get_peft_model"
+        with pytest.warns(UserWarning, match=text):
             assert pk.apply(model).fused == ()
         with pytest.raises(pk.UnsupportedError, match="0 modules fused"):
             pk.apply(model, strict=True)
@@ -233,3 +235,25 @@ print("equal")
         ids = tokens()
         compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(input_ids=ids).logits, plain(input_ids=ids).logits, **CLOSE)
+
+
+class TestCallback:
+    """What a trainer's user sees without configuring any logging."""
+
+    def test_a_model_that_is_fused_is_no_news(self, caplog: pytest.LogCaptureFixture) -> None:
+        callback = ApplyCallback()
+        callback.on_train_begin(None, None, None, model=build())
+        callback.on_train_end(None, None, None)
+        assert callback.report.fused and not caplog.records
+
+    def test_fallbacks_are_warnings(self, caplog: pytest.LogCaptureFixture) -> None:
+        model, callback = build(), ApplyCallback()
+        hooked = lora_layers(model)[0].lora_A["default"].register_forward_hook(lambda *_: None)
+        callback.on_train_begin(None, None, None, model=model)
+        hooked.remove()
+        with model.disable_adapter():
+            run(model)
+        callback.on_train_end(None, None, None)
+        first, last = (record.getMessage() for record in caplog.records)
+        assert "13 modules fused, 1 not" in first and "13 calls fell back: adapters are disabled" in last
+        assert {record.levelname for record in caplog.records} == {"WARNING"}

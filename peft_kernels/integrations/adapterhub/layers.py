@@ -72,7 +72,7 @@ class FusedAdapter(Swapped, Adapter):
         if isinstance(self, FusedAdapter):
             output = _output(self, x, residual_input, residual_input, output_gating)
             if output is not None:
-                return output, _later(lambda: self.adapter_down(x), x), _later(lambda: _bottleneck(self, x, None), x)
+                return output, _later(lambda: _down(self, x), x), _later(lambda: _bottleneck(self, x, None), x)
         return Adapter.forward(self, x, residual_input, output_gating)
 
 
@@ -84,7 +84,7 @@ class FusedParallelAdapter(Swapped, ParallelAdapter):
         if isinstance(self, FusedParallelAdapter):
             output = _output(self, x, x, None, output_gating)
             if output is not None:
-                return output, _later(lambda: self.adapter_down(x), x), output
+                return output, _later(lambda: _down(self, x), x), output
         return ParallelAdapter.forward(self, x, residual_input, output_gating)
 
 
@@ -216,6 +216,11 @@ def _bottleneck(adapter: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         activation=_activation(adapter),
         scale=adapter.scaling,
     )
+
+
+def _down(adapter: Any, x: Tensor) -> Tensor:
+    hidden: Tensor = adapter.adapter_down(x)
+    return hidden
 
 
 def _parameters(adapter: Any) -> tuple[Tensor, ...]:

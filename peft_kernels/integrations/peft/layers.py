@@ -145,8 +145,13 @@ def sites(model: nn.Module) -> Iterator[Site]:
     """PEFT's layers, each by itself."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            questions = (partial(ask, module) for ask in (_why_not, _why_not_now, _is_unused))
-            yield Site({name: module}, {PeftLinear: FusedLoraLinear}, *questions)
+            yield Site(
+                {name: module},
+                {PeftLinear: FusedLoraLinear},
+                why_not=partial(_why_not, module),
+                why_not_now=partial(_why_not_now, module),
+                is_unused=partial(_is_unused, module),
+            )
 
 
 def _why_not(layer: Any) -> str | None:
@@ -159,7 +164,7 @@ def _why_not(layer: Any) -> str | None:
     return _why_not_modules(layer, adapters) or _why_not_operands(_operands(layer, adapters))
 
 
-def _why_not_now(layer: PeftLinear) -> str | None:
+def _why_not_now(layer: Any) -> str | None:
     """Reason that lies in the layer's state: what its methods, ``to`` and ``train`` change."""
     adapters = _active(layer)
     if not adapters and not layer.disable_adapters and not layer.merged:
@@ -169,7 +174,7 @@ def _why_not_now(layer: PeftLinear) -> str | None:
     return _why_not_state(layer, adapters) or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
 
 
-def _is_unused(layer: PeftLinear) -> bool:
+def _is_unused(layer: Any) -> bool:
     return not _active(layer)
 
 
@@ -194,7 +199,7 @@ def _why_not_modules(layer: PeftLinear, adapters: list[_Modules]) -> str | None:
     for name, down, up, dropout, scaling in adapters:
         if name in layer.lora_variant:
             return _VARIANT(variant=type(layer.lora_variant[name]).__name__)
-        if type(down) is not nn.Linear or type(up) is not nn.Linear or down.bias is not None:
+        if not (_is_linear(down) and _is_linear(up)) or down.bias is not None:
             return _OTHER_FACTOR(down=down, up=up)
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace):
             return _OTHER_DROPOUT(dropout=dropout)
@@ -291,6 +296,10 @@ def _operands(layer: PeftLinear, adapters: list[_Modules]) -> _Operands:
         [adapter.scaling for adapter in adapters],
         [adapter.dropout.p if _is_at_work(adapter.dropout) else 0.0 for adapter in adapters],
     )
+
+
+def _is_linear(part: nn.Module) -> bool:
+    return type(part) is nn.Linear
 
 
 def _is_at_work(dropout: nn.Module) -> bool:
