@@ -126,6 +126,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
 # What apply does not leave to PEFT for good, but its calls as things stand.
 STATES: dict[str, tuple[Callable[[Any], object], str]] = {
     "dropout of 1": (_part("lora_dropout", lambda: nn.Dropout(1.0)), "leaves nothing, with p = 1"),
+    "scaling elsewhere": (_scaled(torch.tensor(0.5, device="meta")), "several devices"),
     "merged": (lambda layer: layer.merge(), "merged"),
     "disabled": (lambda layer: layer.enable_adapters(False), "disabled"),
     "adapter in float64": (
@@ -206,6 +207,11 @@ CALLS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "sparse": (lambda layer, x: layer(x.detach().to_sparse()), "x is torch.sparse_coo"),
     "integer": (lambda layer, x: layer(x.long()), "x is torch.int64"),
     "integer in autocast": (lambda layer, x: _autocast(layer, x.long()), "x is torch.int64"),
+    "float64 in autocast": (lambda layer, x: _autocast(layer.double(), x), "the base weight torch.float64"),
+    "float64 adapter in autocast": (
+        lambda layer, x: (layer.lora_A.double(), layer.lora_B.double(), _autocast(layer, x))[2],
+        "the adapters are torch.float64",
+    ),
     "meta": (lambda layer, x: torch.zeros(layer.to("meta")(x.to("meta")).shape), "it runs on meta"),
     "no tensor": (lambda layer, x: layer([1.0]), "x is a list"),
     "wrong width": (lambda layer, x: layer(x[:, :5]), "lora_linear: x must be"),
@@ -307,8 +313,16 @@ class _Tool:
         self.module.forward = self.kept
 
 
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each call that was fused."""
+    made, fused = [], layers._fused
+    monkeypatch.setattr(layers, "_fused", lambda *args: (made.append(1), fused(*args))[1])
+    return made
+
+
 @pytest.mark.parametrize("put_back", [False, True])
-def test_tool_before_apply(put_back: bool) -> None:
+def test_tool_before_apply(put_back: bool, fused_calls: list[int]) -> None:
     model = build()
     expected = _outcome(model)
     tools = [_Tool(module) for module in model.modules()]
@@ -320,25 +334,25 @@ def test_tool_before_apply(put_back: bool) -> None:
     if not put_back:
         assert set(report.fallbacks.values()) == {"its forward was replaced"}
     torch.testing.assert_close(_outcome(model), expected, **CLOSE)
-    assert not report.fallback_calls
+    assert len(fused_calls) == put_back and not report.fallback_calls
 
 
 @pytest.mark.parametrize("put_back", [False, True])
-def test_tool_between_apply_and_revert(put_back: bool) -> None:
+def test_tool_between_apply_and_revert(put_back: bool, fused_calls: list[int]) -> None:
     """What it kept is called after revert, and is PEFT's code."""
     model = build()
     expected = _outcome(model)
     pk.apply(model)
-    tools = [_Tool(module) for module in model.modules()]
+    tool = _Tool(layer_of(model))
     torch.testing.assert_close(_outcome(model), expected, **CLOSE)
     if put_back:
-        for tool in tools:
-            tool.put_back()
+        tool.put_back()
     pk.revert(model)
     _assert_same(_outcome(model), expected)
+    assert len(fused_calls) == 1
     with model.disable_adapter():
         model(inputs())
-    assert any(tool.calls > 1 for tool in tools) != put_back
+    assert tool.calls == (1 if put_back else 3)
 
 
 @pytest.fixture

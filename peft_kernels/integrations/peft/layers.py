@@ -247,11 +247,8 @@ def _why_not_beside(layer: PeftLinear, operands: _Operands, x: Tensor) -> str | 
 
 def _why_not_dtypes(x: Tensor, base: torch.dtype, adapter: torch.dtype, casts_input: bool) -> str | None:
     # Under autocast every product is in autocast's dtype, whatever its operands are; it casts these three.
-    if autocast_dtype(x.device.type) is not None and {x.dtype, base, adapter} <= {
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    }:
+    casts = {torch.float32, torch.bfloat16, torch.float16}
+    if autocast_dtype(x.device.type) is not None and {x.dtype, base, adapter} <= casts:
         return None
     if x.dtype != base:
         return _X_DTYPE(x=x.dtype, base=base)
