@@ -5,7 +5,7 @@ from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.explain import explain
 from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
 from peft_kernels.integrations import apply, revert
-from peft_kernels.lora import FusedLoRALinear, lora_linear, lora_linear_dropout_mask
+from peft_kernels.lora import FusedLoRALinear, inject_lora, lora_linear, lora_linear_dropout_mask
 from peft_kernels.prefix import PrefixEncoder, prefix_attention
 from peft_kernels.prompt import PromptEmbedding, PromptEnsemble, prompt_tuning
 
@@ -22,6 +22,7 @@ __all__ = [
     "apply",
     "bottleneck_adapter",
     "explain",
+    "inject_lora",
     "insert_adapters",
     "lora_linear",
     "lora_linear_dropout_mask",

@@ -33,9 +33,8 @@ def test_docstring_examples(name: str) -> None:
 
 
 def test_readme_python() -> None:
-    peft = pytest.importorskip("peft")
-    linear = nn.Sequential(nn.Linear(4, 4))
-    names = {"peft_model": peft.get_peft_model(linear, peft.LoraConfig(target_modules=["0"]))}
+    pytest.importorskip("peft")
+    names: dict[str, object] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 3
     for block in blocks:

@@ -44,7 +44,7 @@ def why_not_verified(device: torch.device, verified_archs: frozenset[int], backe
         return "on a CPU it runs in Triton's interpreter, which is for tests"
     arch = hardware(device).arch
     if arch not in verified_archs:
-        return f"it has not been verified on sm_{arch}; backend='{backend}' runs it all the same"
+        return f"it has not been verified on sm_{arch}; use_backend('{backend}') runs it all the same"
     return None
 
 

@@ -6,7 +6,8 @@ report.py                           what apply found, and what fell back since
 rules.py                            the reasons for fallbacks, and docs/integrations.md's tables of them
 sites.py                            what is swapped as one, and the swap itself
 versions.py                         the oldest releases of other libraries
-hooks.py                            hooks on other libraries' modules
+calls.py                            calls that no fused layer takes, whatever library it is of
+hooks.py                            what others put on a library's modules: hooks, other methods
 adapter_files.py                    reading and writing other libraries' adapter folders
 
 Imports: shared files <- transformers/ <- peft/, and shared files <- adapterhub/. PEFT's prefixes run on transformers'.

@@ -29,11 +29,13 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
     Of PEFT's: its LoRA layers, or the prefixes or prompts of the whole model. Of AdapterHub's: its bottleneck adapters.
     Layers and models keep their parameters, names, hooks and their library's whole interface: saving, merging,
     switching and adding adapters work as before, and every call that the kernels have no equivalent for runs the
-    library's own code. Layers that come later (``add_adapter``) are plain: apply again. Applying twice changes nothing.
+    library's own code. A pickled model is the library's, and layers that come later (``add_adapter``) are plain: apply
+    again. Applying twice changes nothing.
 
     Args:
         model: any module that contains PEFT's or AdapterHub's layers, or is PEFT's model for prefix or prompt tuning.
-        strict: raise, and change nothing, if any module of a known kind cannot be fused or there is none.
+        strict: raise, and change nothing, if as things stand any module of a known kind would fall back, or none would
+            run on these kernels.
 
     Returns:
         A report: counts, every fallback with its reason; prints well.
@@ -45,24 +47,43 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"apply: model must be a torch.nn.Module, got {type(model).__name__}")
-    sites = [(site, site.why_not()) for site in _sites(model)]
-    fused: dict[str, nn.Module] = {}
-    fallbacks: dict[str, str] = {}
-    for site, reason in sites:
-        for name, module in site.modules.items():
-            if reason is None:
-                fused[name or _WHOLE] = module
-            else:
-                fallbacks[name or _WHOLE] = reason
-    report = Report(tuple(fused), fallbacks, tuple(fused.values()))
-    if strict and (fallbacks or not fused):
-        raise UnsupportedError(f"apply: strict, and not everything can be fused\n{report}")
-    if not fused:
-        warnings.warn(f"apply: nothing in {type(model).__name__} was put on these kernels\n{report}", stacklevel=2)
-    for site, reason in sites:
-        if reason is None:
-            site.fuse()
+    sites = _sites(model)
+    swapped = [site for site in sites if site.why_not() is None]
+    report = _report(sites, swapped)
+    if strict and (report.fallbacks or not report.fused):
+        raise UnsupportedError(f"apply: strict, and not everything can be fused\n{report}{_hint(sites)}")
+    if not report.fused:
+        text = f"apply: nothing in {type(model).__name__} was put on these kernels\n{report}{_hint(sites)}"
+        warnings.warn(text, stacklevel=2)
+    for site in swapped:
+        site.fuse()
     return report
+
+
+def _report(sites: list[Site], swapped: list[Site]) -> Report:
+    """Describe what calls of the sites' modules run once some sites are swapped."""
+    fused: list[str] = []
+    unused: list[str] = []
+    fallbacks: dict[str, str] = {}
+    for site in sites:
+        reason = site.why_not() or site.why_not_now()
+        names = [name or _WHOLE for name in site.modules]
+        if reason is not None:
+            fallbacks |= dict.fromkeys(names, reason)
+        else:
+            (unused if site.is_unused() else fused).extend(names)
+    modules = tuple(module for site in swapped for module in site.modules.values())
+    return Report(tuple(fused), fallbacks, tuple(unused), modules)
+
+
+def _hint(sites: list[Site]) -> str:
+    """What to say where nothing was found."""
+    if sites:
+        return ""
+    return (
+        "\n  It has none of PEFT's layers, prefixes and prompts, and none of AdapterHub's adapters. Call apply after"
+        "\n  get_peft_model or add_adapter, on what they return or change; this package's own modules need no apply."
+    )
 
 
 def revert(model: nn.Module) -> None:

@@ -1,18 +1,71 @@
-"""Hooks on other libraries' modules: whether there are any, arguments by name, and removal without a handle."""
+"""What others put on a library's modules: hooks, and methods in the place of the class's own."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module runs something beside its class's forward."""
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and not _is_own(module, module.__dict__["forward"]))
+    )
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether calls of the module run a forward of the instance's, which does not lead to the class's.
+
+    accelerate's leads there, through the method that it keeps.
+    """
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
+        forward = module.__dict__.get("_old_forward")
+    return forward is not None and not _is_own(module, forward)
+
+
+def _is_own(module: nn.Module, forward: Any) -> bool:
+    """Whether it is the class's, bound: what tools leave behind that wrapped it and took their wrapper off again."""
+    return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+
+
+class OwnMethods:
+    """Methods of other libraries' classes, as those libraries define them.
+
+    A fused layer computes what they do without calling them: where somebody has replaced one, on its class and at any
+    time, it may not.
+
+    Args:
+        methods: (class, name of the method), or (module, name of a function).
+    """
+
+    def __init__(self, *methods: tuple[Any, str]) -> None:
+        self._methods = [(holder, name, _defined(holder, name)) for holder, name in methods]
+
+    def replaced(self) -> str | None:
+        """The name of one that was replaced, None if all are as they were defined."""
+        for holder, name, method in self._methods:
+            if getattr(holder, name) is not method:
+                return f"{holder.__name__}.{name}"
+        return None
+
+
+def _defined(holder: Any, name: str) -> Any:
+    """The method, if it is a builtin or from its class's own file, which functools.wraps cannot feign; else None."""
+    method = getattr(holder, name)
+    if inspect.isbuiltin(method):
+        return method
+    owner = next(base for base in holder.__mro__ if name in vars(base)) if inspect.isclass(holder) else holder
+    home = sys.modules[owner.__module__ if inspect.isclass(owner) else owner.__name__]
+    return method if getattr(method, "__globals__", None) is vars(home) else None
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

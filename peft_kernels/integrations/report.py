@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -22,11 +23,14 @@ class Report:
 
     Attributes:
         fused: names of the modules that now run on this package's kernels.
-        fallbacks: name of each module of a known kind that does not, and the reason.
+        fallbacks: name of each module of a known kind that does not, as things stand, and the reason. One that is in a
+            state for it (merged, disabled, on several devices) runs on the kernels as soon as it is out of it.
+        unused: names of modules none of whose adapters is active; they run on the kernels as soon as one is.
     """
 
     fused: tuple[str, ...]
     fallbacks: dict[str, str]
+    unused: tuple[str, ...] = ()
     _modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -39,6 +43,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"peft_kernels: {len(self.fused)} modules fused, {len(self.fallbacks)} not"]
+        if self.unused:
+            lines.append(f"  {len(self.unused)} without an active adapter ({_shortened(self.unused)})")
         for reason, names in _by_reason(self.fallbacks).items():
             lines.append(f"  {len(names)} not fused: {reason} ({_shortened(names)})")
         for reason, count in self.fallback_calls.most_common():
@@ -48,7 +54,7 @@ class Report:
 
 def count_fallback(module: nn.Module, reason: str) -> None:
     """Remember that a fused module ran its library's forward; a compiled graph is not made to remember."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _fallen_back.setdefault(module, Counter())[reason] += 1
         note(lambda: f"{type(module).__name__}: its library's own forward\n  peft_kernels: {reason}")
 
@@ -65,5 +71,5 @@ def _by_reason(fallbacks: dict[str, str]) -> dict[str, list[str]]:
     return grouped
 
 
-def _shortened(names: list[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

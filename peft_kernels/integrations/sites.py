@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,11 +24,16 @@ class Site:
         modules: by their names in the model, "" for the model itself.
         classes: the library's classes, and for each the one in its place, whose state is the same.
         why_not: returns the reason why the modules are not fused, None if they are or can be.
+        why_not_now: returns the reason why calls would run the library's own code as things stand, None if they would
+            not: a state that the library's own methods change, so that the modules are swapped all the same.
+        is_unused: whether the library's own code would have nothing to do that could be fused.
     """
 
     modules: Mapping[str, Any]
     classes: Classes
     why_not: Callable[[], str | None]
+    why_not_now: Callable[[], str | None] = lambda: None
+    is_unused: Callable[[], bool] = lambda: False
 
     def fuse(self) -> None:
         """Swap the classes that are not swapped yet."""
@@ -38,8 +45,42 @@ class Site:
 
     def _swap(self, classes: Classes) -> None:
         for module in self.modules.values():
-            if type(module) in classes:
-                module.__class__ = classes[type(module)]
-                if "_old_forward" in module.__dict__:
-                    # accelerate wraps the bound method that it finds, and calls that one.
-                    module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+            old = type(module)
+            if old not in classes:
+                continue
+            module.__class__ = classes[old]
+            for name, kept in list(vars(module).items()):
+                # Tools that wrap a forward keep the bound method on the module, and call that one or put it back.
+                if isinstance(kept, types.MethodType) and kept.__self__ is module and kept.__func__ is old.forward:
+                    vars(module)[name] = types.MethodType(classes[old].forward, module)
+
+
+class Swapped(nn.Module):
+    """First base of each class that stands in a library's place; the library's own class comes after it.
+
+    Modules print and pickle as the library's, so that their files open where this package is absent; copies are fused
+    as their originals are. Nothing in a class with this base may use ``super()``: tools keep bound methods, and call
+    them after ``revert``.
+    """
+
+    def _get_name(self) -> str:
+        return _library_class(self).__name__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # copyreg.__newobj__ refuses another class than the object's.
+        return copyreg._reconstructor, (_library_class(self), object, None), self.__getstate__()  # type: ignore[attr-defined]
+
+    def __copy__(self) -> Any:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self.__getstate__())
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+
+def _library_class(module: nn.Module) -> type[nn.Module]:
+    """The class in whose place the module's stands; the module's own where a tool derived one from ours."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("peft_kernels."))

@@ -34,10 +34,12 @@ Map, bottom to top:
         op.py              the public function, and the declaration that makes it an operator
     module.py              FusedLoRALinear
     base_layer.py          which linear layers it can wrap, and what of torch's cannot hold it
+    injection.py           `inject_lora`
 """
 
+from peft_kernels.lora.injection import inject_lora
 from peft_kernels.lora.kernels.dropout import lora_linear_dropout_mask
 from peft_kernels.lora.linear.op import lora_linear
 from peft_kernels.lora.module import FusedLoRALinear
 
-__all__ = ["FusedLoRALinear", "lora_linear", "lora_linear_dropout_mask"]
+__all__ = ["FusedLoRALinear", "inject_lora", "lora_linear", "lora_linear_dropout_mask"]

@@ -30,8 +30,8 @@ from tests.adapterhub.parity import adapters_of, assert_bitwise, assert_same, pa
         ({"ln_before": True}, "it has a layer norm of its own"),
         ({"ln_after": True}, "it has a layer norm of its own"),
         ({"ln_after": True, "adapter_residual_before_ln": True}, "it has a layer norm of its own"),
-        ({"scaling": "learned"}, "its scaling is learned"),
-        ({"scaling": "channel"}, "its scaling is learned"),
+        ({"scaling": "learned"}, "its scaling is a Parameter, not a number"),
+        ({"scaling": "channel"}, "its scaling is a Parameter, not a number"),
         (
             {"phm_layer": True, "reduction_factor": 4, "init_weights": "bert"},
             "it is made of PHMLayer, Activation_Function_Class, PHMLayer, Dropout",
@@ -58,6 +58,10 @@ def test_activations(name: str) -> None:
         report = pk.apply(fused)
     assert all("its activation is " in reason for reason in report.fallbacks.values())
     assert_same(fused, plain, assert_bitwise)
+
+
+def _scaled(adapter: nn.Module) -> None:
+    adapter.scaling = torch.linspace(0, 1, HIDDEN)
 
 
 def _leaky(adapter: nn.Module) -> None:
@@ -145,6 +149,7 @@ def _rebound(adapter: nn.Module) -> None:
 
 _HOOKED = "there are hooks on it or on its parts"
 CHANGES = {
+    "scaling by feature": (_scaled, "its scaling is a Tensor, not a number"),
     "leaky": (_leaky, "its activation is LeakyReLU, which has no equivalent"),
     "parametrized": (_parametrized, "it is made of Linear, Activation_Function_Class, ParametrizedLinear, Dropout"),
     "alpha dropout": (_alpha_dropout, "it is made of Linear, Activation_Function_Class, Linear, AlphaDropout"),
@@ -211,6 +216,48 @@ def test_gating_scores(kind: str) -> None:
     assert set(report.fallback_calls) == {"the call asks for gating scores"}
 
 
+@pytest.mark.parametrize("kind", ["double", "parallel"])
+@pytest.mark.parametrize("part", ["", "adapter_down", "adapter_down.1", "adapter_down.1.f", "adapter_up"])
+def test_patched_classes(part: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a tool's forward stands in the place of AdapterHub's, transformers' or torch's, it runs."""
+    plain, after, before = (build("bert", kind) for _ in range(3))
+    report_after = pk.apply(after)
+    cls = type(adapters_of(plain)[0].get_submodule(part))
+    original = cls.forward
+
+    def patched(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)
+        return (result[0] / 2, *result[1:]) if isinstance(result, tuple) else result / 2
+
+    monkeypatch.setattr(cls, "forward", patched)
+    with pytest.warns(UserWarning, match="nothing in BertForMaskedLM"):
+        assert set(pk.apply(before).fallbacks.values()) == {f"{cls.__name__}.forward was replaced"}
+    assert_same(before, plain, assert_bitwise)
+    assert_same(after, plain, assert_bitwise)
+    assert set(report_after.fallback_calls) == {f"{cls.__name__}.forward was replaced"}
+
+
+@pytest.mark.parametrize("kind", ["double", "parallel"])
+def test_what_a_tool_kept_works_after_revert(kind: str) -> None:
+    model, plain, _ = pair("bert", kind)
+    for adapter in adapters_of(model):
+        kept = adapter.forward
+        adapter.forward = lambda *args, kept=kept, **kwargs: kept(*args, **kwargs)
+    pk.revert(model)
+    assert_same(model, plain, assert_bitwise)
+
+
+@pytest.mark.parametrize("kind", ["double", "parallel"])
+def test_transforms(kind: str) -> None:
+    fused, plain, report = pair("bert", kind)
+    x = torch.randn(2, 3, HIDDEN)
+    parts = (adapters_of(model)[0] for model in (fused, plain))
+    got, expected = (torch.func.jvp(lambda x, part=part: part(x, x)[0], (x,), (x,)) for part in parts)
+    assert_bitwise("output", got[0], expected[0])
+    assert_bitwise("tangent", got[1], expected[1])
+    assert set(report.fallback_calls) == {"the call is transformed, traced or exported"}
+
+
 CALLS = {
     "residual of less": (lambda x: (x, x.bfloat16()), "x is torch.float32, the residual torch.bfloat16"),
     "residual of more": (lambda x: (x, x.double()), "x is torch.float32, the residual torch.float64"),
@@ -218,7 +265,8 @@ CALLS = {
     "no residual": (lambda x: (x, None), "the residual is a NoneType"),
     "x of more": (lambda x: (x.double(), x), "x is torch.float64, its parameters are torch.float32"),
     "x of another width": (lambda x: (x[..., :5], x[..., :5]), r"x is \(2, 3, 5\)"),
-    "x elsewhere": (lambda x: (x.to("meta"), x.to("meta")), "its tensors are on several devices"),
+    "x elsewhere": (lambda x: (x.to("meta"), x.to("meta")), "it runs on meta"),
+    "residual elsewhere": (lambda x: (x, x.to("meta")), "its tensors are on several devices"),
 }
 
 
@@ -248,7 +296,7 @@ def test_device_without_autocast() -> None:
     adapter = adapters_of(fused)[0].to("meta")
     x = torch.empty(2, 3, HIDDEN, device="meta")
     assert adapter(x, x)[0].shape == x.shape
-    assert set(report.fallback_calls) == {"x is on meta"}
+    assert set(report.fallback_calls) == {"it runs on meta"}
 
 
 def test_autocast_stays_out_of_float64() -> None:

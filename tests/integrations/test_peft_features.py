@@ -21,6 +21,7 @@ import peft_kernels as pk
 from peft_kernels.integrations import apply_revert
 from peft_kernels.integrations.peft.layers import FusedLoraLinear, PeftLinear
 from peft_kernels.integrations.sites import Site
+from peft_kernels.integrations.transformers import ApplyCallback
 from python_ref import compare
 from tests.integrations.models import CLOSE, assert_same, build, lora_layers, pair, run, tokens
 
@@ -50,8 +51,12 @@ class TestApply:
         assert len(pk.apply(model).fused) == 2
         model.add_adapter("wide", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
         assert {type(layer) for layer in lora_layers(model)} == {PeftLinear, FusedLoraLinear}
-        assert len(pk.apply(model).fused) == 4
+        report = pk.apply(model, strict=True)
+        assert (len(report.fused), len(report.unused)) == (2, 2)
+        assert "2 modules fused, 0 not\n  2 without an active adapter (" in str(report)
         assert {type(layer) for layer in lora_layers(model)} == {FusedLoraLinear}
+        model.set_adapter("wide")
+        assert len(pk.apply(model).fused) == 4
 
     @pytest.mark.filterwarnings("ignore:apply. nothing in")
     @pytest.mark.parametrize("reason", [None, "one is too wide"])
@@ -78,7 +83,8 @@ class TestApply:
 
     def test_nothing_to_do_is_said(self) -> None:
         model = nn.Linear(3, 3)
-        with pytest.warns(UserWarning, match="nothing in Linear was put on these kernels"):
+        text = r"(?s)nothing in Linear was put on these kernels.*none of PEFT's layers.*get_peft_model"
+        with pytest.warns(UserWarning, match=text):
             assert pk.apply(model).fused == ()
         with pytest.raises(pk.UnsupportedError, match="0 modules fused"):
             pk.apply(model, strict=True)
@@ -110,14 +116,24 @@ class TestPeftFeatures:
             model.set_adapter("other2")
         assert_same(fused, plain)
 
-    def test_deepcopy_and_torch_save(self) -> None:
+    def test_copies_are_fused_and_files_are_peft_s(self) -> None:
         fused, plain, _ = pair()
         buffer = io.BytesIO()
         torch.save(fused, buffer)
+        assert b"peft_kernels" not in buffer.getvalue()
         buffer.seek(0)
-        for copied in (copy.deepcopy(fused), torch.load(buffer, weights_only=False)):
-            assert {type(layer) for layer in lora_layers(copied)} == {FusedLoraLinear}
-            assert_same(copied, plain)
+        loaded = torch.load(buffer, weights_only=False)
+        copied = copy.deepcopy(fused)
+        for model, cls in ((copied, FusedLoraLinear), (loaded, PeftLinear)):
+            assert {type(layer) for layer in lora_layers(model)} == {cls}
+            assert_same(model, plain)
+        assert type(copy.copy(lora_layers(fused)[0])) is FusedLoraLinear
+
+    def test_prints_and_reports_its_status_as_peft_s(self) -> None:
+        fused, plain, _ = pair()
+        assert repr(fused) == repr(plain)
+        assert peft.get_layer_status(fused) == peft.get_layer_status(plain)
+        assert peft.get_model_status(fused) == peft.get_model_status(plain)
 
     def test_hotswap(self, tmp_path: Path) -> None:
         from peft.utils.hotswap import hotswap_adapter
@@ -219,3 +235,25 @@ print("equal")
         ids = tokens()
         compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(input_ids=ids).logits, plain(input_ids=ids).logits, **CLOSE)
+
+
+class TestCallback:
+    """What a trainer's user sees without configuring any logging."""
+
+    def test_a_model_that_is_fused_is_no_news(self, caplog: pytest.LogCaptureFixture) -> None:
+        callback = ApplyCallback()
+        callback.on_train_begin(None, None, None, model=build())
+        callback.on_train_end(None, None, None)
+        assert callback.report.fused and not caplog.records
+
+    def test_fallbacks_are_warnings(self, caplog: pytest.LogCaptureFixture) -> None:
+        model, callback = build(), ApplyCallback()
+        hooked = lora_layers(model)[0].lora_A["default"].register_forward_hook(lambda *_: None)
+        callback.on_train_begin(None, None, None, model=model)
+        hooked.remove()
+        with model.disable_adapter():
+            run(model)
+        callback.on_train_end(None, None, None)
+        first, last = (record.getMessage() for record in caplog.records)
+        assert "13 modules fused, 1 not" in first and "13 calls fell back: adapters are disabled" in last
+        assert {record.levelname for record in caplog.records} == {"WARNING"}

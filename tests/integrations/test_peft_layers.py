@@ -250,7 +250,7 @@ class TestFallbacks:
             layer.lora_dropout["default"] = nn.AlphaDropout(0.5)
         with pytest.warns(UserWarning, match="0 modules fused"):
             report = pk.apply(plain)
-        assert set(report.fallbacks.values()) == {"its dropout is AlphaDropout, not nn.Dropout"}
+        assert set(report.fallbacks.values()) == {"its dropout is AlphaDropout(p=0.5, inplace=False), not nn.Dropout"}
 
     def test_weights_of_another_class(self) -> None:
         """Quantized and distributed tensors are subclasses."""

@@ -121,7 +121,7 @@ def test_auto_takes_no_unverified_kernel(emulated: EmulatedExtension, monkeypatc
     assert cuda_impl.why_not(described) is None
     assert (
         cuda_impl.IMPLEMENTATION.why_not_auto(described)
-        == "it has not been verified on sm_90; backend='cuda' runs it all the same"
+        == "it has not been verified on sm_90; use_backend('cuda') runs it all the same"
     )
     pk.lora_linear(*tensors[:4])
     assert not emulated.calls

@@ -36,12 +36,13 @@ from transformers.activations import ACT2CLS
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.adapter import bottleneck_adapter
 from peft_kernels.adapter.kernels.activations import LEAKY_SLOPE
+from peft_kernels.integrations import calls
 from peft_kernels.integrations.adapterhub import rules
 from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
 from peft_kernels.integrations.adapterhub.deferred import Deferred
-from peft_kernels.integrations.hooks import is_hooked
+from peft_kernels.integrations.hooks import OwnMethods, is_hooked
 from peft_kernels.integrations.report import count_fallback
-from peft_kernels.integrations.sites import Site
+from peft_kernels.integrations.sites import Site, Swapped
 
 
 def _class_of(name: str) -> type[nn.Module]:
@@ -53,30 +54,38 @@ def _class_of(name: str) -> type[nn.Module]:
 _BY_CLASS = {_class_of(name): ours for name, ours in ACTIVATIONS.items() if name in ACT2CLS}
 
 
-class FusedAdapter(Adapter):
+# What the fused adapters do without calling it.
+_OWN = OwnMethods(
+    *((cls, "forward") for cls in (Adapter, ParallelAdapter, Activation_Function_Class)),
+    *((cls, "forward") for cls in (nn.Sequential, nn.Linear, nn.Dropout)),
+    (F, "linear"),
+)
+_OWN_ACTIVATIONS = {cls: OwnMethods((cls, "forward")) for cls in _BY_CLASS}
+
+
+class FusedAdapter(Swapped, Adapter):
     """AdapterHub's sequential bottleneck, with its residual sum, as one operation."""
 
     def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Any, ...]:
         """As AdapterHub's; what it cannot fuse runs AdapterHub's own."""
-        reason = _why_not_adapter(self) or _why_not_call(self, x, residual_input, output_gating)
-        if reason is not None:
-            count_fallback(self, reason)
-            return super().forward(x, residual_input, output_gating)
-        output = _bottleneck(self, x, residual_input)
-        return output, _later(lambda: self.adapter_down(x), x), _later(lambda: _bottleneck(self, x, None), x)
+        # A tool may have kept this method, and call it after revert; so below.
+        if isinstance(self, FusedAdapter):
+            output = _output(self, x, residual_input, residual_input, output_gating)
+            if output is not None:
+                return output, _later(lambda: _down(self, x), x), _later(lambda: _bottleneck(self, x, None), x)
+        return Adapter.forward(self, x, residual_input, output_gating)
 
 
-class FusedParallelAdapter(ParallelAdapter):
+class FusedParallelAdapter(Swapped, ParallelAdapter):
     """AdapterHub's parallel bottleneck as one operation; the sum with the sublayer is its ``post_forward``'s."""
 
     def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Any, ...]:
         """As AdapterHub's, which does not read the residual; what it cannot fuse runs AdapterHub's own."""
-        reason = _why_not_adapter(self) or _why_not_call(self, x, x, output_gating)
-        if reason is not None:
-            count_fallback(self, reason)
-            return super().forward(x, residual_input, output_gating)
-        output = _bottleneck(self, x, None)
-        return output, _later(lambda: self.adapter_down(x), x), output
+        if isinstance(self, FusedParallelAdapter):
+            output = _output(self, x, x, None, output_gating)
+            if output is not None:
+                return output, _later(lambda: _down(self, x), x), output
+        return ParallelAdapter.forward(self, x, residual_input, output_gating)
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {Adapter: FusedAdapter, ParallelAdapter: FusedParallelAdapter}
@@ -87,7 +96,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
     """AdapterHub's bottlenecks, and what its other methods put into a model."""
     for name, module in model.named_modules():
         if isinstance(module, Adapter) or _is_other_method(module):
-            yield Site({name: module}, _FUSED, partial(_why_not, module))
+            yield Site({name: module}, _FUSED, partial(_why_not, module), partial(_why_not_now, module))
 
 
 def _is_other_method(module: Any) -> bool:
@@ -102,6 +111,24 @@ def _why_not(module: Any) -> str | None:
     return _why_not_adapter(module)
 
 
+def _why_not_now(adapter: Any) -> str | None:
+    """Reason that lies in the adapter's state: what ``to`` and ``train`` change."""
+    like_x = adapter.adapter_up.weight
+    return _why_not_dropout(adapter) or calls.why_not_device(like_x) or _why_not_beside(adapter, like_x, like_x)
+
+
+def _output(adapter: Any, x: Any, beside: Any, residual: Tensor | None, output_gating: bool) -> Tensor | None:
+    """The operation's result, or None where AdapterHub's own forward must run, which is counted."""
+    reason = _why_not_adapter(adapter) or _why_not_call(adapter, x, beside, output_gating)
+    if reason is None:
+        try:
+            return _bottleneck(adapter, x, residual)
+        except ValueError as error:
+            reason = calls.why_not_operation(error)
+    count_fallback(adapter, reason)
+    return None
+
+
 def _why_not_adapter(adapter: Any) -> str | None:
     """Reason that lies in what the adapter is made of."""
     if type(adapter) not in _KNOWN:
@@ -112,8 +139,8 @@ def _why_not_adapter(adapter: Any) -> str | None:
         return rules.NORM()
     if hasattr(adapter, "DropPath"):
         return rules.STOCHASTIC_DEPTH()
-    if type(adapter.scaling) not in (float, int):
-        return rules.LEARNED_SCALING()
+    if not isinstance(adapter.scaling, (int, float)):
+        return rules.SCALING(scaling=type(adapter.scaling).__name__)
     down = adapter.adapter_down
     parts = (*(down if type(down) is nn.Sequential else (down,)), adapter.adapter_up, adapter.dropout)
     if tuple(map(type, parts)) != (nn.Linear, Activation_Function_Class, nn.Linear, nn.Dropout):
@@ -129,8 +156,11 @@ def _why_not_modules(adapter: Any) -> str | None:
     parts = (adapter, adapter.adapter_down, down, activation, activation.f, adapter.adapter_up, adapter.dropout)
     if any(isinstance(part, nn.Module) and is_hooked(part) for part in parts):
         return rules.HOOKED()
+    replaced = _OWN.replaced() or _OWN_ACTIVATIONS.get(type(activation.f), _OWN).replaced()
+    if replaced is not None:
+        return rules.REPLACED(method=replaced)
     for tensor in _parameters(adapter):
-        if type(tensor) not in (nn.Parameter, Tensor):
+        if not calls.is_plain(tensor):
             return rules.NO_PLAIN_PARAMETER(parameter=type(tensor).__name__)
     return None
 
@@ -140,23 +170,32 @@ def _why_not_call(adapter: Any, x: Tensor, residual: Any, output_gating: bool) -
     if output_gating:
         # Without a gate AdapterHub keeps the last result instead, which is ``up``.
         return rules.GATING_SCORES()
-    if adapter.dropout.training and adapter.dropout.p > 0:
-        return rules.DROPOUT()
-    if not isinstance(residual, Tensor):
+    if not isinstance(residual, Tensor) or not calls.is_plain(residual):
         return rules.NO_RESIDUAL(residual=type(residual).__name__)
+    reason = _why_not_dropout(adapter) or calls.why_not_input(x)
+    if reason is not None:
+        return reason
+    if x.shape[-1:] != (adapter.input_size,) or residual.shape != x.shape:
+        return rules.SHAPES(x=tuple(x.shape), residual=tuple(residual.shape), width=adapter.input_size)
+    return _why_not_beside(adapter, x, residual)
+
+
+def _why_not_dropout(adapter: Any) -> str | None:
+    return rules.DROPOUT() if adapter.dropout.training and adapter.dropout.p != 0 else None
+
+
+def _why_not_beside(adapter: Any, x: Tensor, residual: Tensor) -> str | None:
+    """Reason that lies in dtypes and devices, beside an input and a residual that are like these."""
     parameters = _parameters(adapter)
     if any(tensor.device != x.device for tensor in (residual, *parameters)):
         return rules.SEVERAL_DEVICES()
-    if not torch.amp.is_autocast_available(x.device.type):
-        return rules.DEVICE(device=x.device.type)
-    if x.shape[-1:] != (adapter.input_size,) or residual.shape != x.shape:
-        return rules.SHAPES(x=tuple(x.shape), residual=tuple(residual.shape), width=adapter.input_size)
     return _why_not_dtypes(x, residual.dtype, {parameter.dtype for parameter in parameters})
 
 
 def _why_not_dtypes(x: Tensor, residual: torch.dtype, parameters: set[torch.dtype]) -> str | None:
-    # Under autocast every product is in autocast's dtype, whatever its operands are; float64 stays out of it.
-    if autocast_dtype(x.device.type) is not None and torch.float64 not in (x.dtype, residual, *parameters):
+    # Under autocast every product is in autocast's dtype, whatever its operands are; it casts these three.
+    casts = {torch.float32, torch.bfloat16, torch.float16}
+    if autocast_dtype(x.device.type) is not None and {x.dtype, residual, *parameters} <= casts:
         return None
     if parameters != {x.dtype}:
         return rules.DTYPES(x=x.dtype, parameters=", ".join(sorted(map(str, parameters))))
@@ -177,6 +216,11 @@ def _bottleneck(adapter: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         activation=_activation(adapter),
         scale=adapter.scaling,
     )
+
+
+def _down(adapter: Any, x: Tensor) -> Tensor:
+    hidden: Tensor = adapter.adapter_down(x)
+    return hidden
 
 
 def _parameters(adapter: Any) -> tuple[Tensor, ...]:

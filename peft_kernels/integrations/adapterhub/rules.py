@@ -21,10 +21,15 @@ OTHER_METHOD = SUPPORT.rule(
 OTHER_CLASS = SUPPORT.rule(
     "a class derived from AdapterHub's", "it is a {adapter}, not AdapterHub's Adapter or ParallelAdapter"
 )
+REPLACED = SUPPORT.rule(
+    "methods of AdapterHub's or torch's classes that another tool replaced", "{method} was replaced"
+)
 GATE = SUPPORT.rule("`use_gating`", "it has a gate")
 NORM = SUPPORT.rule("`ln_before`, `ln_after`", "it has a layer norm of its own")
 STOCHASTIC_DEPTH = SUPPORT.rule("`stochastic_depth`", "it has stochastic depth")
-LEARNED_SCALING = SUPPORT.rule('`scaling` of "learned" or "channel"', "its scaling is learned")
+SCALING = SUPPORT.rule(
+    '`scaling` of "learned" or "channel", or any other tensor', "its scaling is a {scaling}, not a number"
+)
 OTHER_PARTS = SUPPORT.rule(
     "`phm_layer` (Compacter), and parts that were replaced, by parametrized ones too", "it is made of {parts}"
 )
@@ -39,9 +44,10 @@ NO_PLAIN_PARAMETER = SUPPORT.rule(
 )
 GATING_SCORES = SUPPORT.rule("a call with `output_adapter_gating_scores`", "the call asks for gating scores")
 DROPOUT = SUPPORT.rule("a call in training with `dropout`", "its dropout is active")
-NO_RESIDUAL = SUPPORT.rule("a call without a residual", "the residual is a {residual}")
+NO_RESIDUAL = SUPPORT.rule(
+    "a call without a residual, or with one that is no plain tensor", "the residual is a {residual}"
+)
 SEVERAL_DEVICES = SUPPORT.rule("tensors on several devices", "its tensors are on several devices")
-DEVICE = SUPPORT.rule('tensors on a device without autocast, such as "meta"', "x is on {device}")
 SHAPES = SUPPORT.rule(
     "a residual of another shape than x, as AdapterHub would broadcast it",
     "x is {x}, the residual {residual}, the adapter {width} wide",

@@ -28,6 +28,11 @@ class ApplyCallback(TrainerCallback):
         self.report: Report | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Apply, and log the report."""
+        """Apply, and log the report; as a warning, which is seen without configuration, if it has fallbacks."""
         self.report = apply(model, strict=self.strict)
-        _logger.info("%s", self.report)
+        _logger.log(logging.WARNING if self.report.fallbacks else logging.INFO, "%s", self.report)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warn of calls that fell back during training."""
+        if self.report is not None and self.report.fallback_calls:
+            _logger.warning("%s", self.report)
