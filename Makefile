@@ -77,15 +77,16 @@ $(STAMP): setup.py pyproject.toml $(CSRC) $(VENV_STAMP)
 test: build
 	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# Without compiles, the emulator, inductor and the demo, and of what Triton's interpreter takes long for with the exact
-# tests alone: what is left says within minutes whether the code still works.
-QUICK := -m "not slow" -k "not (compile or compiled or compiles or inductor or triton and (budget or runs))" \
-  --ignore=tests/benchmarks --ignore=tests/core/test_slices.py --ignore=tests/codegen --ignore=tests/examples --ignore=tests/simt --ignore=tests/soak \
+# Without compiles, the emulator, inductor, the demo, the benchmarks and what starts other processes; Triton's interpreter
+# takes long, and the exact tests of one path say most. What is left says within minutes whether the code still works.
+NOT_QUICK := compile or compiled or compiles or inductor or absent or another_process \
+  or triton and (budget or runs or exact and (cublas or split))
+NOT_QUICK_PATHS := $(foreach path,benchmarks codegen examples simt soak core/test_slices.py,--ignore=tests/$(path)) \
   $(foreach name,adapter/test_csrc adapter/test_cuda lora/test_csrc lora/test_cuda,--ignore-glob='*/$(name)*')
 
 ## quick    run the tests that take no more than seconds each
 quick: build
-	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal $(QUICK) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m "not slow" -k "not ($(NOT_QUICK))" $(NOT_QUICK_PATHS) $(PYTEST_ARGS)
 
 ## test-adapterhub  run the tests that need AdapterHub, in .venv-adapterhub, which it creates
 test-adapterhub: $(ADAPTERHUB_STAMP)

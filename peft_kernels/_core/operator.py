@@ -127,13 +127,14 @@ class Operator:
 
     def fresh(self, problem: Any, call: Any, implementation: Implementation) -> tuple[Any, ...]:
         """``forward``'s results, none of them a view: what was a view in here, nobody may change in place."""
-        results = self.forward(problem, call, implementation)
+        results = self.forward(problem, _readable(call, implementation), implementation)
         return tuple(y.data if y._is_view() else y for y in results)
 
     def differentiate(
         self, problem: Any, call: Any, kept: Any, dy: Any, needs: Any, implementation: Implementation
     ) -> Sequence[Any]:
         """``backward``'s gradients, without a graph of their own but where the operator is linear."""
+        call, (dy,) = _readable(call, implementation), _readable((dy,), implementation)
         if not torch.is_grad_enabled():
             return self.backward(problem, call, kept, dy, needs, implementation)
         if self.linear:
@@ -176,6 +177,14 @@ class Operator:
         """Of ``forward``'s results those that ``backward`` reads."""
         kept = self.keep(results[0], *results[self.outputs(results) :])
         return tuple(value if name in reads else None for name, value in zip(self.kept, kept, strict=True))
+
+
+def _readable(values: Any, implementation: Implementation) -> Any:
+    """A tuple of tensors and others, in memory as kernels read it: no lazy bit says that a sign is still to change."""
+    if implementation.name == "torch" or not any(isinstance(x, Tensor) and x.is_neg() for x in values):
+        return values
+    resolved = (x.resolve_neg() if isinstance(x, Tensor) else x for x in values)
+    return values._make(resolved) if hasattr(values, "_make") else tuple(resolved)
 
 
 class _Plan(NamedTuple):

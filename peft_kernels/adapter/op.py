@@ -79,6 +79,8 @@ def bottleneck_adapter(
         residual = None
     if isinstance(scale, Tensor) and isinstance(x, Tensor):
         scale = scale.to(device=x.device)
+    elif isinstance(scale, bool):
+        scale = float(scale)
 
     call = Inputs(x, down_weight, up_weight, down_bias, up_bias, residual, serial, activation, scale)
     return OPERATOR(call, backend)

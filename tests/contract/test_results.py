@@ -177,6 +177,30 @@ def test_tensor_scale_is_its_value(operator: Operator, case: Any, variant: str, 
     assert_close(got, operator.run_eager(case, *given), operator.run_oracle(case, *given))
 
 
+@over("case, variant", lambda operator: itertools.product(operator.scaled[:1], operator.variants))
+@pytest.mark.parametrize("scale", [3, True, False], ids=str)
+def test_whole_numbers_and_bools_are_scales(
+    operator: Operator, case: Any, variant: str, scale: int, device: torch.device
+) -> None:
+    given = operator.make(case, device), operator.output_gradient(case, device)
+    got = operator.run_ours(replace(case, scale=scale), *given, variant)
+    assert_bitwise_equal(got, operator.run_ours(replace(case, scale=float(scale)), *given, variant))
+
+
+@each_variant
+def test_a_negative_bit_is_read(operator: Operator, variant: str, device: torch.device) -> None:
+    """Of the imaginary part of a conjugate: its memory holds the other sign."""
+    case = operator.typical
+    tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
+    lazy = {name: torch.complex(x, -x).conj().imag for name, x in operator.wanted(tensors).items()}
+    assert all(x.is_neg() and torch.equal(x, getattr(tensors, name)) for name, x in lazy.items())
+    lazy_dy = torch.complex(dy, -dy).conj().imag
+    got = operator.run_ours(case, tensors._replace(**lazy), lazy_dy, variant)
+    for label, exact in vars(operator.run_oracle(case, tensors, dy)).items():
+        # A wrong sign is of the size of the values; rounding is far below.
+        torch.testing.assert_close(getattr(got, label).double(), exact, rtol=1e-4, atol=1e-4)
+
+
 @over(
     "variant, leading", lambda operator: itertools.product(operator.variants, (False, True)[: 1 + bool(operator.rows)])
 )

@@ -72,6 +72,8 @@ def lora_linear(
         seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device)
     if isinstance(scale, Tensor):
         scale = scale.to(device=x.device)
+    elif isinstance(scale, bool):
+        scale = float(scale)
 
     return OPERATOR(Inputs(x, weight, lora_a, lora_b, scale, bias, dropout_p, seed_tensor), backend)
 
