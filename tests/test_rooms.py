@@ -39,7 +39,7 @@ OF_A_FAMILY = (
     "benchmarks/{family}.py",
     "docs/design/{family}.md",
 )
-OF_AN_OPERATOR = ("problem.py", "torch_impl.py", "triton_impl.py", "op.py")
+OF_AN_OPERATOR = ("problem.py", "torch_impl.py", "composite.py", "triton_impl.py", "op.py")
 
 
 def test_there_are_families() -> None:
@@ -95,6 +95,14 @@ def test_kernels_are_named_by_what_they_compute(family: str) -> None:
     kernels = re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)
     assert kernels
     assert not [name for name in kernels if name.startswith(family)]
+
+
+@pytest.mark.parametrize("package", ["_core", "integrations", *FAMILIES])
+def test_every_file_stands_on_its_package_s_map(package: str) -> None:
+    folder = PACKAGE / package
+    files = {path.name for path in folder.rglob("*.py") if package != "integrations" or path.parent == folder}
+    text = (folder / "__init__.py").read_text()
+    assert not [name for name in files - {"__init__.py"} if name not in text]
 
 
 def test_records_bear_operators_names() -> None:

@@ -3,13 +3,17 @@
 operator.py      one declaration makes an operator: the eager route, and what a backward pass is given
 registration.py  the same operator for torch.library: schema, fake, autograd of compiled calls
 signature.py     an operator's arguments in the forms that torch asks for
+graph.py         what torch does around a call: transforms, tracers, modes; batched.py, several gradients at once
 checks.py        what arguments must be: a table of tensors whose letters bind sizes
 arguments.py     what modules may be made of
 encoder_layer.py torch's fused encoder layer, which calls no submodule
 dispatch.py      which backend runs, and why not another; use_backend
 explain.py       what a call does, in words
+autocast.py      what F.linear does under autocast
+torch_products.py  products of the torch backends, where BLAS would lose bits
+errors.py        UnsupportedError
 device.py        facts of a device that configs are chosen from
-triton_*.py      host-side questions about Triton; device functions that several families share
+triton_tools.py, triton_math.py  host-side questions about Triton; device functions that several families share
 cuda_tools.py, tma.py, extension.py   the CUDA extension: launches, alignment, what TMA reads, loading
 """
 

@@ -25,6 +25,7 @@ Map, bottom to top:
     torch_blocks.py     exact softmax by blocks of queries
     torch_fused.py      torch's fused attention behind a concatenation
     torch_impl.py       the torch backend: one of these for each pass
+    composite.py        the same by torch's differentiable operations, where torch must see inside
     triton_impl.py      what Triton can run, and the order of its launches
     op.py               the public function, and the declaration that makes it an operator
     module.py           PrefixEncoder
