@@ -122,6 +122,8 @@ GRID = (
     Case(m=9, r=1024, dtype=torch.bfloat16, activation="gelu"),
     Case(scale=-3.0, down_bias=False, up_bias=False),
     Case(scale=0.0),
+    # Many small terms beside a large residual.
+    Case(m=5, n=3, k=64, r=130, residual="tensor", scale=1e-3),
 )
 
 # For the CUDA kernel, each with a cluster: clusters of every size, with rows that fill their 64 and that do not; widths

@@ -89,6 +89,8 @@ GRID = (
     Case(p=0.99, m=200, k=136),
     Case(scale=-3.0, bias=False),
     Case(scale=0.0),
+    # Many small terms beside a large base.
+    Case(m=1, n=3, k=16, r=130, scale=0.1),
 )
 
 
