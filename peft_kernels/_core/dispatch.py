@@ -26,6 +26,9 @@ from peft_kernels._core.errors import UnsupportedError
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
 
+generation = 0
+"""Grows when what ``auto`` chooses may have changed: a choice that was remembered before is made again."""
+
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 _log = logging.getLogger("peft_kernels")
 _said: set[tuple[str, ...]] = set()
@@ -43,6 +46,12 @@ class _Traced(threading.local):
 
 _traced = _Traced()
 _open_blocks: tuple[str, ...] = ()
+
+
+def choices_changed() -> None:
+    """Tell all that remember a choice that it may be another one now."""
+    global generation
+    generation += 1
 
 
 def _never(problem: Any = None) -> None:
