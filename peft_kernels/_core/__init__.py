@@ -8,6 +8,7 @@ checks.py        what arguments must be: a table of tensors whose letters bind s
 arguments.py     what modules may be made of
 encoder_layer.py torch's fused encoder layer, which calls no submodule
 dispatch.py      which backend runs, and why not another; use_backend
+timing.py        which of several candidates is fastest here, for a class of shapes
 explain.py       what a call does, in words
 autocast.py      what F.linear does under autocast
 torch_products.py  products of the torch backends, where BLAS would lose bits
