@@ -19,6 +19,13 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def is_any_autocast() -> bool:
+    """Whether autocast is on for any device; for eager calls, since torch.compile cannot trace it."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def _is_enabled(device_type: str) -> bool:
     """Whether autocast is on; torch raises where asked for a device that knows none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # The two devices are named because asking costs more than the answer.
+    is_available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return is_available and torch.is_autocast_enabled(device_type)
