@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch._C import _is_any_autocast_enabled as is_any_autocast
+
+__all__ = ["autocast_dtype", "is_any_autocast", "without_autocast"]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -17,11 +20,6 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if _is_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def is_any_autocast() -> bool:
-    """Whether autocast is on for any device; for eager calls, since torch.compile cannot trace it."""
-    return torch._C._is_any_autocast_enabled()
 
 
 def _is_enabled(device_type: str) -> bool:

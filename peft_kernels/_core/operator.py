@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._core import registration
+from peft_kernels._core import dispatch, registration
 from peft_kernels._core.autocast import is_any_autocast, without_autocast
 from peft_kernels._core.batched import is_batched, one_by_one
 from peft_kernels._core.cuda_tools import is_capturing
@@ -101,8 +101,7 @@ class Operator:
             "torch.func's transforms, such as torch.func.hessian, can differentiate the call"
         )
         self.signature = Signature.of(self.call)
-        unread = filter(self.signature.is_scalar, self.call._fields)
-        self._keys = Keys(self.call._fields, unread, self.addressed)
+        self._key = Keys(self.signature, self.addressed)
         self.asked = lru_cache(maxsize=1024)(self._asked)
         self._eager = _eager(self)
         self._operator = registration.register(self)
@@ -113,14 +112,24 @@ class Operator:
         if torch.compiler.is_compiling():
             return self._traced(call, backend_of_graph(backend))
         asked = requested_backend(backend)
-        key = self._keys(call, asked)
+        key = self._key(call, asked)
         plan = None if key is None else self.plans.get(key)
         if plan is None:
             problem, reason = self.make_problem(call), why_not_opaque(call)
             if reason is not None:
                 return self._composed(problem, call, asked, reason)
             plan = self._plan(problem, asked, key)
-        self.note(plan.problem, asked, plan)
+        return self.run(plan, call)
+
+    def known(self, call: Any, backend: str | None) -> Plan | None:
+        """The plan of an eager call, if one of its key was made before: then the call's arguments are right."""
+        key = self._key(call, requested_backend(backend))
+        return None if key is None else self.plans.get(key)
+
+    def run(self, plan: Plan, call: Any) -> Any:
+        """Run an eager call by its plan."""
+        if is_heard():
+            self.note(plan.problem, plan.backend, plan)
         if plan.native is not None:
             return plan.native(call)
         if not plan.records:
@@ -129,12 +138,13 @@ class Operator:
 
     def _plan(self, problem: Any, backend: str, key: Key | None) -> Plan:
         """Decide what a call does, and remember it under its key, if it has one."""
-        implementation, records = self.select(problem, backend), torch.is_grad_enabled()
+        generation, records = dispatch.generation, torch.is_grad_enabled()
+        implementation = self.select(problem, backend)
         ends_on_torch = implementation is self.implementations[-1]
         native = None
         if key is not None and backend == "auto" and ends_on_torch and not problem.is_empty and not is_any_autocast():
             native = self.native(problem, records)
-        plan = Plan(problem, implementation, native, records)
+        plan = Plan(problem, backend, implementation, native, records, generation)
         # While a CUDA graph is captured, auto may have to pass over what it takes elsewhere.
         if key is not None and not is_capturing(problem.device):
             self.plans.put(key, plan)
@@ -184,9 +194,8 @@ class Operator:
 
     def note(self, problem: Any, backend: str, plan: Plan | None = None) -> None:
         """Tell ``explain`` of a call."""
-        if is_heard():
-            text = explain_backend(self.name, self.implementations, problem, backend)
-            note(lambda: text if plan is None else f"{text}\n  plan: {plan}")
+        line = "" if plan is None else f"\n  plan: {plan}"
+        note(lambda: explain_backend(self.name, self.implementations, problem, backend) + line)
 
     def visible(self, results: Sequence[Any]) -> Any:
         """Of ``forward``'s results those that the caller sees."""

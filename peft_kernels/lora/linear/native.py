@@ -30,14 +30,13 @@ def native(problem: LoraLinearProblem, records: bool) -> Callable[[Inputs], Tens
 
 
 def _recorded(call: Inputs) -> Tensor:
-    x, weight, lora_a, lora_b, scale, bias, *_ = call
-    y, update = F.linear(x, weight, bias), F.linear(F.linear(x, lora_a), lora_b)
-    return torch.add(y, update, alpha=scale) 
+    x, weight, lora_a, lora_b, scale, bias, _, _ = call
+    return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, lora_a), lora_b), alpha=scale)  # type: ignore[arg-type]
 
 
 def _unrecorded(call: Inputs) -> Tensor:
-    x, weight, lora_a, lora_b, scale, bias, *_ = call
-    y = F.linear(x, weight, bias)
-    y.add_(F.linear(F.linear(x, lora_a), lora_b), alpha=scale)
-    # Of an x with several leading dimensions it is a view, which nobody may change in place once it is in a graph.
+    x, weight, lora_a, lora_b, scale, bias, _, _ = call
+    y = F.linear(x, weight, bias).add_(F.linear(F.linear(x, lora_a), lora_b), alpha=scale)
+    # Of an x with several leading dimensions it is a view, and one that was made without a graph may not be changed in
+    # place within one.
     return y.data if y._is_view() else y
