@@ -1,6 +1,7 @@
 """What every kernel family stands on. Nothing here knows a family.
 
 operator.py      one declaration makes an operator: the eager route, and what a backward pass is given
+plans.py         what a call does, remembered for all calls that are like it
 registration.py  the same operator for torch.library: schema, fake, autograd of compiled calls
 signature.py     an operator's arguments in the forms that torch asks for
 graph.py         what torch does around a call: transforms, tracers, modes; batched.py, several gradients at once

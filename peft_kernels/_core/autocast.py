@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch._C import _is_any_autocast_enabled as is_any_autocast
+
+__all__ = ["autocast_dtype", "is_any_autocast", "without_autocast"]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -21,4 +24,6 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 def _is_enabled(device_type: str) -> bool:
     """Whether autocast is on; torch raises where asked for a device that knows none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # The two devices are named because asking costs more than the answer.
+    is_available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return is_available and torch.is_autocast_enabled(device_type)

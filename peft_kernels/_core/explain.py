@@ -14,6 +14,11 @@ from peft_kernels._core.errors import UnsupportedError
 _listener: ContextVar[Counter[str] | None] = ContextVar("peft_kernels_explain", default=None)
 
 
+def is_heard() -> bool:
+    """Whether somebody listens."""
+    return _listener.get() is not None
+
+
 def note(text: Callable[[], str]) -> None:
     """Add to what ``explain`` returns; outside of it the text is not made."""
     listener = _listener.get()
@@ -31,7 +36,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     Returns:
         For each operation a line with its name and backend, and below it a line for each backend that was passed over,
-        with the reason, and for the path that the backend took where it has several; for each layer that ``apply`` left
+        with the reason, one that starts with "plan:" and says what the call is made of, and one for the path that the
+        backend took where it has several; for each layer that ``apply`` left
         to its library the reason. What happened several times stands once, with the count. A refusal
         (UnsupportedError) is part of the text.
 
@@ -44,6 +50,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         >>> print(pk.explain(pk.lora_linear, x, weight, weight[:1], weight[:, :1], backend="torch"))
         lora_linear: torch
           backend='torch' is forced
+          plan: forward and backward of the torch backend, as one function of autograd
     """
     found: Counter[str] = Counter()
     token = _listener.set(found)

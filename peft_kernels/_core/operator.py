@@ -8,6 +8,7 @@ is composed of torch's own differentiable operations.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._core import registration
-from peft_kernels._core.autocast import without_autocast
+from peft_kernels._core import dispatch, registration
+from peft_kernels._core.autocast import is_any_autocast, without_autocast
 from peft_kernels._core.batched import is_batched, one_by_one
+from peft_kernels._core.cuda_tools import is_capturing
 from peft_kernels._core.dispatch import (
     Implementation,
     backend_of_graph,
@@ -27,9 +29,12 @@ from peft_kernels._core.dispatch import (
     select_backend,
 )
 from peft_kernels._core.errors import UnsupportedError
-from peft_kernels._core.explain import note
+from peft_kernels._core.explain import is_heard, note
 from peft_kernels._core.graph import DISPATCH_MODE, as_symbol, is_transformed, why_not_opaque
+from peft_kernels._core.plans import Cache, Key, Keys, Plan
 from peft_kernels._core.signature import Signature
+
+_log = logging.getLogger("peft_kernels")
 
 OPERATORS: dict[str, Operator] = {}
 """All that were declared, by name."""
@@ -59,6 +64,11 @@ class Operator:
         passes: an argument whose gradient is dy itself, which no registered operator may return.
         several: whether y is a tuple.
         adds: arguments that are added to y: no gradient depends on them.
+        native: (problem, records) -> a function of a call that returns what the caller sees by torch's own operators,
+            recorded by torch's own autograd where ``records``; or None where ``forward`` and ``backward`` are faster, or
+            keep less. ``auto`` takes it in the torch implementation's place, outside of autocast, where something is to
+            be computed; it owes what they owe: error, bits, bytes that are kept, results that are no views.
+        addressed: arguments whose strides and addresses ``make_problem`` reads on CUDA.
         linear: whether no gradient depends on any argument, and the torch implementation's ``backward`` is made of
             differentiable operations: then it has derivatives of its own.
     """
@@ -80,6 +90,9 @@ class Operator:
     several: bool = False
     adds: tuple[str, ...] = ()
     linear: bool = False
+    native: Callable[[Any, bool], Callable[[Any], Any] | None] = lambda problem, records: None
+    addressed: tuple[str, ...] = ()
+    plans: Cache = field(init=False, default_factory=Cache)
     signature: Signature = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +101,8 @@ class Operator:
             "torch.func's transforms, such as torch.func.hessian, can differentiate the call"
         )
         self.signature = Signature.of(self.call)
-        self.plan = lru_cache(maxsize=1024)(self._plan)
+        self._key = Keys(self.signature, self.addressed)
+        self.asked = lru_cache(maxsize=1024)(self._asked)
         self._eager = _eager(self)
         self._operator = registration.register(self)
         OPERATORS[self.name] = self
@@ -97,14 +111,45 @@ class Operator:
         """Run a call on a backend; None is the one in force."""
         if torch.compiler.is_compiling():
             return self._traced(call, backend_of_graph(backend))
-        problem, reason = self.make_problem(call), why_not_opaque(call)
-        if reason is not None:
-            return self._composed(problem, call, requested_backend(backend), reason)
-        implementation = self.select(problem, requested_backend(backend))
-        self.note(problem, backend)
-        if not torch.is_grad_enabled():
-            return self.visible(self.fresh(problem, call, implementation))
-        return self._eager.apply(problem, implementation, *self.signature.leaves(call))
+        asked = requested_backend(backend)
+        key = self._key(call, asked)
+        plan = None if key is None else self.plans.get(key)
+        if plan is None:
+            problem, reason = self.make_problem(call), why_not_opaque(call)
+            if reason is not None:
+                return self._composed(problem, call, asked, reason)
+            plan = self._plan(problem, asked, key)
+        return self.run(plan, call)
+
+    def known(self, call: Any, backend: str | None) -> Plan | None:
+        """The plan of an eager call, if one of its key was made before: then the call's arguments are right."""
+        key = self._key(call, requested_backend(backend))
+        return None if key is None else self.plans.get(key)
+
+    def run(self, plan: Plan, call: Any) -> Any:
+        """Run an eager call by its plan."""
+        if is_heard():
+            self.note(plan.problem, plan.backend, plan)
+        if plan.native is not None:
+            return plan.native(call)
+        if not plan.records:
+            return self.visible(self.fresh(plan.problem, call, plan.implementation))
+        return self._eager.apply(plan.problem, plan.implementation, *self.signature.leaves(call))
+
+    def _plan(self, problem: Any, backend: str, key: Key | None) -> Plan:
+        """Decide what a call does, and remember it under its key, if it has one."""
+        generation, records = dispatch.generation, torch.is_grad_enabled()
+        implementation = self.select(problem, backend)
+        ends_on_torch = implementation is self.implementations[-1]
+        native = None
+        if key is not None and backend == "auto" and ends_on_torch and not problem.is_empty and not is_any_autocast():
+            native = self.native(problem, records)
+        plan = Plan(problem, backend, implementation, native, records, generation)
+        # While a CUDA graph is captured, auto may have to pass over what it takes elsewhere.
+        if key is not None and not is_capturing(problem.device):
+            self.plans.put(key, plan)
+            _log.debug("%s: new plan: %s (%s)", self.name, plan, problem)
+        return plan
 
     def _traced(self, call: Any, backend: str) -> Any:
         if is_transformed() or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in call):
@@ -147,9 +192,10 @@ class Operator:
         chosen = select_backend(self.name, self.implementations, problem, backend)
         return self.implementations[-1] if problem.is_empty else chosen
 
-    def note(self, problem: Any, backend: str | None) -> None:
+    def note(self, problem: Any, backend: str, plan: Plan | None = None) -> None:
         """Tell ``explain`` of a call."""
-        note(lambda: explain_backend(self.name, self.implementations, problem, requested_backend(backend)))
+        line = "" if plan is None else f"\n  plan: {plan}"
+        note(lambda: explain_backend(self.name, self.implementations, problem, backend) + line)
 
     def visible(self, results: Sequence[Any]) -> Any:
         """Of ``forward``'s results those that the caller sees."""
@@ -159,7 +205,7 @@ class Operator:
         """How many of ``forward``'s results, or of their gradients, are the caller's."""
         return len(results) - sum(name != "y" for name in self.kept)
 
-    def _plan(self, needed: tuple[bool, ...], lengths: tuple[int, ...]) -> _Plan:
+    def _asked(self, needed: tuple[bool, ...], lengths: tuple[int, ...]) -> _Asked:
         """What follows from which leaves need a gradient."""
         signature = self.signature
         leaves = signature.positions(lengths)
@@ -171,7 +217,7 @@ class Operator:
         passes = None if self.passes is None else next(iter(signature.all_of(leaves[self.passes])))
         added = {place for name in self.adds for place in signature.all_of(leaves[name])}
         unseen = tuple(place not in added and place not in saved for place, need in enumerate(needed) if need)
-        return _Plan(needs, reads, saved, places, passes if passes is not None and needed[passes] else None, unseen)
+        return _Asked(needs, reads, saved, places, passes if passes is not None and needed[passes] else None, unseen)
 
     def keeps(self, results: Sequence[Any], reads: Iterable[str]) -> tuple[Tensor | None, ...]:
         """Of ``forward``'s results those that ``backward`` reads."""
@@ -187,7 +233,7 @@ def _readable(values: Any, implementation: Implementation) -> Any:
     return values._make(resolved) if hasattr(values, "_make") else tuple(resolved)
 
 
-class _Plan(NamedTuple):
+class _Asked(NamedTuple):
     """What follows from which leaves need a gradient.
 
     Attributes:
@@ -226,7 +272,7 @@ def _differentiable_once(
     """Gradients that raise where they are differentiated, also by what dy does not depend on."""
     tied = [source for source in sources if source is not None and source.requires_grad]
     edges = [edge for edge, _ in node.next_functions if edge is not None]
-    for edge, unseen in zip(edges, node.plan.unseen, strict=True):
+    for edge, unseen in zip(edges, node.asked.unseen, strict=True):
         if unseen and not hasattr(edge, "variable"):
             # An activation that was not saved, to which nothing can be tied any more.
             raise RuntimeError(operator.no_second_derivative)
@@ -247,39 +293,39 @@ def _eager(operator: Operator) -> type[torch.autograd.Function]:
         def forward(ctx: Any, problem: Any, implementation: Implementation, lengths: Any, *leaves: Any) -> Any:
             results = operator.fresh(problem, signature.from_leaves(lengths, leaves), implementation)
             if any(ctx.needs_input_grad):
-                ctx.plan = operator.plan(ctx.needs_input_grad[3:], lengths)
+                ctx.asked = operator.asked(ctx.needs_input_grad[3:], lengths)
                 ctx.problem, ctx.implementation, ctx.lengths = problem, implementation, lengths
                 # What is no tensor stays beside those that are saved.
                 ctx.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                saved = (leaves[place] if ctx.leaves[place] is None else None for place in ctx.plan.saved)
-                ctx.save_for_backward(*saved, *operator.keeps(results, ctx.plan.reads))
+                saved = (leaves[place] if ctx.leaves[place] is None else None for place in ctx.asked.saved)
+                ctx.save_for_backward(*saved, *operator.keeps(results, ctx.asked.reads))
                 ctx.set_materialize_grads(not operator.several)
             return operator.visible(results)
 
         @staticmethod
         def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
-            plan, leaves, saved = ctx.plan, list(ctx.leaves), ctx.saved_tensors
+            asked, leaves, saved = ctx.asked, list(ctx.leaves), ctx.saved_tensors
             gradients: list[Tensor | None] = [None] * len(leaves)
-            if any(signature.spread(plan.needs)) and any(each is not None for each in dy):
-                for place, leaf in zip(plan.saved, saved, strict=False):
+            if any(signature.spread(asked.needs)) and any(each is not None for each in dy):
+                for place, leaf in zip(asked.saved, saved, strict=False):
                     leaves[place] = leaves[place] if leaf is None else leaf
-                call, kept = signature.from_leaves(ctx.lengths, leaves), saved[len(plan.saved) :]
+                call, kept = signature.from_leaves(ctx.lengths, leaves), saved[len(asked.saved) :]
 
                 def run(dy: Sequence[Tensor | None]) -> list[Tensor | None]:
                     incoming = dy if operator.several else dy[0]
-                    found = operator.differentiate(ctx.problem, call, kept, incoming, plan.needs, ctx.implementation)
+                    found = operator.differentiate(ctx.problem, call, kept, incoming, asked.needs, ctx.implementation)
                     return signature.spread(found)
 
                 for place, gradient in zip(
-                    plan.places, one_by_one(run, dy) if is_batched(dy) else run(dy), strict=True
+                    asked.places, one_by_one(run, dy) if is_batched(dy) else run(dy), strict=True
                 ):
                     gradients[place] = gradient
             if torch.is_grad_enabled() and is_batched(dy):
                 raise RuntimeError(operator.no_second_derivative)
             if torch.is_grad_enabled() and not operator.linear:
                 gradients = _differentiable_once(operator, ctx, [*dy, *saved], gradients)
-            if plan.passes is not None:
-                gradients[plan.passes] = dy[0]
+            if asked.passes is not None:
+                gradients[asked.passes] = dy[0]
             return None, None, None, *gradients
 
     Eager.__name__ = Eager.__qualname__ = "".join(part.capitalize() for part in operator.name.split("_"))

@@ -85,36 +85,36 @@ def _register_autograd(operator: Any, forward: str, backward: str) -> None:
         *flat, ctx.backend = inputs
         call, _ = signature.from_flat(flat)
         ctx.lengths, *leaves = signature.leaves(call)
-        ctx.plan = plan = operator.plan(tuple(_needed(signature, call, flat, ctx.needs_input_grad)), ctx.lengths)
+        ctx.asked = asked = operator.asked(tuple(_needed(signature, call, flat, ctx.needs_input_grad)), ctx.lengths)
         activations = [getattr(call, name) for name in operator.activations]
         ctx.facts = [None if x is None else list(x.shape) for x in activations]
         ctx.facts += [None if x is None else x.dtype for x in activations]
         places = signature.positions(ctx.lengths)
         for name in operator.activations:
-            leaves[places[name]] = leaves[places[name]] if name in plan.reads else None
+            leaves[places[name]] = leaves[places[name]] if name in asked.reads else None
         ctx.there = [isinstance(leaf, Tensor) for leaf in leaves]
         ctx.leaves = [None if there else leaf for leaf, there in zip(leaves, ctx.there, strict=True)]
         tensors = (leaf for leaf, there in zip(leaves, ctx.there, strict=True) if there)
-        ctx.save_for_backward(*tensors, *operator.keeps(output, plan.reads))
+        ctx.save_for_backward(*tensors, *operator.keeps(output, asked.reads))
 
     def formula(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
-        dy, plan = dys[: operator.outputs(dys)], ctx.plan
+        dy, asked = dys[: operator.outputs(dys)], ctx.asked
         gradients: list[Any] = [None] * len(ctx.leaves)
         incoming, saved = dy if operator.several else dy[0], iter(ctx.saved_tensors)
         leaves = [next(saved) if there else leaf for leaf, there in zip(ctx.leaves, ctx.there, strict=True)]
-        call, asked = signature.from_leaves(ctx.lengths, leaves), signature.spread(plan.needs)
+        call, needed = signature.from_leaves(ctx.lengths, leaves), signature.spread(asked.needs)
         if any(each is not None for each in dy):
-            if any(asked):
+            if any(needed):
                 if torch.is_grad_enabled():
                     # Where a tracer keeps this formula, as torch.compile(backend="eager") does.
                     raise RuntimeError(operator.no_second_derivative)
                 values = *signature.flat(call), *ctx.facts, *saved
-                found = _dispatched(backward)(incoming, *values, asked, ctx.backend)
-                asking = (place for place, need in zip(plan.places, asked, strict=True) if need)
+                found = _dispatched(backward)(incoming, *values, needed, ctx.backend)
+                asking = (place for place, need in zip(asked.places, needed, strict=True) if need)
                 for place, gradient in zip(asking, found, strict=True):
                     gradients[place] = gradient
-            if plan.passes is not None:
-                gradients[plan.passes] = incoming
+            if asked.passes is not None:
+                gradients[asked.passes] = incoming
         return (*signature.flat_gradients(call, signature.from_leaves(ctx.lengths, gradients)), None)
 
     torch.library.register_autograd(forward, formula, setup_context=setup_context, lib=_LIBRARY)

@@ -48,6 +48,10 @@ class Signature:
     def is_tuple(self, name: str) -> bool:
         return self.types[name] in ("Tensor[]", _OPTIONALS)
 
+    def is_value(self, name: str) -> bool:
+        """Whether it is no tensor, and its value may be read."""
+        return self.types[name] in ("bool", "SymInt", "float", "str")
+
     def text(self, optional: Iterable[str] = ()) -> str:
         """The arguments of a schema; those that are ``optional`` may be missing."""
         forms = {_SCALAR: "float {0}, Tensor? {0}_tensor", _OPTIONALS: "Tensor[] {0}, bool[] {0}_there"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from peft_kernels._core.checks import FLOATING
 from peft_kernels._core.dispatch import requested_backend
@@ -36,7 +36,7 @@ def why_not_input(x: Any) -> str | None:
         return _NO_PLAIN_TENSOR(x=f"a {type(x).__name__}" if not isinstance(x, Tensor) else _described(x))
     if _is_transformed():
         return _TRANSFORMED()
-    if _has_any_global_hook():
+    if has_any_global_hook():
         return _GLOBAL_HOOKS()
     if x.dtype not in FLOATING:
         return _DTYPE(dtype=x.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 from typing import Any
 
@@ -48,12 +49,16 @@ class OwnMethods:
     """
 
     def __init__(self, *methods: tuple[Any, str]) -> None:
-        self._methods = [(holder, name, _defined(holder, name)) for holder, name in methods]
+        self._holders, self._names = tuple(zip(*methods, strict=True))
+        self._defined = tuple(_defined(holder, name) for holder, name in methods)
 
     def replaced(self) -> str | None:
         """The name of one that was replaced, None if all are as they were defined."""
-        for holder, name, method in self._methods:
-            if getattr(holder, name) is not method:
+        # Without a loop of Python's, because it is asked in every call.
+        if all(map(operator.is_, map(getattr, self._holders, self._names), self._defined)):
+            return None
+        for holder, name, defined in zip(self._holders, self._names, self._defined, strict=True):
+            if getattr(holder, name) is not defined:
                 return f"{holder.__name__}.{name}"
         return None
 

@@ -19,13 +19,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels._core.autocast import autocast_dtype, is_any_autocast
+from peft_kernels._core.plans import Plan, Recent
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Support
 from peft_kernels.integrations.sites import Site, Swapped
 from peft_kernels.lora import lora_linear
+from peft_kernels.lora.linear.op import OPERATOR
+from peft_kernels.lora.linear.problem import Inputs
 
 SUPPORT = Support(
     "PEFT: LoRA layers",
@@ -85,6 +88,10 @@ _OWN = OwnMethods(
 )
 
 
+# Of layers with one adapter, whose scaling is a float and whose dropout is not at work.
+_RECENT = Recent()
+
+
 class _Modules(NamedTuple):
     """What PEFT's forward calls, beside the base layer, for an active adapter."""
 
@@ -127,17 +134,16 @@ class FusedLoraLinear(Swapped, PeftLinear):
         """As PEFT's; what it cannot fuse runs PEFT's own."""
         # A tool may have kept this method, and call it after revert.
         if isinstance(self, FusedLoraLinear):
-            adapters = _active(self)
-            reason = _why_not_state(self, adapters) or _why_not_modules(self, adapters)
-            if reason is None:
-                operands = _operands(self, adapters)
-                reason = _why_not_operands(operands) or _why_not_call(self, operands, x, args, kwargs)
-                if reason is None:
-                    try:
-                        return _fused(self, operands, x)
-                    except ValueError as error:
-                        reason = calls.why_not_operation(error)
-            count_fallback(self, reason)
+            known = None if args or kwargs or torch.compiler.is_compiling() else _known(self, x)
+            if known is not None:
+                return _fused(*known)
+            call = _call(self, x, args, kwargs)
+            if isinstance(call, Inputs):
+                try:
+                    return _fused(call)
+                except ValueError as error:
+                    call = calls.why_not_operation(error)
+            count_fallback(self, call)
         return PeftLinear.forward(self, x, *args, **kwargs)
 
 
@@ -257,8 +263,78 @@ def _why_not_dtypes(x: Tensor, base: torch.dtype, adapter: torch.dtype, casts_in
     return None
 
 
-def _fused(layer: PeftLinear, operands: _Operands, x: Tensor) -> Tensor:
-    """One call for all active adapters: their ranks stand side by side."""
+def _call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | str:
+    """The operation that a call of the layer is, or the reason why it is none."""
+    adapters = _active(layer)
+    reason = _why_not_state(layer, adapters) or _why_not_modules(layer, adapters)
+    if reason is not None:
+        return reason
+    operands = _operands(layer, adapters)
+    reason = _why_not_operands(operands) or _why_not_call(layer, operands, x, args, kwargs)
+    return _joined(layer, operands, x) if reason is None else reason
+
+
+def _known(layer: PeftLinear, x: Any) -> tuple[Inputs, Plan] | None:
+    """What ``_call`` returns for a layer as it nearly always is, and a plan for it; None: look closer.
+
+    Nothing is remembered of a layer, so nothing can be outdated. What ``_call`` reads of modules is read here too, but
+    where it lies, and for one adapter that nobody has touched. What it asks of tensors was asked when the plan of their
+    key was made, but for the rules that are PEFT's own.
+    """
+    state, active = layer.__dict__, layer.active_adapters
+    if len(active) != 1 or layer.disable_adapters or layer.merged or "_cast_input_dtype" in state:
+        return None
+    name, parts = active[0], state["_modules"]
+    base, down, up = parts["base_layer"], parts["lora_A"]._modules.get(name), parts["lora_B"]._modules.get(name)
+    dropout, scaling = parts["lora_dropout"]._modules.get(name), layer.scaling.get(name)
+    if type(base) is not nn.Linear or type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return None
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training):
+        return None
+    for part in (base, down, up, dropout):
+        kept = part.__dict__
+        if (
+            kept["_forward_hooks"]
+            or kept["_forward_pre_hooks"]
+            or kept["_backward_hooks"]
+            or kept["_backward_pre_hooks"]
+            or "forward" in kept
+        ):
+            return None
+    if name in layer.lora_variant or calls.has_any_global_hook() or _OWN.replaced() is not None:
+        return None
+    return _planned(layer, x, scaling, base._parameters, down._parameters, up._parameters)
+
+
+def _planned(layer: PeftLinear, x: Any, scaling: Any, base: Any, down: Any, up: Any) -> tuple[Inputs, Plan] | None:
+    """The part of ``_known`` that is about the numbers: parameters come as modules hold them."""
+    weight, bias, a, b = base.get("weight"), base.get("bias"), down.get("weight"), up.get("weight")
+    if not isinstance(x, Tensor) or weight is None or a is None or b is None:
+        return None
+    if type(scaling) is not float or down.get("bias") is not None or up.get("bias") is not None:
+        return None
+    tensors = (x, weight, a, b) if bias is None else (x, weight, a, b, bias)
+    call = Inputs(x, weight, a, b, scaling, bias, 0.0, None)
+    plan = _RECENT.get(id(layer), tensors)
+    if plan is None:
+        plan = None if is_any_autocast() else OPERATOR.known(call, None)
+        if plan is None or plan.problem.device.type not in ("cpu", "cuda"):
+            return None
+        _RECENT.put(id(layer), tensors, plan)
+    is_uniform = plan.problem.adapter_dtype is plan.problem.dtype
+    return (call, plan) if is_uniform or getattr(layer, "cast_input_dtype_enabled", True) else None
+
+
+def _fused(call: Inputs, plan: Plan | None = None) -> Tensor:
+    if plan is not None:
+        y: Tensor = OPERATOR.run(plan, call)
+        return y
+    x, weight, down, up, scaling, bias, p, _ = call
+    return lora_linear(x, weight, down, up, scaling, bias, dropout_p=p)
+
+
+def _joined(layer: PeftLinear, operands: _Operands, x: Tensor) -> Inputs:
+    """One call for all active adapters: their ranks stand side by side. Its seed is not drawn yet."""
     weight, bias, downs, ups, up_biases, scalings, ps = operands
     # Conv1D stores (in, out).
     weight = weight if type(layer.base_layer) is nn.Linear else weight.t()
@@ -267,9 +343,9 @@ def _fused(layer: PeftLinear, operands: _Operands, x: Tensor) -> Tensor:
             scaled = up_bias * scaling
             bias = scaled.to(weight.dtype) if bias is None else (bias + scaled).to(bias.dtype)
     if len(downs) == 1:
-        return lora_linear(x, weight, downs[0], ups[0], scalings[0], bias, dropout_p=ps[0])
+        return Inputs(x, weight, downs[0], ups[0], scalings[0], bias, ps[0], None)
     scaled_ups = [up * scaling for up, scaling in zip(ups, scalings, strict=True)]
-    return lora_linear(x, weight, torch.cat(downs), torch.cat(scaled_ups, dim=1), 1.0, bias)
+    return Inputs(x, weight, torch.cat(downs), torch.cat(scaled_ups, dim=1), 1.0, bias, 0.0, None)
 
 
 def _active(layer: PeftLinear) -> list[_Modules]:

@@ -13,6 +13,7 @@ from peft_kernels._core.operator import Operator
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.linear import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.linear.composite import composite
+from peft_kernels.lora.linear.native import native
 from peft_kernels.lora.linear.problem import NAME, Gradients, Inputs, LoraLinearProblem, Needs, make_problem
 
 
@@ -140,4 +141,6 @@ OPERATOR = Operator(
     kept=("s",),
     activations=("x",),
     adds=("bias",),
+    native=native,
+    addressed=("x", "weight", "lora_a"),
 )
