@@ -125,8 +125,7 @@ def assert_close(name: str, ours: Tensor, eager: Tensor, oracle: Tensor) -> Repo
     report = Report(error, eager_error, maximum, eager_maximum, allowed, maximum_allowed)
     if not error <= allowed:
         raise AssertionError(
-            f"{name}: relative error {error:.3e} exceeds {allowed:.3e} "
-            f"(eager torch: {eager_error:.3e}, {ours.dtype})"
+            f"{name}: relative error {error:.3e} exceeds {allowed:.3e} (eager torch: {eager_error:.3e}, {ours.dtype})"
         )
     if not maximum <= maximum_allowed:
         raise AssertionError(
