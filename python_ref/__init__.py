@@ -1,4 +1,5 @@
-"""The oracle: plain equations in any float dtype, and the only definition of "close".
+"""The oracle: plain equations in any float dtype.
 
-Imported by tests and benchmarks alone, and imports nothing of the package that it judges.
+Imported by tests and benchmarks alone, and imports nothing of the package that it judges; but compare.py has the
+package's definition of "close", so that there is only one.
 """

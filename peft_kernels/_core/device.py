@@ -38,16 +38,6 @@ def not_nvidia() -> str:
     return f"the kernels are for NVIDIA GPUs, and torch is built for AMD's (ROCm {torch.version.hip})"
 
 
-def why_not_verified(device: torch.device, verified_archs: frozenset[int], backend: str) -> str | None:
-    """Reason why ``auto`` passes over kernels that run on this device: nobody has verified them there; or None."""
-    if backend == "triton" and device.type != "cuda":
-        return "on a CPU it runs in Triton's interpreter, which is for tests"
-    arch = hardware(device).arch
-    if arch not in verified_archs:
-        return f"it has not been verified on sm_{arch}; use_backend('{backend}') runs it all the same"
-    return None
-
-
 @cache
 def _cuda_hardware(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)

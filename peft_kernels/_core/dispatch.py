@@ -20,8 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from peft_kernels._core.device import why_not_verified
+from peft_kernels._core import records, verdicts
 from peft_kernels._core.errors import UnsupportedError
+from peft_kernels._core.qualification import Qualification
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
@@ -55,6 +56,9 @@ def choices_changed() -> None:
     generation += 1
 
 
+records.on_update.append(choices_changed)
+
+
 def _never(problem: Any = None) -> None:
     return None
 
@@ -69,8 +73,8 @@ class Implementation:
         why_not_environment: reason why it cannot run in this process at all, or None.
         why_not: reason why it cannot run this problem, or None; implies the environment's reason. A value of the
             problem stands at the end of a reason, after ", got", so that a warning can leave it out.
-        verified_archs: architectures on which its tests and benchmarks have run, as ``Hardware`` numbers them; ``auto``
-            takes it nowhere else. None: it needs no verification.
+        qualification: how a machine finds out whether it is right there; ``auto`` takes it nowhere else. None: it is
+            torch's own code, which needs no check.
         borrows: backends whose functions do what this one has no kernels for.
     """
 
@@ -79,14 +83,14 @@ class Implementation:
     backward: Callable[..., Any]
     why_not_environment: Callable[[], str | None] = _never
     why_not: Callable[[Any], str | None] = _never
-    verified_archs: frozenset[int] | None = None
+    qualification: Qualification | None = None
     borrows: tuple[str, ...] = ()
 
     def why_not_auto(self, problem: Any) -> str | None:
-        """Reason why ``auto`` passes over it although it can run the problem, or None."""
-        if self.verified_archs is None:
+        """Reason why ``auto`` passes over it although it can run the problem, or None; may wait for a check."""
+        if self.qualification is None:
             return None
-        return why_not_verified(problem.device, self.verified_archs, self.name)
+        return verdicts.why_not(self.name, self.qualification, problem)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor
 from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.adapter import torch_impl
+from peft_kernels.adapter import qualification, torch_impl
 from peft_kernels.adapter.kernels import cuda_bottleneck
 from peft_kernels.adapter.kernels.config import CUDA_ARCH, cuda_forward_config
 from peft_kernels.adapter.problem import BottleneckAdapterProblem, Inputs
@@ -67,7 +67,7 @@ IMPLEMENTATION = Implementation(
     name="cuda",
     why_not_environment=extension.why_not,
     why_not=why_not,
-    verified_archs=frozenset(),
+    qualification=qualification.CUDA,
     forward=forward,
     # The forward pass saves what that of torch saves.
     backward=torch_impl.backward,

@@ -12,6 +12,7 @@ from peft_kernels._core import tma, triton_tools
 from peft_kernels._core.device import Hardware, hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.explain import note
+from peft_kernels.adapter import qualification
 from peft_kernels.adapter.kernels import config
 from peft_kernels.adapter.problem import BottleneckAdapterProblem, Gradients, Inputs, Needs
 
@@ -152,7 +153,7 @@ IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
-    verified_archs=frozenset(),
+    qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from peft_kernels._core import triton_tools
 from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels.prefix import qualification
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.kernels.attention import Segment
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
@@ -74,7 +75,7 @@ IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
-    verified_archs=frozenset(),
+    qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
 )

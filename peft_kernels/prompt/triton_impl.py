@@ -6,6 +6,7 @@ from torch import Tensor
 
 from peft_kernels._core import triton_tools
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels.prompt import qualification
 from peft_kernels.prompt.kernels import config
 from peft_kernels.prompt.problem import Gradients, Inputs, Needs, PromptTuningProblem
 
@@ -43,7 +44,7 @@ IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
-    verified_archs=frozenset(),
+    qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
 )

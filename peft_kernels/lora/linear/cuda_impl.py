@@ -16,6 +16,7 @@ from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.explain import note
+from peft_kernels.lora import qualification
 from peft_kernels.lora.kernels import cuda_decode, cuda_gemm
 from peft_kernels.lora.kernels.config import decode_config
 from peft_kernels.lora.linear import torch_impl
@@ -152,7 +153,7 @@ IMPLEMENTATION = Implementation(
     name="cuda",
     why_not_environment=extension.why_not,
     why_not=why_not,
-    verified_archs=frozenset(),
+    qualification=qualification.cuda(lambda problem: _chosen(problem).name),
     forward=forward,
     backward=backward,
     borrows=("torch",),

@@ -13,6 +13,7 @@ from peft_kernels._core import triton_tools
 from peft_kernels._core.device import Hardware, hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.explain import note
+from peft_kernels.lora import qualification
 from peft_kernels.lora.kernels import config
 from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
@@ -120,7 +121,7 @@ IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
     why_not=why_not,
-    verified_archs=frozenset(),
+    qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
 )

@@ -1,0 +1,149 @@
+"""The problems by which a machine checks `lora_linear`'s kernels, and eager torch beside them.
+
+A part is the dtypes, the block that the rank falls into, and whether there is dropout. Of its problems the tall one
+has a tile more than there are multiprocessors, so that the fused kernel's loop over tiles is walked twice, and rows
+that TMA can read; nothing of the ragged one is a multiple of anything, and its reductions are split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_kernels._core.device import Hardware
+from peft_kernels._core.qualification import PAIRS, Draw, Family, Qualification, block_of, double, dtype_name, dtypes_of
+from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.linear.problem import NAME, Inputs, LoraLinearProblem
+
+_SEED = 20240229
+_P = 0.1
+_BLOCKS = (16, 32, 64)
+
+# A rank for the tall and the ragged problem of each block: the whole block, and a part of it.
+_RANKS = {"16": (16, 11), "32": (32, 27), "64": (64, 59), "more": (96, 130)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; ``is_plain`` leaves out the bias and has a float for a scale."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    p: float = 0.0
+    is_plain: bool = False
+
+    def __str__(self) -> str:
+        dtypes = dtype_name(self.dtype, self.adapter_dtype)
+        return f"{self.m}x{self.n}x{self.k} r{self.r} {dtypes}{f' p{self.p}' * (self.p > 0)}"
+
+
+def _make(case: Case, device: torch.device, seed: int) -> tuple[Inputs, Tensor]:
+    """The low-rank term is about as large as the base product."""
+    draw = Draw(device, seed)
+    call = Inputs(
+        x=draw.normal(case.dtype, case.m, case.k),
+        weight=draw.normal(case.dtype, case.n, case.k, std=case.k**-0.5),
+        lora_a=draw.normal(case.adapter_dtype, case.r, case.k, std=case.k**-0.5),
+        lora_b=draw.normal(case.adapter_dtype, case.n, case.r, std=case.r**-0.5),
+        scale=0.75 if case.is_plain else torch.tensor(0.75, device=device),
+        bias=None if case.is_plain else draw.normal(case.dtype, case.n),
+        dropout_p=case.p,
+        seed=dropout.as_seed(_SEED + seed, device) if case.p else None,
+    )
+    return call, draw.normal(case.dtype, case.m, case.n)
+
+
+def _eager(call: Inputs) -> Tensor:
+    """What PEFT's layer computes, with the mask of this package: x in the adapters' dtype, and the sum in the wider."""
+    x = call.x.to(call.lora_a.dtype)
+    if call.seed is not None:
+        limit = dropout.threshold(call.dropout_p)
+        keep = dropout.keep_mask(call.seed, x.shape[0], x.shape[1], limit)
+        # nn.Dropout rounds the factor to the dtype before it multiplies.
+        x = x * keep.to(x.dtype).mul_(dropout.keep_scale(limit))
+    result = F.linear(call.x, call.weight, call.bias)
+    update = F.linear(F.linear(x, call.lora_a), call.lora_b) * call.scale
+    return (result + update).to(result.dtype)
+
+
+FAMILY = Family(NAME, _make, _eager, double)
+
+_TRITON = {
+    f"{pair} r{block}{' dropout' * has_dropout}": (pair, block, has_dropout)
+    for pair in PAIRS
+    for block in _RANKS
+    for has_dropout in (False, True)
+}
+
+
+def _triton_touched(problem: LoraLinearProblem) -> tuple[str, ...]:
+    dtypes, block = dtype_name(problem.dtype, problem.adapter_dtype), block_of(problem.r, _BLOCKS)
+    return (f"{dtypes} r{block}{' dropout' * problem.has_dropout}",)
+
+
+def _triton_cases(part: str, hardware: Hardware) -> Sequence[Case]:
+    pair, block, has_dropout = _TRITON[part]
+    (dtype, adapter), (whole, some), p = dtypes_of(pair), _RANKS[block], _P * has_dropout
+    return (
+        Case(128 * hardware.sm_count + 12, 136, 136, whole, dtype, adapter, p),
+        Case(45, 151, 603, some, dtype, adapter, p, is_plain=True),
+    )
+
+
+TRITON = Qualification(
+    FAMILY,
+    tuple(_TRITON),
+    _triton_touched,
+    _triton_cases,
+    quick=("float32 r16", "float16+float32 r16 dropout", "bfloat16 r16", "bfloat16+float32 r16 dropout"),
+)
+
+_DECODED = ("bfloat16", "bfloat16+float32", "float16", "float16+float32")
+_GEMM_RANKS = {"16": (16, 8), "32": (32, 24), "64": (64, 40), "128": (128, 72)}
+_CUDA = {
+    **{f"decode {pair}": ("decode", pair, "") for pair in _DECODED},
+    **{f"gemm {half} r{block}": ("gemm", half, block) for half in ("bfloat16", "float16") for block in _GEMM_RANKS},
+}
+
+
+def _cuda_cases(part: str, hardware: Hardware) -> Sequence[Case]:
+    kernel, pair, block = _CUDA[part]
+    dtype, adapter = dtypes_of(pair)
+    if kernel == "decode":
+        return (
+            Case(1, 1031, 1024, 16, dtype, adapter),
+            Case(16, 200, 520, 64, dtype, adapter, is_plain=True),
+            Case(7, 64, 4104, 130, dtype, adapter),
+        )
+    whole, some = _GEMM_RANKS[block]
+    return (
+        # More tiles than multiprocessors, and less than one of them.
+        Case(64 * hardware.sm_count + 12, 520, 264, whole, dtype, adapter),
+        Case(45, 152, 600, some, dtype, adapter, is_plain=True),
+    )
+
+
+def cuda(kernel_of: Callable[[LoraLinearProblem], str]) -> Qualification:
+    """The same for the CUDA backend.
+
+    Args:
+        kernel_of: names the kernel that runs a problem.
+    """
+
+    def touched(problem: LoraLinearProblem) -> tuple[str, ...]:
+        kernel = kernel_of(problem)
+        dtypes = dtype_name(problem.dtype, problem.adapter_dtype).replace("tf32", "float32")
+        block = f" r{block_of(problem.r, map(int, _GEMM_RANKS))}" * (kernel == "gemm")
+        return (f"{kernel} {dtypes}{block}",)
+
+    return Qualification(
+        FAMILY, tuple(_CUDA), touched, _cuda_cases, quick=("decode bfloat16", "gemm bfloat16 r16"), alone=True
+    )
