@@ -16,9 +16,9 @@ def load_scalar(value, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
-def split_range(index, size, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
-    """Start and end of a range of whole blocks, one of SPLITS that share out a reduction over ``size``."""
-    span = tl.cdiv(tl.cdiv(size, BLOCK), SPLITS) * BLOCK
+def split_range(index, size, blocks, BLOCK: tl.constexpr):
+    """Start and end of a range of ``blocks`` whole blocks, one of those that share out a reduction over ``size``."""
+    span = blocks * BLOCK
     first = index * span
     return first, min(first + span, size)
 

@@ -125,6 +125,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def blocks_of_range(size: int, block: int, splits: int) -> int:
+    """Blocks of each of ``splits`` ranges that share out a reduction over ``size``; the last ones may have fewer."""
+    return cdiv(cdiv(size, block), splits)
+
+
 def split_count(blocks: int, tiles: int, hardware: Hardware) -> int:
     """Ranges that a reduction over ``blocks`` falls into, for a program per multiprocessor beside ``tiles``."""
     return max(1, min(blocks, hardware.sm_count // tiles))

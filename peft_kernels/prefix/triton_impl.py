@@ -33,7 +33,7 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Te
     q, k, v, prefix_k, prefix_v, *_, mask = inputs
     prefix, sequence = Segment(prefix_k, prefix_v), Segment(k, v, mask)
     chosen = config.forward_config(problem, hardware(problem.device))
-    return triton_fwd.attend(problem, q, prefix, sequence, chosen, config.merge_config(problem.d, chosen.SPLIT))
+    return triton_fwd.attend(problem, q, prefix, sequence, chosen, config.merge_config(problem.d, chosen.splits))
 
 
 def backward(

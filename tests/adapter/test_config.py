@@ -28,8 +28,8 @@ def test_blocks_are_dot_operands_and_splits_are_never_empty(m, c, r, dtype, exac
     wide = config.wide_product_config(m, r, dtype, exact, hardware)
     for chosen in (narrow, reduce, wide):
         assert all(map(_is_block, (chosen.BLOCK_M, chosen.BLOCK_C, chosen.BLOCK_R)))
-    assert 1 <= narrow.SPLIT_C <= max(1, -(-c // narrow.BLOCK_C))
-    assert 1 <= reduce.SPLIT_M <= -(-m // reduce.BLOCK_M)
+    assert 1 <= narrow.splits <= max(1, -(-c // narrow.BLOCK_C))
+    assert 1 <= reduce.splits <= -(-m // reduce.BLOCK_M)
 
 
 @given(sizes, st.integers(1, 128), dtypes, dtypes, dtypes, st.booleans(), chips)

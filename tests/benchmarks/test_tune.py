@@ -26,13 +26,13 @@ ROOT = Path(__file__).parents[2]
 class Config:
     BLOCK_M: int
     BLOCK_R: int
-    SPLIT: int
+    splits: int
     num_warps: int
     num_stages: int
 
 
 def chosen(m: int) -> Config:
-    return Config(BLOCK_M=m, BLOCK_R=16, SPLIT=1, num_warps=8, num_stages=1)
+    return Config(BLOCK_M=m, BLOCK_R=16, splits=1, num_warps=8, num_stages=1)
 
 
 def path(m: int) -> Literal["one", "other"]:
@@ -71,7 +71,7 @@ def test_what_can_be_tuned(toy: ModuleType) -> None:
 def test_candidates_start_with_what_is_and_change_each_field_once() -> None:
     one = candidates.candidates(chosen, most_changes=1)
     assert one[0] == ()
-    assert {change.field for (change,) in one[1:]} == {"BLOCK_M", "SPLIT", "num_warps", "num_stages"}
+    assert {change.field for (change,) in one[1:]} == {"BLOCK_M", "splits", "num_warps", "num_stages"}
     two = candidates.candidates(chosen, most_changes=2)
     assert len(set(two)) == len(two)
     assert all(len({change.field for change in candidate}) == len(candidate) for candidate in two)
@@ -83,7 +83,7 @@ def test_candidates_start_with_what_is_and_change_each_field_once() -> None:
     ("change", "expected"),
     [
         (Change("BLOCK_M", "*2"), {"BLOCK_M": 64}),
-        (Change("SPLIT", "*2"), {"SPLIT": 2}),
+        (Change("splits", "*2"), {"splits": 2}),
         (Change("num_warps", "=4"), {"num_warps": 4}),
         (Change("num_stages", "+1"), {"num_stages": 2}),
     ],
@@ -93,7 +93,7 @@ def test_apply(change: Change, expected: dict[str, int]) -> None:
     assert candidates.apply((change,), before) == Config(**{**vars(before), **expected})
 
 
-@pytest.mark.parametrize("change", [Change("BLOCK_M", "/2"), Change("SPLIT", "/2"), Change("num_stages", "-1")])
+@pytest.mark.parametrize("change", [Change("BLOCK_M", "/2"), Change("splits", "/2"), Change("num_stages", "-1")])
 def test_what_makes_no_sense_is_no_candidate(change: Change) -> None:
     assert candidates.apply((change,), chosen(16)) is None
 

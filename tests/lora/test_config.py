@@ -20,9 +20,9 @@ chips = st.sampled_from(list(aot.HARDWARE.values()))
 def test_blocks_cover_and_splits_are_never_empty(m, k, r, dtype, exact, hardware):
     narrow = config.narrow_product_config(m, k, r, dtype, exact, hardware)
     assert narrow.BLOCK_R * -(-r // narrow.BLOCK_R) >= r
-    assert 1 <= narrow.SPLIT_K <= max(1, -(-k // narrow.BLOCK_K))
+    assert 1 <= narrow.splits <= max(1, -(-k // narrow.BLOCK_K))
     reduce = config.reduce_rows_config(m, k, r, dtype, exact, hardware)
-    assert 1 <= reduce.SPLIT_M <= -(-m // reduce.BLOCK_M)
+    assert 1 <= reduce.splits <= -(-m // reduce.BLOCK_M)
     for chosen in (narrow, reduce):
         for size in (chosen.BLOCK_M, chosen.BLOCK_K, chosen.BLOCK_R):
             assert size >= 16 and size & (size - 1) == 0, "tl.dot needs powers of two, at least 16"

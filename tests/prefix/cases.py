@@ -234,7 +234,7 @@ def _small(choose: Callable[..., object], splits: int) -> Callable[..., object]:
     def chosen(*arguments: object) -> object:
         full = choose(*arguments)
         pinned = {name: 16 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P") if hasattr(full, name)}
-        return replace(full, **pinned | ({"SPLIT": splits} if isinstance(full, config.ForwardConfig) else {}))
+        return replace(full, **pinned | ({"splits": splits} if isinstance(full, config.ForwardConfig) else {}))
 
     return chosen
 

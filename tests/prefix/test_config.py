@@ -65,8 +65,8 @@ def test_no_range_of_rows_is_much_too_small(problem: PrefixAttentionProblem, har
     owners, batches = (1, problem.b) if problem.shared else (problem.b, 1)
     items = batches * -(-problem.group * problem.s // chosen.BLOCK_M)
     tiles = -(-problem.p // chosen.BLOCK_N) * problem.h_kv * owners
-    assert 1 <= chosen.SPLIT <= items
-    assert chosen.SPLIT == 1 or chosen.SPLIT * tiles <= hardware.sm_count
+    assert 1 <= chosen.splits <= items
+    assert chosen.splits == 1 or chosen.splits * tiles <= hardware.sm_count
 
 
 @given(problems(), st.sampled_from(HARDWARE))
@@ -74,15 +74,15 @@ def test_keys_are_split_where_programs_are_few(problem: PrefixAttentionProblem, 
     """Never into more programs than multiprocessors, nor into ranges of less than four blocks."""
     chosen = config.forward_config(problem, hardware)
     tiles = -(-problem.group * problem.s // chosen.BLOCK_M) * problem.b * problem.h_kv
-    assert chosen.SPLIT >= 1
-    if chosen.SPLIT > 1:
-        assert chosen.SPLIT * tiles <= hardware.sm_count
-        assert problem.l >= 4 * chosen.BLOCK_N * chosen.SPLIT
+    assert chosen.splits >= 1
+    if chosen.splits > 1:
+        assert chosen.splits * tiles <= hardware.sm_count
+        assert problem.l >= 4 * chosen.BLOCK_N * chosen.splits
     elif 2 * tiles <= hardware.sm_count:
         assert problem.l < 8 * chosen.BLOCK_N
-    merge = config.merge_config(problem.d, chosen.SPLIT)
+    merge = config.merge_config(problem.d, chosen.splits)
     assert problem.d <= merge.BLOCK_D and merge.BLOCK_S & (merge.BLOCK_S - 1) == 0
-    assert merge.BLOCK_S * merge.BLOCK_D <= 8192 and merge.BLOCK_S < 2 * chosen.SPLIT
+    assert merge.BLOCK_S * merge.BLOCK_D <= 8192 and 2 * chosen.splits > merge.BLOCK_S
 
 
 @given(
@@ -161,10 +161,10 @@ def test_torch_s_ranges_have_small_masks(keys: int) -> None:
 def test_decoding_fills_the_device() -> None:
     """8 key heads of one batch row on 132 multiprocessors: 16 ranges of 256 keys; 16 batch rows need none."""
     hopper = Hardware(arch=90, sm_count=132)
-    assert config.forward_config(_problem(s=1, l=4096), hopper).SPLIT == 16
-    assert config.forward_config(_problem(b=16, s=1, l=4096), hopper).SPLIT == 1
-    assert config.forward_config(_problem(s=1, l=500), hopper).SPLIT == 1
-    assert config.forward_config(_problem(s=2048, l=2048), hopper).SPLIT == 1
+    assert config.forward_config(_problem(s=1, l=4096), hopper).splits == 16
+    assert config.forward_config(_problem(b=16, s=1, l=4096), hopper).splits == 1
+    assert config.forward_config(_problem(s=1, l=500), hopper).splits == 1
+    assert config.forward_config(_problem(s=2048, l=2048), hopper).splits == 1
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])

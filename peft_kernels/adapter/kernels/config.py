@@ -41,14 +41,14 @@ class BottleneckConfig:
 
 @dataclass(frozen=True)
 class NarrowProductConfig:
-    """The product into the bottleneck, alone."""
+    """The product into the bottleneck, alone; its reduction in ``splits`` ranges."""
 
     BLOCK_M: int
     BLOCK_C: int
     BLOCK_R: int
-    SPLIT_C: int
     num_warps: int
     num_stages: int
+    splits: int
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class WideProductConfig:
 
 @dataclass(frozen=True)
 class ReduceRowsConfig:
-    """A weight's gradient: a product of (M, r) and (M, C) over the rows."""
+    """A weight's gradient: a product of (M, r) and (M, C) over ``splits`` ranges of rows."""
 
     BLOCK_M: int
     BLOCK_C: int
     BLOCK_R: int
-    SPLIT_M: int
     num_warps: int
     num_stages: int
+    splits: int
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def narrow_product_config(
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         BLOCK_R=block_r,
-        SPLIT_C=split_count(cdiv(c, block_c) // 4, cdiv(m, block_m) * cdiv(r, block_r), hardware),
         num_warps=4 if block_m <= 32 else 8,
         num_stages=3,
+        splits=split_count(cdiv(c, block_c) // 4, cdiv(m, block_m) * cdiv(r, block_r), hardware),
     )
 
 
@@ -191,9 +191,9 @@ def reduce_rows_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, 
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         BLOCK_R=block_r,
-        SPLIT_M=split_count(cdiv(m, block_m), cdiv(c, block_c) * cdiv(r, block_r), hardware),
         num_warps=4 if wide and hardware.arch >= 100 else 8,
         num_stages=3,
+        splits=split_count(cdiv(m, block_m), cdiv(c, block_c) * cdiv(r, block_r), hardware),
     )
 
 

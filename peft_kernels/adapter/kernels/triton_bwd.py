@@ -5,7 +5,7 @@ Equation  dz = s (dy Wu) * act'(z);  dx = dz Wd (+ dy, serial) | dWd = dz^T x;  
 Tensors   dy (M, N), x (M, K), Wd (r, K), Wu (N, r): any strides; z, dz (M, r) float32, contiguous; dx (M, K)
           partial sums float32: dWd (splits, r, K), dWu (splits, N, r), dbu (splits, N)
 Tiles     bottleneck_grad: a program owns BLOCK_M rows and makes both products of them
-          reduce_rows: a program owns BLOCK_C columns of dy or x, BLOCK_R of the bottleneck and one of SPLIT_M ranges of
+          reduce_rows: a program owns BLOCK_C columns of dy or x, BLOCK_R of the bottleneck and one of the ranges of
           rows; partials are summed in a fixed order, so two runs give the same bits
 Bound     bottleneck_grad: dy in, dx out; the rows of dy are read again from L2 where it is serial
           reduce_rows: one read of dy or x
@@ -15,15 +15,15 @@ Refused   as triton_fwd.py
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot, load_scalar, split_range
-from peft_kernels._core.triton_tools import sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, sum_partials
 from peft_kernels.adapter.kernels.config import BottleneckConfig, ReduceRowsConfig
 from peft_kernels.adapter.kernels.triton_activations import activate, activation_grad
 from peft_kernels.adapter.kernels.triton_products import into_bottleneck, write_rows
@@ -31,14 +31,14 @@ from peft_kernels.adapter.kernels.triton_products import into_bottleneck, write_
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))
 def bottleneck_grad_kernel(
     # pointers
     dy_ptr, wu_ptr, wd_ptr, z_ptr, dz_ptr, dx_ptr, factor,
-    # sizes
-    M, N, K, R,
-    # strides
-    stride_ym, stride_yn, stride_wun, stride_wur, stride_wdr, stride_wdk, stride_zm, stride_xm,
+    # free
+    M,
+    # specialized
+    N, K, R, stride_ym, stride_yn, stride_wun, stride_wur, stride_wdr, stride_wdk,
     # constexprs
     ACTIVATION: tl.constexpr, SERIAL: tl.constexpr, NEEDS_DX: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, OUT_PRECISION: tl.constexpr,
@@ -47,7 +47,7 @@ def bottleneck_grad_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     mask_z = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    z_offsets = offs_m.to(tl.int64)[:, None] * stride_zm + offs_r[None, :]
+    z_offsets = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
     dz = into_bottleneck(
         dy_ptr, wu_ptr, offs_m, offs_r, 0, N, M, N, R, stride_ym, stride_yn, stride_wur, stride_wun,
         EXACT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
@@ -59,30 +59,30 @@ def bottleneck_grad_kernel(
     if NEEDS_DX:
         write_rows(
             dz, wd_ptr, None, dy_ptr, dx_ptr, 1.0, offs_m, offs_r, M, K, R,
-            stride_wdr, stride_wdk, stride_ym, stride_yn, stride_xm,
+            stride_wdr, stride_wdk, stride_ym, stride_yn,
             False, SERIAL, OUT_PRECISION, BLOCK_M, BLOCK_O,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "blocks"))
 def reduce_rows_kernel(
     # pointers
     t_ptr, u_ptr, out_ptr, sums_ptr, factor,
-    # sizes
-    M, C, R,
-    # strides
-    stride_tm, stride_tc, stride_um, stride_os, stride_or, stride_oc,
+    # free
+    M, blocks,
+    # specialized
+    C, R, stride_tm, stride_tc, stride_or, stride_oc,
     # constexprs
     ACTIVATION: tl.constexpr, NEEDS_PRODUCT: tl.constexpr, NEEDS_SUMS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     OPERAND: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_c, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_c, mask_r = offs_c < C, offs_r < R
 
-    first, last = split_range(pid_split, M, BLOCK_M, SPLIT_M)
+    first, last = split_range(pid_split, M, blocks, BLOCK_M)
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sums = tl.zeros((BLOCK_C,), tl.float32)
     for m in range(first, last, BLOCK_M):
@@ -92,7 +92,7 @@ def reduce_rows_kernel(
         t_offsets = rows * stride_tm + offs_c.to(tl.int64)[None, :] * stride_tc
         t = tl.load(t_ptr + t_offsets, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         if NEEDS_PRODUCT:
-            u = tl.load(u_ptr + rows * stride_um + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            u = tl.load(u_ptr + rows * R + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             # Rows past the end meet zeros of t, so that act(0) need not be zero.
             acc = dot(tl.trans(activate(u, ACTIVATION).to(OPERAND)), t, acc, EXACT, PRECISION)
         if NEEDS_SUMS:
@@ -100,12 +100,22 @@ def reduce_rows_kernel(
 
     scale = load_scalar(factor, FACTOR_IS_TENSOR)
     if NEEDS_PRODUCT:
-        out_rows = out_ptr + pid_split.to(tl.int64) * stride_os + offs_r.to(tl.int64)[:, None] * stride_or
+        out_rows = out_ptr + pid_split.to(tl.int64) * C * R + offs_r.to(tl.int64)[:, None] * stride_or
         out_tile = out_rows + offs_c.to(tl.int64)[None, :] * stride_oc
         tl.store(out_tile, acc * scale, mask=mask_r[:, None] & mask_c[None, :])
     if NEEDS_SUMS:
         # Every program of the bottleneck's blocks has the same sums.
         tl.store(sums_ptr + pid_split.to(tl.int64) * C + offs_c, sums * scale, mask=mask_c & (pid_r == 0))
+
+
+_launch_bottleneck_grad = Launcher(
+    bottleneck_grad_kernel,
+    flags=("ACTIVATION", "SERIAL", "NEEDS_DX", "FACTOR_IS_TENSOR", "EXACT", "PRECISION", "OUT_PRECISION"),
+)
+_launch_reduce_rows = Launcher(
+    reduce_rows_kernel,
+    flags=("ACTIVATION", "NEEDS_PRODUCT", "NEEDS_SUMS", "FACTOR_IS_TENSOR", "OPERAND", "EXACT", "PRECISION"),
+)
 
 
 def bottleneck_grad(
@@ -131,13 +141,14 @@ def bottleneck_grad(
     dz = torch.empty_like(z)
     dx = torch.empty(m, k, dtype=dx_dtype, device=dy.device) if wd is not None else None
 
-    bottleneck_grad_kernel[(triton.cdiv(m, config.BLOCK_M),)](
-        dy, wu, wd, z, dz, dx, factor,
-        m, n, k, r,
-        dy.stride(0), dy.stride(1), wu.stride(0), wu.stride(1), *wd_strides, z.stride(0), k,
-        ACTIVATION=activation, SERIAL=serial, NEEDS_DX=wd is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        EXACT=exact, PRECISION=precision, OUT_PRECISION=out_precision, **asdict(config),
-    )  # fmt: skip
+    _launch_bottleneck_grad(
+        (cdiv(m, config.BLOCK_M), 1, 1),
+        (dy, wu, wd, z, dz, dx, factor),
+        (m,),
+        (n, k, r, *dy.stride(), *wu.stride(), *wd_strides),
+        (activation, serial, wd is not None, isinstance(factor, Tensor), exact, precision, out_precision),
+        config,
+    )
     return dx, dz
 
 
@@ -164,17 +175,16 @@ def reduce_rows(
     exact, precision, _ = precisions
     shape, strides = ((c, r), (1, r)) if t_first else ((r, c), (c, 1))
     empty = functools.partial(torch.empty, dtype=torch.float32, device=t.device)
-    partials = empty(config.SPLIT_M, *shape) if needs_product else None
-    sums = empty(config.SPLIT_M, c) if needs_sums else None
+    partials = empty(config.splits, *shape) if needs_product else None
+    sums = empty(config.splits, c) if needs_sums else None
 
-    grid = (triton.cdiv(c, config.BLOCK_C), triton.cdiv(r, config.BLOCK_R) if needs_product else 1, config.SPLIT_M)
-    reduce_rows_kernel[grid](
-        t, u, partials, sums, factor,
-        m, c, r,
-        t.stride(0), t.stride(1), r, c * r, *strides,
-        ACTIVATION=activation, NEEDS_PRODUCT=needs_product, NEEDS_SUMS=needs_sums,
-        FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        OPERAND=_OPERANDS[operand], EXACT=exact, PRECISION=precision, **asdict(config),
-    )  # fmt: skip
+    _launch_reduce_rows(
+        (cdiv(c, config.BLOCK_C), cdiv(r, config.BLOCK_R) if needs_product else 1, config.splits),
+        (t, u, partials, sums, factor),
+        (m, blocks_of_range(m, config.BLOCK_M, config.splits)),
+        (c, r, *t.stride(), *strides),
+        (activation, *needs, isinstance(factor, Tensor), _OPERANDS[operand], exact, precision),
+        config,
+    )
     product, total = (None if parts is None else sum_partials(parts) for parts in (partials, sums))
     return product, total

@@ -3,7 +3,7 @@
 Equation  z = x Wd^T + bd;  y = residual + s (act(z) Wu^T + bu)     (Houlsby et al. 2019, arXiv:1902.00751)
 Tensors   x (M, K), Wd (r, K), Wu (N, r), residual (M, N): any strides; bd (r,), bu (N,); z (M, r) float32, y (M, N)
 Tiles     bottleneck: a program owns BLOCK_M rows and makes both products of them
-          narrow_product: a program owns (BLOCK_M, BLOCK_R) of z and one of SPLIT_C ranges of K
+          narrow_product: a program owns (BLOCK_M, BLOCK_R) of z and one of the ranges of K
           wide_product: a program owns a (BLOCK_M, BLOCK_C) tile of y
 Bound     bottleneck: x in, y out, and the residual where it is not x, whose rows are read again from L2; 4 r M K flops
           narrow_product and wide_product: x twice, and z out and back
@@ -12,15 +12,14 @@ Refused   M, N or K >= 2^31 (offsets are 64-bit, indices are not); float64; bott
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import load_scalar, split_range
-from peft_kernels._core.triton_tools import sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, sum_partials
 from peft_kernels.adapter.kernels.config import BottleneckConfig, NarrowProductConfig, WideProductConfig
 from peft_kernels.adapter.kernels.triton_activations import activate, activation_grad
 from peft_kernels.adapter.kernels.triton_products import (
@@ -32,14 +31,14 @@ from peft_kernels.adapter.kernels.triton_products import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))
 def bottleneck_kernel(
     # pointers
     x_ptr, wd_ptr, bd_ptr, wu_ptr, bu_ptr, residual_ptr, z_ptr, y_ptr, factor,
-    # sizes
-    M, N, K, R,
-    # strides
-    stride_xm, stride_xk, stride_wdr, stride_wdk, stride_wun, stride_wur, stride_rm, stride_rn, stride_zm, stride_ym,
+    # free
+    M,
+    # specialized
+    N, K, R, stride_xm, stride_xk, stride_wdr, stride_wdk, stride_wun, stride_wur, stride_rm, stride_rn,
     # constexprs
     ACTIVATION: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, OUT_PRECISION: tl.constexpr,
@@ -53,29 +52,29 @@ def bottleneck_kernel(
     )  # fmt: skip
     if HAS_DOWN_BIAS:
         z += tl.load(bd_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
-    z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * stride_zm
+    z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * R
     tl.store(z_rows + offs_r[None, :], z, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
     # Padded columns of h may be anything finite: the rows of Wu^T that they meet are zero.
     write_rows(
         activate(z, ACTIVATION), wu_ptr, bu_ptr, residual_ptr, y_ptr, load_scalar(factor, FACTOR_IS_TENSOR),
-        offs_m, offs_r, M, N, R, stride_wur, stride_wun, stride_rm, stride_rn, stride_ym,
+        offs_m, offs_r, M, N, R, stride_wur, stride_wun, stride_rm, stride_rn,
         HAS_UP_BIAS, HAS_RESIDUAL, OUT_PRECISION, BLOCK_M, BLOCK_O,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "blocks"))
 def narrow_product_kernel(
     # pointers
     t_ptr, w_ptr, bias_ptr, z_ptr, out_ptr, factor,
-    # sizes
-    M, C, R,
-    # strides
-    stride_tm, stride_tc, stride_wr, stride_wc, stride_zm, stride_os, stride_om,
+    # free
+    M, blocks,
+    # specialized
+    C, R, stride_tm, stride_tc, stride_wr, stride_wc,
     # constexprs
     GRAD_OF: tl.constexpr, HAS_BIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,7 +82,7 @@ def narrow_product_kernel(
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     rows = offs_m.to(tl.int64)[:, None]
 
-    first, last = split_range(pid_split, C, BLOCK_C, SPLIT_C)
+    first, last = split_range(pid_split, C, blocks, BLOCK_C)
     acc = into_bottleneck(
         t_ptr, w_ptr, offs_m, offs_r, first, last, M, C, R, stride_tm, stride_tc, stride_wr, stride_wc,
         EXACT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
@@ -95,19 +94,19 @@ def narrow_product_kernel(
     acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
     if GRAD_OF is not None:
         # Linear in the partial product, so that it may come before the sum over the ranges.
-        z = tl.load(z_ptr + rows * stride_zm + offs_r[None, :], mask=mask, other=0.0)
+        z = tl.load(z_ptr + rows * R + offs_r[None, :], mask=mask, other=0.0)
         acc = acc * activation_grad(z, GRAD_OF)
-    tl.store(out_ptr + pid_split.to(tl.int64) * stride_os + rows * stride_om + offs_r[None, :], acc, mask=mask)
+    tl.store(out_ptr + (pid_split.to(tl.int64) * M + rows) * R + offs_r[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))
 def wide_product_kernel(
     # pointers
     u_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, factor,
-    # sizes
-    M, C, R,
-    # strides
-    stride_um, stride_wr, stride_wc, stride_rm, stride_rc, stride_om,
+    # free
+    M,
+    # specialized
+    C, R, stride_wr, stride_wc, stride_rm, stride_rc,
     # constexprs
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     OUT_PRECISION: tl.constexpr,
@@ -115,7 +114,7 @@ def wide_product_kernel(
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    u_rows = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um
+    u_rows = u_ptr + offs_m.to(tl.int64)[:, None] * R
     # Before the product, which hides their latency.
     bias, residual = load_addends(
         bias_ptr, residual_ptr, offs_m, offs_c, M, C, stride_rm, stride_rc, HAS_BIAS, HAS_RESIDUAL
@@ -126,7 +125,22 @@ def wide_product_kernel(
         u = tl.load(u_rows + offs_r[None, :], mask=(offs_m < M)[:, None] & (offs_r < R)[None, :], other=0.0)
         u = activate(u, ACTIVATION)
         acc = out_of_bottleneck(u, w_ptr, acc, offs_r, offs_c, R, C, stride_wr, stride_wc, OUT_PRECISION)
-    store_sum(out_ptr, acc, bias, residual, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_c, M, C, stride_om)
+    store_sum(out_ptr, acc, bias, residual, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_c, M, C)
+
+
+_launch_bottleneck = Launcher(
+    bottleneck_kernel,
+    flags=(
+        "ACTIVATION", "HAS_DOWN_BIAS", "HAS_UP_BIAS", "HAS_RESIDUAL", "FACTOR_IS_TENSOR",
+        "EXACT", "PRECISION", "OUT_PRECISION",
+    ),
+)  # fmt: skip
+_launch_narrow_product = Launcher(
+    narrow_product_kernel, flags=("GRAD_OF", "HAS_BIAS", "FACTOR_IS_TENSOR", "EXACT", "PRECISION")
+)
+_launch_wide_product = Launcher(
+    wide_product_kernel, flags=("ACTIVATION", "HAS_BIAS", "HAS_RESIDUAL", "FACTOR_IS_TENSOR", "OUT_PRECISION")
+)
 
 
 def bottleneck(
@@ -153,15 +167,18 @@ def bottleneck(
     z = torch.empty(m, r, dtype=torch.float32, device=x.device)
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
 
-    bottleneck_kernel[(triton.cdiv(m, config.BLOCK_M),)](
-        x, wd, bd, wu, bu, residual, z, y, factor,
-        m, n, k, r,
-        x.stride(0), x.stride(1), wd.stride(0), wd.stride(1), wu.stride(0), wu.stride(1), *_strides(residual),
-        z.stride(0), y.stride(0),
-        ACTIVATION=activation, HAS_DOWN_BIAS=bd is not None, HAS_UP_BIAS=bu is not None,
-        HAS_RESIDUAL=residual is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        EXACT=exact, PRECISION=precision, OUT_PRECISION=out_precision, **asdict(config),
+    flags = (
+        activation, bd is not None, bu is not None, residual is not None, isinstance(factor, Tensor),
+        exact, precision, out_precision,
     )  # fmt: skip
+    _launch_bottleneck(
+        (cdiv(m, config.BLOCK_M), 1, 1),
+        (x, wd, bd, wu, bu, residual, z, y, factor),
+        (m,),
+        (n, k, r, *x.stride(), *wd.stride(), *wu.stride(), *_strides(residual)),
+        flags,
+        config,
+    )
     return y, z
 
 
@@ -183,16 +200,16 @@ def narrow_product(
     (m, c), r = t.shape, w.shape[0]
     exact, precision, _ = precisions
     activation, z = grad_at if grad_at is not None else (None, None)
-    partials = torch.empty(config.SPLIT_C, m, r, dtype=torch.float32, device=t.device)
+    partials = torch.empty(config.splits, m, r, dtype=torch.float32, device=t.device)
 
-    grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(r, config.BLOCK_R), config.SPLIT_C)
-    narrow_product_kernel[grid](
-        t, w, bias, z, partials, factor,
-        m, c, r,
-        t.stride(0), t.stride(1), w.stride(0), w.stride(1), r, partials.stride(0), partials.stride(1),
-        GRAD_OF=activation, HAS_BIAS=bias is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        EXACT=exact, PRECISION=precision, **asdict(config),
-    )  # fmt: skip
+    _launch_narrow_product(
+        (cdiv(m, config.BLOCK_M), cdiv(r, config.BLOCK_R), config.splits),
+        (t, w, bias, z, partials, factor),
+        (m, blocks_of_range(c, config.BLOCK_C, config.splits)),
+        (c, r, *t.stride(), *w.stride()),
+        (activation, bias is not None, isinstance(factor, Tensor), exact, precision),
+        config,
+    )
     return sum_partials(partials)
 
 
@@ -215,15 +232,16 @@ def wide_product(
     (m, r), c = u.shape, w.shape[1]
     out = torch.empty(m, c, dtype=out_dtype, device=u.device)
 
-    wide_product_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
-        u, w, bias, residual, out, factor,
-        m, c, r,
-        u.stride(0), w.stride(0), w.stride(1), *_strides(residual), out.stride(0),
-        ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        FACTOR_IS_TENSOR=isinstance(factor, Tensor), OUT_PRECISION=precisions[2], **asdict(config),
-    )  # fmt: skip
+    _launch_wide_product(
+        (cdiv(m, config.BLOCK_M), cdiv(c, config.BLOCK_C), 1),
+        (u, w, bias, residual, out, factor),
+        (m,),
+        (c, r, *w.stride(), *_strides(residual)),
+        (activation, bias is not None, residual is not None, isinstance(factor, Tensor), precisions[2]),
+        config,
+    )
     return out
 
 
 def _strides(matrix: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))
+    return (0, 0) if matrix is None else matrix.stride()

@@ -71,17 +71,17 @@ def load_addends(
 
 
 @triton.jit
-def store_sum(out_ptr, acc, bias, residual, scale, offs_m, offs_c, M, C, stride_om):
-    """out = residual + scale (acc + bias) for one tile, rounded once; out has contiguous rows."""
+def store_sum(out_ptr, acc, bias, residual, scale, offs_m, offs_c, M, C):
+    """out = residual + scale (acc + bias) for one tile, rounded once; out (M, C) is contiguous."""
     total = (acc + bias.to(tl.float32)[None, :]) * scale + residual.to(tl.float32)
-    tile = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_c[None, :]
+    tile = out_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
     tl.store(tile, total, mask=(offs_m < M)[:, None] & (offs_c < C)[None, :])
 
 
 @triton.jit
 def write_rows(
     u, w_ptr, bias_ptr, residual_ptr, out_ptr, scale, offs_m, offs_r, M, C, R,
-    stride_wr, stride_wc, stride_rm, stride_rc, stride_om,
+    stride_wr, stride_wc, stride_rm, stride_rc,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -103,5 +103,5 @@ def write_rows(
         )  # fmt: skip
         acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         acc = out_of_bottleneck(u, w_ptr, acc, offs_r, offs_c, R, C, stride_wr, stride_wc, PRECISION)
-        store_sum(out_ptr, acc, bias, residual, scale, offs_m, offs_c, M, C, stride_om)
+        store_sum(out_ptr, acc, bias, residual, scale, offs_m, offs_c, M, C)
         bias, residual = next_bias, next_residual

@@ -19,14 +19,14 @@ Path = Literal["fused", "cublas"]
 
 @dataclass(frozen=True)
 class NarrowProductConfig:
-    """S = drop(x) A^T: a product with few columns."""
+    """S = drop(x) A^T: a product with few columns, K in ``splits`` ranges."""
 
     BLOCK_M: int
     BLOCK_K: int
     BLOCK_R: int
-    SPLIT_K: int
     num_warps: int
     num_stages: int
+    splits: int
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,26 @@ class AddRankProductConfig:
 
 @dataclass(frozen=True)
 class NarrowAndReduceConfig:
-    """dS = dY B, dB = dY^T S and dbias in one pass over dY."""
+    """dS = dY B, dB = dY^T S and dbias in one pass over dY, whose rows are in ``splits`` ranges."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_R: int
-    SPLIT_M: int
     num_warps: int
     num_stages: int
+    splits: int
 
 
 @dataclass(frozen=True)
 class ReduceRowsConfig:
-    """dA = dS^T drop(x), reduced over the rows; also dB^T = S^T dY where dY is read twice."""
+    """dA = dS^T drop(x), reduced over ``splits`` ranges of rows; also dB^T = S^T dY where dY is read twice."""
 
     BLOCK_M: int
     BLOCK_K: int
     BLOCK_R: int
-    SPLIT_M: int
     num_warps: int
     num_stages: int
+    splits: int
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ def narrow_product_config(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
-        SPLIT_K=split_count(cdiv(k, block_k) // 4, cdiv(m, block_m) * cdiv(r, block_r), hardware),
         num_warps=8 if takes_eight_warps else 4,
         num_stages=3,
+        splits=split_count(cdiv(k, block_k) // 4, cdiv(m, block_m) * cdiv(r, block_r), hardware),
     )
 
 
@@ -209,9 +209,9 @@ def narrow_and_reduce_config(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_R=max(16, next_power_of_2(r)),
-        SPLIT_M=split_count(cdiv(m, block_m), cdiv(n, block_n), hardware),
         num_warps=4 if dtype == torch.float32 and hardware.arch >= 100 else 8,
         num_stages=3,
+        splits=split_count(cdiv(m, block_m), cdiv(n, block_n), hardware),
     )
 
 
@@ -223,9 +223,9 @@ def reduce_rows_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, 
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
-        SPLIT_M=split_count(cdiv(m, block_m), cdiv(k, block_k) * cdiv(r, block_r), hardware),
         num_warps=4 if hardware.arch >= 100 else 8,
         num_stages=3,
+        splits=split_count(cdiv(m, block_m), cdiv(k, block_k) * cdiv(r, block_r), hardware),
     )
 
 

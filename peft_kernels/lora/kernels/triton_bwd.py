@@ -4,10 +4,10 @@ Equation  narrow_and_reduce: dS_part = f dY B and dB_part = f dY^T S in one pass
           reduce_rows: out_part = f S^T drop(x); dS for S gives dA, dY for x gives dB^T  (docs/design/lora.md)
 Tensors   dY (M, N), x (M, K), B (N, r): any strides; S, dS (M, r) float32, contiguous
           partial sums float32: dS (tiles of N, M, r), dB (splits, N, r), dbias (splits, N), out (splits, r, K)
-Tiles     narrow_and_reduce: a program owns BLOCK_N columns of dY and one of SPLIT_M ranges of rows
+Tiles     narrow_and_reduce: a program owns BLOCK_N columns of dY and one of the ranges of rows
           reduce_rows: likewise of x, and BLOCK_R ranks
           partials are then summed in a fixed order, so two runs give the same bits
-Bound     narrow_and_reduce: one read of dY; its partials move 2 * 4 r (M N / BLOCK_N + SPLIT_M N) bytes more, mostly
+Bound     narrow_and_reduce: one read of dY; its partials move 2 * 4 r (M N / BLOCK_N + splits N) bytes more, mostly
           within L2
           reduce_rows: one read of x
 Refused   narrow_and_reduce: r > BLOCK_R (config.py then takes two passes instead); as triton_fwd.py otherwise
@@ -16,32 +16,32 @@ Refused   narrow_and_reduce: r > BLOCK_R (config.py then takes two passes instea
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot, load_scalar, split_range
-from peft_kernels._core.triton_tools import dot_precision, sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, sum_partials
 from peft_kernels.lora.kernels.config import NarrowAndReduceConfig, ReduceRowsConfig
 from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "blocks"))
 def narrow_and_reduce_kernel(
     # pointers
     dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, dbias_ptr, factor,
-    # sizes
-    M, N, R,
-    # strides
-    stride_ym, stride_yn, stride_sm, stride_bn, stride_br, stride_dsp, stride_dbp, stride_dbiasp,
+    # free
+    M, blocks,
+    # specialized
+    N, R, stride_ym, stride_yn, stride_bn, stride_br,
     # constexprs
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, NEEDS_DBIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_n, pid_split = tl.program_id(0), tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -52,7 +52,7 @@ def narrow_and_reduce_kernel(
         b_offsets = offs_n.to(tl.int64)[:, None] * stride_bn + offs_r.to(tl.int64)[None, :] * stride_br
         b = tl.load(b_ptr + b_offsets, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
 
-    first, last = split_range(pid_split, M, BLOCK_M, SPLIT_M)
+    first, last = split_range(pid_split, M, blocks, BLOCK_M)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     for m in range(first, last, BLOCK_M):
@@ -63,39 +63,39 @@ def narrow_and_reduce_kernel(
         dy = tl.load(dy_ptr + dy_offsets, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         mask_s = mask_m[:, None] & mask_r[None, :]
         if NEEDS_DB:
-            s = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask_s, other=0.0)
+            s = tl.load(s_ptr + rows * R + offs_r[None, :], mask=mask_s, other=0.0)
             db = dot(tl.trans(dy), s, db, EXACT, PRECISION)
         if NEEDS_DS:
             ds = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), EXACT, PRECISION) * scale
-            tl.store(ds_ptr + pid_n.to(tl.int64) * stride_dsp + rows * stride_sm + offs_r[None, :], ds, mask=mask_s)
+            tl.store(ds_ptr + (pid_n.to(tl.int64) * M + rows) * R + offs_r[None, :], ds, mask=mask_s)
         if NEEDS_DBIAS:
             dbias += tl.sum(dy.to(tl.float32), axis=0)
 
     if NEEDS_DB:
-        db_rows = db_ptr + pid_split.to(tl.int64) * stride_dbp + offs_n.to(tl.int64)[:, None] * R
+        db_rows = db_ptr + (pid_split.to(tl.int64) * N + offs_n.to(tl.int64))[:, None] * R
         tl.store(db_rows + offs_r[None, :], db * scale, mask=mask_n[:, None] & mask_r[None, :])
     if NEEDS_DBIAS:
-        tl.store(dbias_ptr + pid_split.to(tl.int64) * stride_dbiasp + offs_n, dbias, mask=mask_n)
+        tl.store(dbias_ptr + pid_split.to(tl.int64) * N + offs_n, dbias, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "blocks", "dropout_threshold"))
 def reduce_rows_kernel(
     # pointers
     x_ptr, s_ptr, out_ptr, seed_ptr, factor,
-    # sizes
-    M, K, R, dropout_threshold,
-    # strides
-    stride_xm, stride_xk, stride_sm, stride_op, stride_or,
+    # free
+    M, blocks, dropout_threshold,
+    # specialized
+    K, R, stride_xm, stride_xk,
     # constexprs
     HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_k, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < R
 
-    first, last = split_range(pid_split, M, BLOCK_M, SPLIT_M)
+    first, last = split_range(pid_split, M, blocks, BLOCK_M)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -103,15 +103,22 @@ def reduce_rows_kernel(
         rows = offs_m.to(tl.int64)[:, None]
         x_offsets = rows * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
         x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        s = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        s = tl.load(s_ptr + rows * R + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if HAS_DROPOUT:
             keep = keep_tile(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, dropout_threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         acc = dot(tl.trans(s), x, acc, EXACT, PRECISION)
 
     acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
-    out_rows = out_ptr + pid_split.to(tl.int64) * stride_op + offs_r.to(tl.int64)[:, None] * stride_or
+    out_rows = out_ptr + (pid_split.to(tl.int64) * R + offs_r.to(tl.int64))[:, None] * K
     tl.store(out_rows + offs_k[None, :], acc, mask=mask_r[:, None] & mask_k[None, :])
+
+
+_launch_narrow_and_reduce = Launcher(
+    narrow_and_reduce_kernel,
+    flags=("NEEDS_DS", "NEEDS_DB", "NEEDS_DBIAS", "FACTOR_IS_TENSOR", "EXACT", "PRECISION"),
+)
+_launch_reduce_rows = Launcher(reduce_rows_kernel, flags=("HAS_DROPOUT", "FACTOR_IS_TENSOR", "EXACT", "PRECISION"))
 
 
 def narrow_and_reduce(
@@ -133,19 +140,20 @@ def narrow_and_reduce(
     """
     m, n = dy.shape
     needs_ds, needs_db, needs_dbias = needs
-    tiles_n = triton.cdiv(n, config.BLOCK_N)
+    tiles_n = cdiv(n, config.BLOCK_N)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=dy.device)
     ds = empty(tiles_n, m, r) if needs_ds else None
-    db = empty(config.SPLIT_M, n, r) if needs_db else None
-    dbias = empty(config.SPLIT_M, n) if needs_dbias else None
+    db = empty(config.splits, n, r) if needs_db else None
+    dbias = empty(config.splits, n) if needs_dbias else None
 
-    narrow_and_reduce_kernel[(tiles_n, config.SPLIT_M)](
-        dy, s, b, ds, db, dbias, factor,
-        m, n, r,
-        dy.stride(0), dy.stride(1), r, *((0, 0) if b is None else b.stride()), m * r, n * r, n,
-        NEEDS_DS=needs_ds, NEEDS_DB=needs_db, NEEDS_DBIAS=needs_dbias, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        EXACT=exact, PRECISION=dot_precision(dy.dtype), **asdict(config),
-    )  # fmt: skip
+    _launch_narrow_and_reduce(
+        (tiles_n, config.splits, 1),
+        (dy, s, b, ds, db, dbias, factor),
+        (m, blocks_of_range(m, config.BLOCK_M, config.splits)),
+        (n, r, *dy.stride(), *((0, 0) if b is None else b.stride())),
+        (*needs, isinstance(factor, Tensor), exact, dot_precision(dy.dtype)),
+        config,
+    )
     ds, db, dbias = (None if partials is None else sum_partials(partials) for partials in (ds, db, dbias))
     return ds, db, dbias
 
@@ -161,14 +169,14 @@ def reduce_rows(
         exact: keep all bits of s beside a half-precision x.
     """
     (m, k), r = x.shape, s.shape[1]
-    partials = torch.empty(config.SPLIT_M, r, k, dtype=torch.float32, device=x.device)
+    partials = torch.empty(config.splits, r, k, dtype=torch.float32, device=x.device)
 
-    grid = (triton.cdiv(k, config.BLOCK_K), triton.cdiv(r, config.BLOCK_R), config.SPLIT_M)
-    reduce_rows_kernel[grid](
-        x, s, partials, dropout.seed, factor,
-        m, k, r, dropout.threshold,
-        x.stride(0), x.stride(1), s.stride(0), partials.stride(0), partials.stride(1),
-        HAS_DROPOUT=dropout.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor), EXACT=exact,
-        PRECISION=dot_precision(x.dtype), **asdict(config),
-    )  # fmt: skip
+    _launch_reduce_rows(
+        (cdiv(k, config.BLOCK_K), cdiv(r, config.BLOCK_R), config.splits),
+        (x, s, partials, dropout.seed, factor),
+        (m, blocks_of_range(m, config.BLOCK_M, config.splits), dropout.threshold),
+        (k, r, *x.stride()),
+        (dropout.seed is not None, isinstance(factor, Tensor), exact, dot_precision(x.dtype)),
+        config,
+    )
     return sum_partials(partials)

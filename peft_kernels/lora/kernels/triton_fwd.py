@@ -5,7 +5,7 @@ Equation  narrow_product: S = f drop(x) A^T | product: y = x W^T + bias + f drop
           (Hu et al. 2021, section 4.1; f is the scale or 1 / (1 - p), drop' masks the product instead of x)
 Tensors   x (M, K), W (N, K), A (r, K), B (N, r), bias (N,), y (M, N): any strides; S (M, r) float32, contiguous
           backward: dS is a narrow product of dY with B^T for A; dX a product of dY with W^T for W, dS for S, A^T for B
-Tiles     narrow_product: a program owns BLOCK_M rows, BLOCK_R ranks and one of SPLIT_K ranges of K
+Tiles     narrow_product: a program owns BLOCK_M rows, BLOCK_R ranks and one of the ranges of K
           product: persistent programs walk (BLOCK_M, BLOCK_N) tiles | add_rank_product: a program owns one of them
 Bound     narrow_product: one read of x | product: 2 M N (K + r) flops at the tensor cores' rate
           add_rank_product: one read and one write of y
@@ -14,7 +14,6 @@ Refused   M, N or K >= 2^31 (offsets are 64-bit, indices are not); float64
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -23,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from peft_kernels._core.launch import Launcher, descriptor
 from peft_kernels._core.tma import TMA_ALIGNMENT, tma_can_read
 from peft_kernels._core.triton_math import dot, load_scalar, nearest_tf32, split_range, tile_of
-from peft_kernels._core.triton_tools import dot_precision, sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, sum_partials
 from peft_kernels.lora.kernels.config import AddRankProductConfig, NarrowProductConfig, ProductConfig
 from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
@@ -39,17 +39,17 @@ class RankProduct(NamedTuple):
     factor: float | Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "blocks", "dropout_threshold"))
 def narrow_product_kernel(
     # pointers
     x_ptr, a_ptr, s_ptr, seed_ptr, factor,
-    # sizes
-    M, K, R, dropout_threshold,
-    # strides
-    stride_xm, stride_xk, stride_ar, stride_ak, stride_sp, stride_sm,
+    # free
+    M, blocks, dropout_threshold,
+    # specialized
+    K, R, stride_xm, stride_xk, stride_ar, stride_ak,
     # constexprs
     HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -58,7 +58,7 @@ def narrow_product_kernel(
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
 
-    first, last = split_range(pid_split, K, BLOCK_K, SPLIT_K)
+    first, last = split_range(pid_split, K, blocks, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(first, last, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
@@ -74,13 +74,13 @@ def narrow_product_kernel(
         acc = dot(x, a, acc, EXACT, PRECISION)
 
     acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
-    s_rows = s_ptr + pid_split.to(tl.int64) * stride_sp + offs_m.to(tl.int64)[:, None] * stride_sm
+    s_rows = s_ptr + (pid_split.to(tl.int64) * M + offs_m.to(tl.int64))[:, None] * R
     tl.store(s_rows + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit
 def _rank_product(
-    s_ptr, b_ptr, factor, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, acc,
+    s_ptr, b_ptr, factor, offs_m, offs_n, M, N, R, stride_bn, stride_br, acc,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """acc + factor * S B^T for one tile.
@@ -97,7 +97,7 @@ def _rank_product(
         mask_r = offs_r < R
         s_mask = (offs_m < M)[:, None] & mask_r[None, :]
         b_mask = mask_r[:, None] & (offs_n < N)[None, :]
-        s = tl.load(s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :], mask=s_mask, other=0.0)
+        s = tl.load(s_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], mask=s_mask, other=0.0)
         b_offsets = offs_r.to(tl.int64)[:, None] * stride_br + offs_n.to(tl.int64)[None, :] * stride_bn
         b = tl.load(b_ptr + b_offsets, mask=b_mask, other=0.0).to(tl.float32)
         s = s * factor
@@ -105,16 +105,16 @@ def _rank_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "dropout_threshold"))
 def product_kernel(
     # pointers, or tensor descriptors of (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K) | (BLOCK_K, BLOCK_N), (BLOCK_M, BLOCK_N)
     x_ptr, w_ptr, y_ptr,
     # pointers
     s_ptr, b_ptr, bias_ptr, seed_ptr, factor,
-    # sizes
-    M, N, K, R, dropout_threshold, keep_scale,
-    # strides
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_ym, stride_sm, stride_bn, stride_br,
+    # free
+    M, dropout_threshold, keep_scale,
+    # specialized
+    N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
     # constexprs
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     PRECISION: tl.constexpr, RANK_PRECISION: tl.constexpr,
@@ -147,14 +147,14 @@ def product_kernel(
         if HAS_DROPOUT:
             product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             product = _rank_product(
-                s_ptr, b_ptr, scale, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, product,
+                s_ptr, b_ptr, scale, offs_m, offs_n, M, N, R, stride_bn, stride_br, product,
                 RANK_PRECISION, BLOCK_R,
             )  # fmt: skip
             keep = keep_tile(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, dropout_threshold, BLOCK_N)
             acc += tl.where(keep, product, 0.0) * keep_scale
         else:
             acc = _rank_product(
-                s_ptr, b_ptr, scale, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br, acc,
+                s_ptr, b_ptr, scale, offs_m, offs_n, M, N, R, stride_bn, stride_br, acc,
                 RANK_PRECISION, BLOCK_R,
             )  # fmt: skip
         if HAS_BIAS:
@@ -163,18 +163,18 @@ def product_kernel(
         if USE_TMA:
             y_ptr.store([pid_m * BLOCK_M, pid_n * BLOCK_N], acc.to(DTYPE))
         else:
-            y_offsets = offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+            y_offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
             tl.store(y_ptr + y_offsets, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "dropout_threshold"))
 def add_rank_product_kernel(
     # pointers
     y_ptr, s_ptr, b_ptr, seed_ptr, factor,
-    # sizes
-    M, N, R, dropout_threshold, keep_scale,
-    # strides
-    stride_ym, stride_sm, stride_bn, stride_br,
+    # free
+    M, dropout_threshold, keep_scale,
+    # specialized
+    N, R, stride_ym, stride_bn, stride_br,
     # constexprs
     HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, RANK_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -186,13 +186,25 @@ def add_rank_product_kernel(
     y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
     y = tl.load(y_tile, mask=mask, other=0.0)
     product = _rank_product(
-        s_ptr, b_ptr, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
+        s_ptr, b_ptr, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_n, M, N, R, stride_bn, stride_br,
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32), RANK_PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_DROPOUT:
         keep = keep_tile(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, dropout_threshold, BLOCK_N)
         product = tl.where(keep, product, 0.0) * keep_scale
     tl.store(y_tile, y.to(tl.float32) + product, mask=mask)
+
+
+_launch_narrow_product = Launcher(
+    narrow_product_kernel, flags=("HAS_DROPOUT", "FACTOR_IS_TENSOR", "EXACT", "PRECISION")
+)
+_launch_product = Launcher(
+    product_kernel,
+    flags=("HAS_BIAS", "HAS_DROPOUT", "FACTOR_IS_TENSOR", "PRECISION", "RANK_PRECISION", "W_ROWS_ARE_K"),
+)
+_launch_add_rank_product = Launcher(
+    add_rank_product_kernel, flags=("HAS_DROPOUT", "FACTOR_IS_TENSOR", "RANK_PRECISION")
+)
 
 
 def narrow_product(
@@ -206,16 +218,16 @@ def narrow_product(
         exact: keep all bits of a float32 ``a`` beside a half-precision x.
     """
     (m, k), r = x.shape, a.shape[0]
-    partials = torch.empty(config.SPLIT_K, m, r, dtype=torch.float32, device=x.device)
+    partials = torch.empty(config.splits, m, r, dtype=torch.float32, device=x.device)
 
-    grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(r, config.BLOCK_R), config.SPLIT_K)
-    narrow_product_kernel[grid](
-        x, a, partials, dropout.seed, factor,
-        m, k, r, dropout.threshold,
-        x.stride(0), x.stride(1), a.stride(0), a.stride(1), partials.stride(0), partials.stride(1),
-        HAS_DROPOUT=dropout.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor), EXACT=exact,
-        PRECISION=dot_precision(x.dtype), **asdict(config),
-    )  # fmt: skip
+    _launch_narrow_product(
+        (cdiv(m, config.BLOCK_M), cdiv(r, config.BLOCK_R), config.splits),
+        (x, a, partials, dropout.seed, factor),
+        (m, blocks_of_range(k, config.BLOCK_K, config.splits), dropout.threshold),
+        (k, r, *x.stride(), *a.stride()),
+        (dropout.seed is not None, isinstance(factor, Tensor), exact, dot_precision(x.dtype)),
+        config,
+    )
     return sum_partials(partials)
 
 
@@ -235,17 +247,20 @@ def product(
 
     rows_are_k = _rows_are_k(w)
     operands = _descriptors(x, w, y, config) if config.USE_TMA else (x, w, y)
-    grid = (min(sm_count, triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)),)
     s, b, factor = term
-    product_kernel[grid](
-        *operands,
-        s, b, bias, dropout.seed, factor,
-        m, n, k, b.shape[1], dropout.threshold, dropout.keep_scale,
-        x.stride(0), x.stride(1), w.stride(0), w.stride(1), y.stride(0), s.stride(0), b.stride(0), b.stride(1),
-        HAS_BIAS=bias is not None, HAS_DROPOUT=dropout.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        PRECISION=dot_precision(x.dtype), RANK_PRECISION=_rank_precision(x.dtype),
-        W_ROWS_ARE_K=rows_are_k, **asdict(config),
+    precision = dot_precision(x.dtype)
+    flags = (
+        bias is not None, dropout.seed is not None, isinstance(factor, Tensor),
+        precision, _rank_precision(x.dtype, precision), rows_are_k,
     )  # fmt: skip
+    _launch_product(
+        (min(sm_count, cdiv(m, config.BLOCK_M) * cdiv(n, config.BLOCK_N)), 1, 1),
+        (*operands, s, b, bias, dropout.seed, factor),
+        (m, dropout.threshold, dropout.keep_scale),
+        (n, k, b.shape[1], *x.stride(), *w.stride(), *b.stride()),
+        flags,
+        config,
+    )
     return y
 
 
@@ -265,14 +280,14 @@ def _descriptors(x: Tensor, w: Tensor, y: Tensor, config: ProductConfig) -> tupl
     rows_are_k = _rows_are_k(w)
     w_block = [config.BLOCK_K, config.BLOCK_N] if rows_are_k else [config.BLOCK_N, config.BLOCK_K]
     return (
-        TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]),
-        TensorDescriptor.from_tensor(w.t() if rows_are_k else w, w_block),
-        TensorDescriptor.from_tensor(y, [config.BLOCK_M, config.BLOCK_N]),
+        descriptor(x, [config.BLOCK_M, config.BLOCK_K]),
+        descriptor(w.t() if rows_are_k else w, w_block),
+        descriptor(y, [config.BLOCK_M, config.BLOCK_N]),
     )
 
 
-def _rank_precision(dtype: torch.dtype) -> str:
-    return dot_precision(dtype) if dtype == torch.float32 else "tf32"
+def _rank_precision(dtype: torch.dtype, precision: str) -> str:
+    return precision if dtype == torch.float32 else "tf32"
 
 
 def add_rank_product(y: Tensor, term: RankProduct, dropout: Dropout, config: AddRankProductConfig) -> None:
@@ -280,11 +295,11 @@ def add_rank_product(y: Tensor, term: RankProduct, dropout: Dropout, config: Add
     m, n = y.shape
     s, b, factor = term
 
-    grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N))
-    add_rank_product_kernel[grid](
-        y, s, b, dropout.seed, factor,
-        m, n, b.shape[1], dropout.threshold, dropout.keep_scale,
-        y.stride(0), s.stride(0), b.stride(0), b.stride(1),
-        HAS_DROPOUT=dropout.seed is not None, FACTOR_IS_TENSOR=isinstance(factor, Tensor),
-        RANK_PRECISION=_rank_precision(y.dtype), **asdict(config),
-    )  # fmt: skip
+    _launch_add_rank_product(
+        (cdiv(m, config.BLOCK_M), cdiv(n, config.BLOCK_N), 1),
+        (y, s, b, dropout.seed, factor),
+        (m, dropout.threshold, dropout.keep_scale),
+        (n, b.shape[1], y.stride(0), *b.stride()),
+        (dropout.seed is not None, isinstance(factor, Tensor), _rank_precision(y.dtype, dot_precision(y.dtype))),
+        config,
+    )

@@ -17,15 +17,15 @@ from peft_kernels.prefix.kernels.attention import Attention
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """y and the softmax's statistics, or SPLIT parts of them."""
+    """y and the softmax's statistics, or ``splits`` parts of them."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_P: int
     BLOCK_D: int
-    SPLIT: int
     num_warps: int
     num_stages: int
+    splits: int
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class GradKVConfig:
 
 @dataclass(frozen=True)
 class GradPrefixConfig:
-    """dprefix_k and dprefix_v."""
+    """dprefix_k and dprefix_v, over ``splits`` ranges of rows."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_D: int
-    SPLIT: int
     num_warps: int
     num_stages: int
+    splits: int
 
 
 def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
@@ -104,9 +104,9 @@ def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
         BLOCK_N=block_n,
         BLOCK_P=_keys_at_most(attention.p, block_n),
         BLOCK_D=block_d,
-        SPLIT=_splits(attention, block_m, block_n, hardware.sm_count),
         num_warps=_forward_warps(attention, block_m * block_d),
         num_stages=2,
+        splits=_splits(attention, block_m, block_n, hardware.sm_count),
     )
 
 
@@ -190,9 +190,9 @@ def grad_prefix_config(attention: Attention, hardware: Hardware) -> GradPrefixCo
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        SPLIT=split_count(blocks_m, tiles, hardware),
         num_warps=8,
         num_stages=2,
+        splits=split_count(blocks_m, tiles, hardware),
     )
 
 

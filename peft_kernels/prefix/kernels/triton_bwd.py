@@ -5,7 +5,7 @@ Equation  p = 2^(z - top) / total; delta = sum dy y; dz = p (dy v'^T - delta); d
 Tensors   as triton_fwd.py; dy any strides but a contiguous last dimension; stats, delta float32, contiguous;
           gradients contiguous; partial dprefix (splits, 1 or B, H_kv, P, D) float32
 Tiles     delta: BLOCK_M queries | grad_q: as the forward kernel | grad_kv: BLOCK_N keys of one key head, over all rows
-          of its group | grad_prefix: likewise BLOCK_N keys of the prefix, and one of SPLIT ranges of the rows of all
+          of its group | grad_prefix: likewise BLOCK_N keys of the prefix, and one of several ranges of the rows of all
           batch rows that share them; ranges are then summed in a fixed order, so two runs give the same bits
 Bound     14 B H S (P + L) D flops (7 products, forward has 2), half of the sequence's if causal
 Refused   as triton_fwd.py
@@ -13,7 +13,6 @@ Refused   as triton_fwd.py
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot
-from peft_kernels._core.triton_tools import dot_precision, sum_partials
+from peft_kernels._core.triton_tools import cdiv, dot_precision, sum_partials
 from peft_kernels.prefix.kernels.attention import Attention, Segment
 from peft_kernels.prefix.kernels.config import DeltaConfig, GradKVConfig, GradPrefixConfig, GradQConfig
 from peft_kernels.prefix.kernels.triton_rows import (
@@ -44,13 +44,13 @@ class Rows(NamedTuple):
     delta: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "S"))
 def delta_kernel(
     # pointers
     y_ptr, dy_ptr, delta_ptr,
-    # sizes
+    # free
     H, S,
-    # strides
+    # specialized
     stride_yb, stride_yh, stride_ys, stride_dyb, stride_dyh, stride_dys,
     # constexprs
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -90,15 +90,15 @@ def _grad_q_over(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H_KV", "S", "L", "P", "shift", "stride_validb"))
 def grad_q_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dq_ptr,
-    # sizes
+    # free
     H_KV, S, L, P, shift, scale, scale_log2,
-    # strides
+    # specialized, but for the mask's rows, which begin anywhere
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_validb, stride_validl,
+    stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_validb: tl.int64, stride_validl,
     stride_dyb, stride_dyh, stride_dys,
     # constexprs
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
@@ -181,15 +181,15 @@ def _add_block(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H_KV", "S", "L", "shift", "stride_validb"))
 def grad_kv_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, valid_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dk_ptr, dv_ptr,
-    # sizes
+    # free
     H_KV, S, L, shift, scale, scale_log2,
-    # strides
+    # specialized, but for the mask's rows, which begin anywhere
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_validb, stride_validl, stride_dyb, stride_dyh, stride_dys,
+    stride_validb: tl.int64, stride_validl, stride_dyb, stride_dyh, stride_dys,
     # constexprs
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -234,18 +234,18 @@ def grad_kv_kernel(
     store_rows(dv_ptr + start, offs_n, dv.to(dv_ptr.dtype.element_ty), offs_n < L, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H_KV", "S", "P", "OWNERS", "BATCHES", "span"))
 def grad_prefix_kernel(
     # pointers
     q_ptr, prefix_k_ptr, prefix_v_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dk_ptr, dv_ptr,
-    # sizes
-    H_KV, S, P, OWNERS, BATCHES, scale, scale_log2,
-    # strides
+    # free
+    H_KV, S, P, OWNERS, BATCHES, span, scale, scale_log2,
+    # specialized
     stride_qb, stride_qh, stride_qs, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp,
     stride_dyb, stride_dyh, stride_dys,
     # constexprs
     EXACT: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks_n = tl.cdiv(P, BLOCK_N)
     pid_n, rest = tl.program_id(0) % blocks_n, tl.program_id(0) // blocks_n
@@ -261,7 +261,6 @@ def grad_prefix_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     blocks_m = tl.cdiv(GROUP * S, BLOCK_M)
-    span = tl.cdiv(BATCHES * blocks_m, SPLIT)
     first = split.to(tl.int32) * span
     for item in range(first, min(first + span, BATCHES * blocks_m)):
         b = owner + item // blocks_m
@@ -279,14 +278,19 @@ def grad_prefix_kernel(
     store_rows(dv_ptr + start, offs_n, dv, offs_n < P, D, BLOCK_D)
 
 
+_launch_delta = Launcher(delta_kernel, flags=("D",))
+_launch_grad_q = Launcher(grad_q_kernel, flags=("CAUSAL", "PADDED", "PRECISION", "GROUP", "D"))
+_launch_grad_kv = Launcher(grad_kv_kernel, flags=("CAUSAL", "PADDED", "PRECISION", "GROUP", "D"))
+_launch_grad_prefix = Launcher(grad_prefix_kernel, flags=("EXACT", "PRECISION", "GROUP", "D"))
+
+
 def delta(y: Tensor, dy: Tensor, config: DeltaConfig) -> Tensor:
     """Launch delta = sum over D of dy * y and return it, (B, H, S) float32."""
     b, h, s, d = y.shape
     out = torch.empty(b, h, s, dtype=torch.float32, device=y.device)
 
-    delta_kernel[(triton.cdiv(s, config.BLOCK_M) * b * h,)](
-        y, dy, out, h, s, *y.stride()[:3], *dy.stride()[:3], D=d, **asdict(config)
-    )  # fmt: skip
+    programs = cdiv(s, config.BLOCK_M) * b * h
+    _launch_delta((programs, 1, 1), (y, dy, out), (h, s), (*y.stride()[:3], *dy.stride()[:3]), (d,), config)
     return out
 
 
@@ -296,14 +300,15 @@ def grad_q(attention: Attention, rows: Rows, prefix: Segment, sequence: Segment,
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     valid, valid_strides = sequence.mask_bytes()
 
-    blocks_m = triton.cdiv(attention.group * attention.s, config.BLOCK_M)
-    grad_q_kernel[(blocks_m * attention.b * attention.h_kv,)](
-        q, sequence.k, sequence.v, prefix.k, prefix.v, valid, rows.dy, *rows.stats, rows.delta, dq,
-        attention.h_kv, attention.s, attention.l, attention.p, attention.shift, attention.scale, attention.scale_log2,
-        *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides, *rows.dy.stride()[:3],
-        CAUSAL=attention.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=attention.group,
-        D=attention.d, **asdict(config),
-    )  # fmt: skip
+    h_kv, s, length, p = attention.h_kv, attention.s, attention.l, attention.p
+    _launch_grad_q(
+        (cdiv(attention.group * s, config.BLOCK_M) * attention.b * h_kv, 1, 1),
+        (q, sequence.k, sequence.v, prefix.k, prefix.v, valid, rows.dy, *rows.stats, rows.delta, dq),
+        (h_kv, s, length, p, attention.shift, attention.scale, attention.scale_log2),
+        (*q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides, *rows.dy.stride()[:3]),
+        (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d),
+        config,
+    )
     return dq
 
 
@@ -313,13 +318,15 @@ def grad_kv(attention: Attention, rows: Rows, sequence: Segment, config: GradKVC
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     valid, valid_strides = sequence.mask_bytes()
 
-    grad_kv_kernel[(triton.cdiv(attention.l, config.BLOCK_N) * attention.b * attention.h_kv,)](
-        q, k, v, valid, rows.dy, *rows.stats, rows.delta, dk, dv,
-        attention.h_kv, attention.s, attention.l, attention.shift, attention.scale, attention.scale_log2,
-        *q.stride()[:3], *sequence.strides(), *valid_strides, *rows.dy.stride()[:3],
-        CAUSAL=attention.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=attention.group,
-        D=attention.d, **asdict(config),
-    )  # fmt: skip
+    h_kv, length = attention.h_kv, attention.l
+    _launch_grad_kv(
+        (cdiv(length, config.BLOCK_N) * attention.b * h_kv, 1, 1),
+        (q, k, v, valid, rows.dy, *rows.stats, rows.delta, dk, dv),
+        (h_kv, attention.s, length, attention.shift, attention.scale, attention.scale_log2),
+        (*q.stride()[:3], *sequence.strides(), *valid_strides, *rows.dy.stride()[:3]),
+        (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d),
+        config,
+    )
     return dk, dv
 
 
@@ -327,15 +334,17 @@ def grad_prefix(attention: Attention, rows: Rows, prefix: Segment, config: GradP
     """Launch dprefix_k and dprefix_v and return them in the prefix's shape, and in ``attention.prefix_dtype``."""
     q, dtype = rows.q, attention.prefix_dtype
     owners, batches = (1, attention.b) if attention.shared else (attention.b, 1)
-    size = (config.SPLIT, *prefix.k.shape)
+    size = (config.splits, *prefix.k.shape)
     dk, dv = (torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2))
 
-    programs = triton.cdiv(attention.p, config.BLOCK_N) * attention.h_kv * owners * config.SPLIT
-    grad_prefix_kernel[(programs,)](
-        q, prefix.k, prefix.v, rows.dy, *rows.stats, rows.delta, dk, dv,
-        attention.h_kv, attention.s, attention.p, owners, batches, attention.scale, attention.scale_log2,
-        *q.stride()[:3], *prefix.strides(), *rows.dy.stride()[:3],
-        EXACT=dtype != q.dtype, PRECISION=dot_precision(q.dtype), GROUP=attention.group, D=attention.d,
-        **asdict(config),
-    )  # fmt: skip
+    h_kv, s, p = attention.h_kv, attention.s, attention.p
+    span = cdiv(batches * cdiv(attention.group * s, config.BLOCK_M), config.splits)
+    _launch_grad_prefix(
+        (cdiv(p, config.BLOCK_N) * h_kv * owners * config.splits, 1, 1),
+        (q, prefix.k, prefix.v, rows.dy, *rows.stats, rows.delta, dk, dv),
+        (h_kv, s, p, owners, batches, span, attention.scale, attention.scale_log2),
+        (*q.stride()[:3], *prefix.strides(), *rows.dy.stride()[:3]),
+        (dtype != q.dtype, dot_precision(q.dtype), attention.group, attention.d),
+        config,
+    )
     return sum_partials(dk).to(dtype), sum_partials(dv).to(dtype)

@@ -8,7 +8,7 @@ Tensors   q (B, H, S, D), k, v (B, H_kv, L, D), prefix (H_kv, P, D) or (B, H_kv,
           (B H_kv, splits, H / H_kv S, D or nothing) float32
 Tiles     a program owns BLOCK_M rows of one group of query heads (triton_rows.py) and walks all their keys: the prefix
           in blocks of BLOCK_P, then the sequence in blocks of BLOCK_N, of which causal ones end at the border.
-          Where such programs are few, each gets one of SPLIT ranges of the sequence, the first with the prefix, and
+          Where such programs are few, each gets one of several ranges of the sequence, the first with the prefix, and
           a program of `merge` for each row adds its parts up in a fixed order: two runs give the same bits
 Bound     4 B H S (P + L) D flops at the tensor cores' rate, half of the sequence's if causal; S = 1: one read of k, v
 Refused   D > 256; float64; 2^31 queries or keys in all heads (offsets are 64-bit, indices are not)
@@ -16,14 +16,13 @@ Refused   D > 256; float64; 2^31 queries or keys in all heads (offsets are 64-bi
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels._core.triton_tools import dot_precision
+from peft_kernels._core.launch import Launcher
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision
 from peft_kernels.prefix.kernels.attention import Attention, Segment
 from peft_kernels.prefix.kernels.config import ForwardConfig, MergeConfig
 from peft_kernels.prefix.kernels.triton_rows import (
@@ -65,15 +64,15 @@ def _attend_to(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H_KV", "S", "L", "P", "shift", "splits", "span", "stride_validb"))
 def attention_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, y_ptr, top_ptr, total_ptr,
-    # sizes
+    # free
     H_KV, S, L, P, shift, scale_log2, splits, span,
-    # strides
+    # specialized, but for the mask's rows, which begin anywhere
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_validb, stride_validl,
+    stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_validb: tl.int64, stride_validl,
     # constexprs
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -145,11 +144,11 @@ def attention_kernel(
         store_rows(y_ptr + head_rows * D, index, y, mask_m, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "splits"))
 def merge_kernel(
     # pointers
     part_ptr, part_top_ptr, part_total_ptr, y_ptr, top_ptr, total_ptr,
-    # sizes
+    # free
     rows, splits,
     # constexprs
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -185,23 +184,25 @@ def merge_kernel(
     tl.store(y_ptr + pid * D + offs_d, (acc / total).to(y_ptr.dtype.element_ty), mask=offs_d < D)
 
 
+_launch_attention = Launcher(attention_kernel, flags=("CAUSAL", "PADDED", "PRECISION", "GROUP", "D", "IS_SPLIT"))
+_launch_merge = Launcher(merge_kernel, flags=("D",))
+
+
 def attend(
     attention: Attention, q: Tensor, prefix: Segment, sequence: Segment, config: ForwardConfig, merge: MergeConfig
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel, and `merge` where it splits; return y (B, H, S, D) and stats (2, B, H, S) float32."""
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stats = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
-    if config.SPLIT == 1:
+    if config.splits == 1:
         _attend(attention, q, prefix, sequence, config, y, stats)
         return y, stats
-    groups, rows, splits = attention.b * attention.h_kv, attention.group * attention.s, config.SPLIT
+    groups, rows, splits = attention.b * attention.h_kv, attention.group * attention.s, config.splits
     parts = torch.empty(groups, splits, rows, attention.d, dtype=torch.float32, device=q.device)
     part_stats = torch.empty(2, groups, splits, rows, dtype=torch.float32, device=q.device)
 
     _attend(attention, q, prefix, sequence, config, parts, part_stats)
-    merge_kernel[(rows * groups,)](
-        parts, *part_stats, y, *stats, rows, splits, D=attention.d, **asdict(merge)
-    )  # fmt: skip
+    _launch_merge((rows * groups, 1, 1), (parts, *part_stats, y, *stats), (rows, splits), (), (attention.d,), merge)
     return y, stats
 
 
@@ -210,15 +211,14 @@ def _attend(
 ) -> None:
     """Launch the forward kernel; where it splits, into parts of y and stats."""
     valid, valid_strides = sequence.mask_bytes()
-    blocks = asdict(config)
-    splits = blocks.pop("SPLIT")
-    span = triton.cdiv(triton.cdiv(attention.l, splits), config.BLOCK_N) * config.BLOCK_N
+    splits, (h_kv, s, length, p) = config.splits, (attention.h_kv, attention.s, attention.l, attention.p)
+    span = blocks_of_range(length, config.BLOCK_N, splits) * config.BLOCK_N
 
-    blocks_m = triton.cdiv(attention.group * attention.s, config.BLOCK_M)
-    attention_kernel[(blocks_m * attention.b * attention.h_kv * splits,)](
-        q, sequence.k, sequence.v, prefix.k, prefix.v, valid, y, *stats,
-        attention.h_kv, attention.s, attention.l, attention.p, attention.shift, attention.scale_log2, splits, span,
-        *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides,
-        CAUSAL=attention.causal, PADDED=valid is not None, PRECISION=dot_precision(q.dtype), GROUP=attention.group,
-        D=attention.d, IS_SPLIT=splits > 1, **blocks,
-    )  # fmt: skip
+    _launch_attention(
+        (cdiv(attention.group * s, config.BLOCK_M) * attention.b * h_kv * splits, 1, 1),
+        (q, sequence.k, sequence.v, prefix.k, prefix.v, valid, y, *stats),
+        (h_kv, s, length, p, attention.shift, attention.scale_log2, splits, span),
+        (*q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides),
+        (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d, splits > 1),
+        config,
+    )

@@ -10,24 +10,24 @@ Refused   as triton_fwd.py
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_kernels._core.launch import Launcher
+from peft_kernels._core.triton_tools import cdiv
 from peft_kernels.prompt.kernels.config import SumConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("TERMS", "T"))
 def sum_terms_kernel(
     # pointers
     dy_ptr, out_ptr,
-    # sizes
-    TERMS, T, D,
-    # strides
-    stride_owner, stride_term, stride_t, stride_d,
+    # free
+    TERMS, T,
+    # specialized
+    D, stride_owner, stride_term, stride_t, stride_d,
     # constexprs
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -51,6 +51,9 @@ def sum_terms_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_sum_terms = Launcher(sum_terms_kernel, flags=())
+
+
 def sum_terms(part: Tensor, dtype: torch.dtype, config: SumConfig) -> Tensor:
     """Launch the sum of a part of dy, (owners, terms, T, D), over its terms and return it, (owners, T, D)."""
     owners, terms, positions, d = part.shape
@@ -58,6 +61,6 @@ def sum_terms(part: Tensor, dtype: torch.dtype, config: SumConfig) -> Tensor:
     if out.numel() == 0:
         return out
 
-    grid = (triton.cdiv(d, config.BLOCK_D) * triton.cdiv(positions, config.BLOCK_T) * owners,)
-    sum_terms_kernel[grid](part, out, terms, positions, d, *part.stride(), **asdict(config))
+    programs = cdiv(d, config.BLOCK_D) * cdiv(positions, config.BLOCK_T) * owners
+    _launch_sum_terms((programs, 1, 1), (part, out), (terms, positions), (d, *part.stride()), (), config)
     return out

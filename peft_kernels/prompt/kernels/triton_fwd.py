@@ -9,24 +9,24 @@ Refused   float64; 2^31 positions in all rows, or dimensions (offsets are 64-bit
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_kernels._core.launch import Launcher
+from peft_kernels._core.triton_tools import cdiv
 from peft_kernels.prompt.kernels.config import ConcatenateConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("B", "P", "T"))
 def concatenate_kernel(
     # pointers
     prompts_ptr, tokens_ptr, y_ptr,
-    # sizes
-    B, P, T, D,
-    # strides
-    stride_pn, stride_pp, stride_pd, stride_tb, stride_tl, stride_td,
+    # free
+    B, P, T,
+    # specialized
+    D, stride_pn, stride_pp, stride_pd, stride_tb, stride_tl, stride_td,
     # constexprs
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -48,16 +48,21 @@ def concatenate_kernel(
         tl.store(out[:, None] + offs_d[None, :], value, mask=(offs_t < T)[:, None] & mask_d)
 
 
+_launch_concatenate = Launcher(concatenate_kernel, flags=())
+
+
 def concatenate(prompts: Tensor, tokens: Tensor, config: ConcatenateConfig) -> Tensor:
     """Launch y and return it, (N B, P + L, D) in the tokens' dtype."""
     (n, p, d), (b, length, _) = prompts.shape, tokens.shape
     rows, positions = n * b, p + length
     y = torch.empty(rows, positions, d, dtype=tokens.dtype, device=tokens.device)
 
-    concatenate_kernel[(triton.cdiv(positions, config.BLOCK_T) * rows,)](
-        prompts, tokens, y,
-        b, p, positions, d,
-        *prompts.stride(), *tokens.stride(),
-        **asdict(config),
-    )  # fmt: skip
+    _launch_concatenate(
+        (cdiv(positions, config.BLOCK_T) * rows, 1, 1),
+        (prompts, tokens, y),
+        (b, p, positions),
+        (d, *prompts.stride(), *tokens.stride()),
+        (),
+        config,
+    )
     return y
