@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.torch_products import add_product
-from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.config import torch_rows_per_block
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
@@ -60,19 +60,19 @@ def _blocks(problem: LoraLinearProblem, width: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, problem.m))
 
 
-def _keep_bits(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> Tensor | None:
+def _mask(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> masks.Mask | None:
     if inputs.seed is None:
         return None
-    return dropout.keep_bits(inputs.seed, rows.start, rows.stop - rows.start, problem.k, problem.dropout_threshold)
+    part = masks.Rows(inputs.seed, rows.start, rows.stop - rows.start, problem.k, problem.dropout_threshold)
+    return masks.mask_of(part, problem.device)
 
 
-def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, bits: Tensor | None) -> Tensor:
+def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, mask: masks.Mask | None) -> Tensor:
     """drop(x) of some rows in the adapters' dtype, but for the factor that ``_late_factor`` returns."""
-    x = inputs.x[rows].to(problem.adapter_dtype)
-    if bits is None:
-        return x
-    x = dropout.drop(x, bits)
-    return x if problem.adapter_dtype == torch.bfloat16 else x.mul_(problem.keep_scale)
+    x = inputs.x[rows]
+    if mask is None:
+        return x.to(problem.adapter_dtype)
+    return mask.drop(x, problem.adapter_dtype, problem.keep_scale / _late_factor(problem))
 
 
 def _late_factor(problem: LoraLinearProblem) -> float:
@@ -90,7 +90,7 @@ def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
         return (inputs.x @ a).to(wide)
     s = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device)
     for rows in _blocks(problem, problem.k):
-        s[rows] = _dropped(problem, inputs, rows, _keep_bits(problem, inputs, rows)) @ a
+        s[rows] = _dropped(problem, inputs, rows, _mask(problem, inputs, rows)) @ a
     factor = _late_factor(problem)
     return s if factor == 1.0 else s.mul_(factor)
 
@@ -133,11 +133,11 @@ def _grad_down(
     narrow = ds.to(problem.adapter_dtype)
     da = torch.zeros(problem.r, problem.k, dtype=ds.dtype, device=problem.device) if needs.lora_a else None
     for rows in _blocks(problem, problem.k):
-        bits = _keep_bits(problem, inputs, rows)
-        if dx is not None and bits is not None:
-            dx[rows].add_(dropout.drop_(narrow[rows] @ inputs.lora_a, bits), alpha=problem.keep_scale)
+        mask = _mask(problem, inputs, rows)
+        if dx is not None and mask is not None:
+            mask.add_dropped(dx[rows], narrow[rows] @ inputs.lora_a, problem.keep_scale)
         if da is not None:
-            da += narrow[rows].t() @ _dropped(problem, inputs, rows, bits)
+            da += narrow[rows].t() @ _dropped(problem, inputs, rows, mask)
     return None if da is None else da.mul_(_late_factor(problem)).to(problem.adapter_dtype)
 
 
