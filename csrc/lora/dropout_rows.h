@@ -136,14 +136,17 @@ struct Keep {
   }
 };
 
-// Rows first ... last - 1 of the mask. The draws past a row's end are made and not used.
+// Rows first ... last - 1 of the mask. The draws past a row's end are made and not used; a threshold that every draw
+// reaches needs none, and no seed.
 template <typename ActionOf>
 PEFT_KERNELS_TARGET void walk(const Mask& mask, int64_t first, int64_t last, const ActionOf& action_of) {
-  alignas(64) uint16_t halves[kBlock];
+  alignas(64) uint16_t halves[kBlock] = {};
   for (int64_t row = first; row < last; ++row) {
     const auto action = action_of.row(row);
     for (int64_t col = 0; col < mask.cols; col += kBlock) {
-      draw_block(*mask.seed, mask.first_row + row, static_cast<uint32_t>(col / kDecisionsPerCall), halves);
+      if (mask.threshold > 0) {
+        draw_block(*mask.seed, mask.first_row + row, static_cast<uint32_t>(col / kDecisionsPerCall), halves);
+      }
       if (mask.cols - col >= kBlock) {
         action.columns(halves, mask.threshold, col, kBlock);
       } else {

@@ -27,11 +27,11 @@ _CUDA_ARCH = 80  # the oldest that csrc is built for
 
 
 class Rows(NamedTuple):
-    """Which part of a mask: ``rows`` rows from ``first_row`` on, all ``cols`` columns; seed 0-d int64, limit as
-    ``dropout.threshold`` returns it.
+    """Which part of a mask: ``rows`` rows from ``first_row`` on, all ``cols`` columns; seed 0-d int64, or None where
+    limit, as ``dropout.threshold`` returns it, is 0.
     """
 
-    seed: Tensor
+    seed: Tensor | None
     first_row: int
     rows: int
     cols: int
@@ -55,7 +55,7 @@ class Mask(Protocol):
 
 def mask_of(part: Rows, device: torch.device) -> Mask:
     """The mask of some rows by the best that can run here."""
-    if not _has_memory(part.seed):
+    if part.seed is None or not _has_memory(part.seed):
         return TorchMask(part)
     return provider(device)(part)
 
@@ -109,6 +109,14 @@ def lora_linear_dropout_mask(
     return mask_of(Rows(seed_tensor, 0, rows, cols, limit), seed_tensor.device).keep()
 
 
+def add(out: Tensor, product: Tensor, factor: float) -> None:
+    """out += factor * product, in place, rounded once; on a CPU torch takes ten times as long where dtypes differ."""
+    if out.device.type != "cpu" or out.dtype == product.dtype or not _has_memory(out) or extension.why_no_host():
+        out.add_(product, alpha=factor)
+    else:
+        HostMask(Rows(None, 0, *out.shape, limit=0)).add_dropped(out, product, factor)
+
+
 class TorchMask:
     """By torch's operations; the bits are computed once and kept."""
 
@@ -132,7 +140,7 @@ class HostMask:
         self.part = part
         self.kernels = extension.load_host().lora
         self.arguments = {
-            "seed": part.seed.data_ptr(),
+            "seed": cuda_tools.address(part.seed),
             "first_row": part.first_row,
             "rows": part.rows,
             "cols": part.cols,
