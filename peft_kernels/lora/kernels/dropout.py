@@ -41,6 +41,18 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout(seed=None, threshold=0, keep_scale=1.0)
 
 
+class Rows(NamedTuple):
+    """Which part of a mask: ``rows`` rows from ``first_row`` on, all ``cols`` columns; seed 0-d int64, or None where
+    limit, as ``dropout.threshold`` returns it, is 0.
+    """
+
+    seed: Tensor | None
+    first_row: int
+    rows: int
+    cols: int
+    limit: int
+
+
 def threshold(p: float) -> int:
     """Quantise a dropout probability to 1/65536; below 1 something is always kept.
 

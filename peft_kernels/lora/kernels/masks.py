@@ -14,7 +14,7 @@ The bits are the same, and a dropped inf or nan is zero on each of them.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,20 +22,9 @@ from torch._C import _functorch, _get_tracing_state, _len_torch_dispatch_stack
 
 from peft_kernels._core import cuda_tools, extension, triton_tools
 from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.kernels.dropout import Rows
 
 _CUDA_ARCH = 80  # the oldest that csrc is built for
-
-
-class Rows(NamedTuple):
-    """Which part of a mask: ``rows`` rows from ``first_row`` on, all ``cols`` columns; seed 0-d int64, or None where
-    limit, as ``dropout.threshold`` returns it, is 0.
-    """
-
-    seed: Tensor | None
-    first_row: int
-    rows: int
-    cols: int
-    limit: int
 
 
 class Mask(Protocol):
@@ -106,7 +95,9 @@ def lora_linear_dropout_mask(
         raise ValueError(f"lora_linear_dropout_mask: rows and cols must not be negative, got ({rows}, {cols})")
     limit = dropout.threshold(p)
     seed_tensor = dropout.as_seed(seed, torch.device(device)).to(device)
-    return mask_of(Rows(seed_tensor, 0, rows, cols, limit), seed_tensor.device).keep()
+    if not _has_memory(seed_tensor):
+        return dropout.keep_mask(seed_tensor, rows, cols, limit)
+    return provider(seed_tensor.device)(Rows(seed_tensor, 0, rows, cols, limit)).keep()
 
 
 def add(out: Tensor, product: Tensor, factor: float) -> None:
@@ -190,7 +181,7 @@ class TritonMask:
         from peft_kernels.lora.kernels import triton_dropout
 
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        triton_dropout.drop(x, out, self.part, factor)
+        triton_dropout.drop(x.resolve_neg(), out, self.part, factor)
         return out
 
     def add_dropped(self, out: Tensor, product: Tensor, factor: float) -> None:
@@ -199,7 +190,7 @@ class TritonMask:
             return
         from peft_kernels.lora.kernels import triton_dropout
 
-        triton_dropout.add_dropped(out, product, self.part, factor)
+        triton_dropout.add_dropped(out, product.resolve_neg(), self.part, factor)
 
     def keep(self) -> Tensor:
         ones = torch.ones((), dtype=torch.float32, device=self.part.seed.device)
