@@ -1,12 +1,15 @@
-"""Build of the CUDA extension `peft_kernels._C`; everything else is declared in pyproject.toml.
+"""Build of the extension `peft_kernels._C`; everything else is declared in pyproject.toml.
 
-The extension is optional: where it cannot be built, the reason is printed and recorded in the package's
-`_build_info.json`, and the package installs without it. Environment variables of the build:
+It has two parts: what a CPU runs, which any C++17 compiler builds, and the CUDA kernels, which take an nvcc. Each is
+optional. What cannot be built is left out, the reason is printed and recorded in the package's `_build_info.json`, and
+the package installs without it. Environment variables of the build:
 
-    PEFT_KERNELS_NO_CUDA=1         do not build it
-    PEFT_KERNELS_REQUIRE_CUDA=1    fail where it cannot be built
+    PEFT_KERNELS_NO_CUDA=1         leave the CUDA kernels out
+    PEFT_KERNELS_NO_EXTENSION=1    build no extension at all
+    PEFT_KERNELS_REQUIRE_CUDA=1    fail where the CUDA kernels cannot be built
     PEFT_KERNELS_CUDA_ARCHS        architectures, such as "80;90a"; else all of ARCHS that the nvcc knows
     CUDA_HOME                      whose bin/nvcc to take; else the first nvcc on PATH
+    CXX                            the C++ compiler where there is no nvcc; else the first of CXX_NAMES on PATH
     MAX_JOBS                       compilers to run at a time; else as many as there are cores
 """
 
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,10 +35,17 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 ARCHS = ("80", "86", "89", "90a", "100")
 OLDEST_NVCC = (12, 0)  # the first with sm_90a
+NINJA_VERSION = "ninja_required_version = 1.5"
+CXX_NAMES = ("c++", "g++", "clang++")
+HOST_SOURCES = ("module.cpp", "*_host.cpp")  # all other sources include CUDA's headers
+# The sources include an architecture's instructions function by function, where the processor is asked first; a flag
+# would put them everywhere. Contraction would make bits depend on which of them ran. Without traps, which nobody sets, a
+# loop with a selection in it can be vectorised.
+HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off", "-fno-trapping-math", "-Wall", "-Wextra")
 
 
 class CannotBuild(Exception):
-    """Reason why the extension is not built."""
+    """Reason why the extension, or its CUDA part, is not built."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +54,16 @@ class BuildRecord:
 
     Attributes:
         built: whether the extension is there.
-        reason: why not, if not.
+        cuda: whether it has the CUDA kernels.
+        reason: why not the one or the other.
         archs: architectures with machine code.
         ptx: architecture whose PTX is embedded for GPUs that came later, or None.
-        nvcc: the compiler's version.
+        nvcc: its version, where it built the extension.
         python_abi: file name suffix of the extension, which says what Python loads it.
     """
 
     built: bool
+    cuda: bool = False
     reason: str | None = None
     archs: tuple[str, ...] = ()
     ptx: str | None = None
@@ -65,8 +78,8 @@ class Nvcc:
     known_archs: frozenset[str]
 
 
-class BuildCuda(build_ext):
-    """build_ext through nvcc and ninja, which records what it did beside the extension."""
+class BuildExtension(build_ext):
+    """build_ext through ninja and nvcc or the C++ compiler, which records what it did beside the extension."""
 
     def run(self) -> None:
         extension = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
@@ -75,14 +88,12 @@ class BuildCuda(build_ext):
         extension.unlink(missing_ok=True)
         record_file.unlink(missing_ok=True)
         extension.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            record = build(extension, Path(self.build_temp).resolve())
-            print(f"peft_kernels: built the CUDA extension for {', '.join(record.archs)}")
-        except CannotBuild as reason:
-            if os.environ.get("PEFT_KERNELS_REQUIRE_CUDA") == "1":
-                raise SystemExit(f"peft_kernels: cannot build the CUDA extension: {reason}") from None
-            record = BuildRecord(built=False, reason=str(reason))
-            print(f"peft_kernels: installs without the CUDA extension: {reason}", file=sys.stderr)
+        record = build(extension, Path(self.build_temp).resolve())
+        if record.cuda:
+            print(f"peft_kernels: built the extension, with CUDA kernels for {', '.join(record.archs)}")
+        else:
+            what = "the CUDA kernels" if record.built else "the extension"
+            print(f"peft_kernels: installs without {what}: {record.reason}", file=sys.stderr)
         record_file.write_text(json.dumps(asdict(record), indent=2) + "\n")
 
     def get_outputs(self) -> list[str]:
@@ -93,38 +104,98 @@ class BuildCuda(build_ext):
 
 
 def build(extension: Path, build_dir: Path) -> BuildRecord:
-    """Compile and link the extension.
+    """Compile and link what of the extension can be built here; fail where CUDA is required and cannot be."""
+    try:
+        return build_cuda(extension, build_dir)
+    except CannotBuild as error:
+        if os.environ.get("PEFT_KERNELS_REQUIRE_CUDA") == "1":
+            raise SystemExit(f"peft_kernels: cannot build the CUDA extension: {error}") from None
+        reason = str(error)
+    try:
+        return build_host(extension, build_dir / "host", reason)
+    except CannotBuild as error:
+        # What forbids the one often forbids the other.
+        return BuildRecord(built=False, reason=reason if str(error) == reason else f"{reason}; for a CPU alone, {error}")
+
+
+def build_cuda(extension: Path, build_dir: Path) -> BuildRecord:
+    """Build both parts by nvcc.
 
     Raises:
         CannotBuild: with the reason.
     """
-    if os.environ.get("PEFT_KERNELS_NO_CUDA") == "1":
-        raise CannotBuild("PEFT_KERNELS_NO_CUDA=1 was set at build time")
+    refuse_if_set("PEFT_KERNELS_NO_EXTENSION")
+    refuse_if_set("PEFT_KERNELS_NO_CUDA")
     nvcc = find_nvcc()
     archs = choose_archs(nvcc)
     ptx = ptx_arch(archs)
+
+    def text(csrc: Path, includes: list[str], library: Path, links: Path) -> str:
+        compiler = os.path.join(plain(Path(nvcc.path).parent, links), "nvcc")
+        return ninja_text(compiler, archs, ptx, csrc, includes, library)
+
+    compile_by_ninja(extension, build_dir, text)
+    return BuildRecord(built=True, cuda=True, archs=archs, ptx=ptx, nvcc=nvcc.version, python_abi=python_abi())
+
+
+def build_host(extension: Path, build_dir: Path, why_no_cuda: str) -> BuildRecord:
+    """Build what a CPU runs by the C++ compiler alone.
+
+    Raises:
+        CannotBuild: with the reason.
+    """
+    refuse_if_set("PEFT_KERNELS_NO_EXTENSION")
+    compiler = find_cxx()
+
+    def text(csrc: Path, includes: list[str], library: Path, links: Path) -> str:
+        return host_ninja_text(compiler, csrc, includes, library)
+
+    compile_by_ninja(extension, build_dir, text)
+    return BuildRecord(built=True, reason=why_no_cuda, python_abi=python_abi())
+
+
+def refuse_if_set(variable: str) -> None:
+    if os.environ.get(variable) == "1":
+        raise CannotBuild(f"{variable}=1 was set at build time")
+
+
+def python_abi() -> str:
+    return sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def compile_by_ninja(extension: Path, build_dir: Path, text: Callable[[Path, list[str], Path, Path], str]) -> None:
+    """Run ninja on ``text(csrc, includes, library, folder for links)``, where no path holds what a shell would read."""
     includes = [str(CSRC), pybind11_include(), sysconfig.get_path("include")]
     missing = [path for path in includes if not Path(path).is_dir()]
     if missing:
         raise CannotBuild(f"the include folder {missing[0]} does not exist")
-
     with tempfile.TemporaryDirectory() as folder:
         links = Path(folder)
         # nvcc asks for its working folder, so that a link to it would not do.
         ninja_file = (build_dir if is_plain(build_dir) else links / "build") / "build.ninja"
         ninja_file.parent.mkdir(parents=True, exist_ok=True)
-        compiler = os.path.join(plain(Path(nvcc.path).parent, links), "nvcc")
-        sources, *includes = (plain(path, links) for path in includes)
+        sources, *others = (plain(path, links) for path in includes)
         library = Path(plain(extension.parent, links)) / extension.name
-        write_if_changed(ninja_file, ninja_text(compiler, archs, ptx, Path(sources), includes, library))
+        write_if_changed(ninja_file, text(Path(sources), others, library, links))
         run_ninja(ninja_file)
-    return BuildRecord(
-        built=True,
-        archs=archs,
-        ptx=ptx,
-        nvcc=nvcc.version,
-        python_abi=sysconfig.get_config_var("EXT_SUFFIX"),
-    )
+
+
+def find_cxx() -> tuple[str, ...]:
+    """The C++ compiler's command: CXX, which may hold flags or a launcher such as ccache, or one on PATH."""
+    given = os.environ.get("CXX", "").strip()
+    if given:
+        try:
+            words = shlex.split(given)
+        except ValueError as error:
+            raise CannotBuild(f"CXX={given!r} is no command: {error}") from error
+        if shutil.which(words[0]) is None:
+            raise CannotBuild(f"CXX names {words[0]!r}, which is not there")
+        return tuple(words)
+    for name in CXX_NAMES:
+        path = shutil.which(name)
+        if path is not None:
+            return (path,)
+    raise CannotBuild(f"there is no C++ compiler on PATH ({', '.join(CXX_NAMES)}), and CXX is not set")
 
 
 def find_nvcc() -> Nvcc:
@@ -198,12 +269,12 @@ def ninja_text(
     targets = list(machine_code.values())
     if ptx is not None:
         targets.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
-    host_flags = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     flags = [
         "-std=c++17",
         "-O3",
         "-lineinfo",
-        *(f"-Xcompiler={flag}" for flag in host_flags),
+        *(f"-Xcompiler={flag}" for flag in HOST_FLAGS),
+        "-DPEFT_KERNELS_CUDA",
         f'-DPEFT_KERNELS_ARCHS="{";".join(archs)}"',
         *(f"-I{path}" for path in (csrc, *includes)),
     ]
@@ -212,7 +283,7 @@ def ninja_text(
     link_flags = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"]
 
     lines = [
-        "ninja_required_version = 1.5",
+        NINJA_VERSION,
         f"nvcc = {command(nvcc)}",
         f"flags = {command(*flags)}",
         f"targets = {command(*targets)}",
@@ -243,6 +314,32 @@ def ninja_text(
             # Kernels for Hopper alone, whose launchers refuse every other device: elsewhere they would be traps.
             if source.stem.endswith("_sm90") and "90a" in machine_code:
                 lines.append(f"  targets = {command(machine_code['90a'])}")
+    lines.append(f"build {escaped_path(str(extension))}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def host_ninja_text(compiler: tuple[str, ...], csrc: Path, includes: list[str], extension: Path) -> str:
+    flags = ["-std=c++17", "-O3", *HOST_FLAGS, *(f"-I{path}" for path in (csrc, *includes))]
+    lines = [
+        NINJA_VERSION,
+        f"cxx = {command(*compiler)}",
+        f"flags = {command(*flags)}",
+        "",
+        "rule host",
+        "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
+        "  description = C++ compiler $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "",
+        "rule link",
+        "  command = $cxx -shared -pthread $in -o $out",
+        "  description = link $out",
+        "",
+    ]
+    objects = []
+    for source in sorted(path for pattern in HOST_SOURCES for path in csrc.rglob(pattern)):
+        objects.append(escaped_path(f"{source.relative_to(csrc).as_posix()}.o"))
+        lines.append(f"build {objects[-1]}: host {escaped_path(str(source))}")
     lines.append(f"build {escaped_path(str(extension))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -317,7 +414,7 @@ def package_version() -> str:
 
 setup(
     version=package_version(),
-    # setuptools only needs the name: nvcc takes the sources from csrc.
+    # setuptools only needs the name: the compilers take the sources from csrc.
     ext_modules=[Extension("peft_kernels._C", sources=[])],
-    cmdclass={"build_ext": BuildCuda},
+    cmdclass={"build_ext": BuildExtension},
 )

@@ -1,62 +1,38 @@
-// peft_kernels._C: kernels behind raw pointers. Free of torch, so that one binary serves every torch version; the CUDA
-// runtime is linked statically and finds the driver when it is first called, so the import needs no driver.
-#include <cuda_runtime.h>
+// peft_kernels._C: kernels behind raw pointers, free of torch, so that one binary serves every torch version. What is
+// compiled for the host is always in it; what needs CUDA, all in files that setup.py leaves out without an nvcc, is there
+// where setup.py defines PEFT_KERNELS_CUDA.
 #include <pybind11/pybind11.h>
-
-#include <string>
-
-#include "core/error.h"
 
 namespace py = pybind11;
 
 namespace peft_kernels::lora {
-void bind(pybind11::module_ module);
-}
-namespace peft_kernels::adapter {
-void bind(pybind11::module_ module);
+void bind_host(pybind11::module_& module);
 }
 
 namespace peft_kernels {
+void bind_cuda(pybind11::module_& module, pybind11::module_& lora);
+
 namespace {
 
-// PEFT_KERNELS_ARCHS is set by setup.py to what the binary holds, such as "80;90a".
-py::dict build_info() {
-  py::dict info;
-  info["archs"] = py::str(PEFT_KERNELS_ARCHS).attr("split")(";");
-  info["nvcc"] = std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "." +
-                 std::to_string(__CUDACC_VER_BUILD__);
-  info["cudart"] = CUDART_VERSION;
-  return info;
-}
+#ifdef PEFT_KERNELS_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
 
-py::object why_no_device() {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) {
-    return py::str(describe_error(error));
-  }
-  if (count == 0) {
-    return py::str("the CUDA runtime sees no device");
-  }
-  return py::none();
-}
-
-int device_count() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
-}
+// Counts changes of what Python calls on the host: a binary of other sources is not used.
+constexpr int kHostInterface = 1;
 
 }  // namespace
 }  // namespace peft_kernels
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "CUDA C++ kernels of peft_kernels, behind raw pointers.";
-  module.def("build_info", &peft_kernels::build_info,
-             "What the extension was built with: archs (list of str), nvcc (str), cudart (int).");
-  module.def("device_count", &peft_kernels::device_count, "Number of CUDA devices; 0 where there is no driver.");
-  module.def("why_no_device", &peft_kernels::why_no_device, "Reason why device_count() is 0, or None.");
-  module.def("driver_version", &peft_kernels::driver_version,
-             "The driver's CUDA version, such as 13000; 0 where there is no driver.");
-  peft_kernels::lora::bind(module.def_submodule("lora"));
-  peft_kernels::adapter::bind(module.def_submodule("adapter"));
+  module.doc() = "C++ and CUDA C++ of peft_kernels, behind raw pointers.";
+  module.attr("HAS_CUDA") = peft_kernels::kHasCuda;
+  module.attr("HOST_INTERFACE") = peft_kernels::kHostInterface;
+  py::module_ lora = module.def_submodule("lora");
+  peft_kernels::lora::bind_host(lora);
+#ifdef PEFT_KERNELS_CUDA
+  peft_kernels::bind_cuda(module, lora);
+#endif
 }

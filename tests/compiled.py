@@ -17,7 +17,7 @@ UNDEFINED_BEHAVIOUR_FAILS = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recov
 
 
 def built_extension() -> ModuleType:
-    """Import the extension; skip where there is no compiler for it, and fail where there is one."""
+    """Import the extension with CUDA; skip where there is no compiler for it, and fail where there is one."""
     reason = extension.why_not_importable()
     if reason is not None:
         home = os.environ.get("CUDA_HOME")
@@ -26,6 +26,17 @@ def built_extension() -> ModuleType:
             pytest.skip(reason)
         pytest.fail(f"{compiler} is here, but {reason}; `make build` shows why")
     return extension.load()
+
+
+def host_extension() -> ModuleType:
+    """Import the extension for what a CPU runs; skip where there is no C++ compiler, and fail where there is one."""
+    reason = extension.why_no_host()
+    if reason is not None:
+        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if compiler is None or os.environ.get("PEFT_KERNELS_NO_EXTENSION") == "1":
+            pytest.skip(reason)
+        pytest.fail(f"{compiler} is here, but {reason}; `make build` shows why")
+    return extension.load_host()
 
 
 def host_program(folder: Path, source: str, *flags: str) -> Path:

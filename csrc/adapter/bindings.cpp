@@ -2,7 +2,7 @@
 
 #include "adapter/forward_sm90_config.h"
 #include "adapter/params.h"
-#include "core/bind.h"
+#include "core/bind_launch.h"
 
 namespace peft_kernels::adapter {
 

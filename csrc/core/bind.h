@@ -6,10 +6,9 @@
 //
 // A pointer comes as an integer, or None or 0 for null; an enumerator by its name; several members in one argument, as
 // the address and strides of a tensor, by a tuple, or None for zeros. An argument that is missing, unknown or of a
-// wrong type is a TypeError that names it, an enumerator that does not exist a ValueError.
+// wrong type is a TypeError that names it, an enumerator that does not exist a ValueError. Free of CUDA.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -96,30 +95,23 @@ class Arguments {
   std::vector<const char*> taken_;
 };
 
-// A struct from its fields, and the stream of a launch.
+// A struct from its fields.
 template <typename Params>
-Params params_of(const char* function, const pybind11::kwargs& given, cudaStream_t* stream = nullptr) {
+Params params_of(const char* function, const pybind11::kwargs& given) {
   Params params = {};
   Arguments arguments(function, given);
   fields(arguments, params);
-  if (stream != nullptr) {
-    arguments("stream", *stream);
-  }
   arguments.finish();
   return params;
 }
 
-// Give the module a function of a struct's fields and the stream, which is called without Python's lock.
+// Give the module a function of a struct's fields, which is called without Python's lock.
 template <typename Params>
-void bind_launch(pybind11::module_& module,
-                 const char* name,
-                 void (*launch)(const Params&, cudaStream_t),
-                 const char* doc) {
+void bind_call(pybind11::module_& module, const char* name, void (*call)(const Params&), const char* doc) {
   const auto function = [=](const pybind11::kwargs& given) {
-    cudaStream_t stream = nullptr;
-    const auto params = params_of<Params>(name, given, &stream);
+    const auto params = params_of<Params>(name, given);
     const pybind11::gil_scoped_release unlocked;
-    launch(params, stream);
+    call(params);
   };
   module.def(name, function, doc);
 }

@@ -1,6 +1,6 @@
 #include <pybind11/pybind11.h>
 
-#include "core/bind.h"
+#include "core/bind_launch.h"
 #include "lora/gemm_sm90_config.h"
 #include "lora/params.h"
 
@@ -22,8 +22,7 @@ py::tuple gemm_workspace(int64_t m, int64_t r) {
 
 }  // namespace
 
-void bind(py::module_ module) {
-  module.doc() = "Kernels of LoRA, as lora/params.h describes them; the current device must be that of the tensors.";
+void bind(py::module_& module) {
   module.attr("GEMM_MAX_RANK") = kGemmMaxRank;
   module.def("decode_workspace", &decode_workspace,
              "Flags and bytes of decode_forward's workspace, which begins with the flags, 8 bytes each.");

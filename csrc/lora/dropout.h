@@ -16,22 +16,23 @@ constexpr int kPhiloxRounds = 7;
 constexpr int kDecisionsPerCall = 8;
 constexpr uint32_t kDropoutLevels = 1u << 16;  // a decision is a 16-bit draw
 
+constexpr uint32_t kMultiplier0 = 0xD2511F53u;
+constexpr uint32_t kMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kWeyl0 = 0x9E3779B9u;
+constexpr uint32_t kWeyl1 = 0xBB67AE85u;
+
 struct Words {
   uint32_t word[4];
 };
 
 // `key_0` and `key_1` are the low and the high half of the seed.
 PEFT_KERNELS_HOST_DEVICE Words philox4x32(Words counter, uint32_t key_0, uint32_t key_1) {
-  constexpr uint64_t kMultiplier0 = 0xD2511F53u;
-  constexpr uint64_t kMultiplier1 = 0xCD9E8D57u;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9u;
-  constexpr uint32_t kWeyl1 = 0xBB67AE85u;
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product_0 = kMultiplier0 * counter.word[0];
-    const uint64_t product_1 = kMultiplier1 * counter.word[2];
+    const uint64_t product_0 = uint64_t{kMultiplier0} * counter.word[0];
+    const uint64_t product_1 = uint64_t{kMultiplier1} * counter.word[2];
     counter = {{static_cast<uint32_t>(product_1 >> 32) ^ counter.word[1] ^ key_0, static_cast<uint32_t>(product_1),
                 static_cast<uint32_t>(product_0 >> 32) ^ counter.word[3] ^ key_1, static_cast<uint32_t>(product_0)}};
     key_0 += kWeyl0;

@@ -27,6 +27,7 @@ void fields(Take& take, Shape& shape) {
 struct DropoutMaskParams {
   uint8_t* mask;        // (rows, cols), contiguous: 1 keeps, 0 drops
   const int64_t* seed;  // 0-d
+  int64_t first_row;    // of the whole mask
   int64_t rows;
   int64_t cols;
   uint32_t threshold;  // a 16-bit draw below it drops its element
@@ -36,6 +37,7 @@ template <typename Take>
 void fields(Take& take, DropoutMaskParams& params) {
   take("mask", params.mask);
   take("seed", params.seed);
+  take("first_row", params.first_row);
   take("rows", params.rows);
   take("cols", params.cols);
   take("threshold", params.threshold);

@@ -19,10 +19,11 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 Map, bottom to top:
     kernels/               tensors and a config in, tensors out
         dropout.py         which elements are dropped: one recipe of bits for all backends
+        masks.py           the mask at work: drop(x) and a dropped sum, by C++, Triton, CUDA or torch
         config.py          tile sizes and paths, chosen by pure functions
         triton_fwd.py      `narrow_product`, `product`, `add_rank_product`                 (S, y; also dS and dX)
         triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                              (dS, dB, dbias; dA)
-        triton_dropout.py  the mask, recomputed in a kernel's registers
+        triton_dropout.py  the mask, recomputed in a kernel's registers; `drop` and `add_dropped` alone
         cuda_workspace.py  memory and nonces of launches whose blocks wait for each other
         cuda_decode.py     the launch of csrc/lora/decode.cuh                              (S, y; M <= 16)
         cuda_gemm.py       the launches of csrc/lora/gemm_sm90.cuh                         (S, y; dS, dX)
@@ -39,7 +40,7 @@ Map, bottom to top:
 """
 
 from peft_kernels.lora.injection import inject_lora
-from peft_kernels.lora.kernels.dropout import lora_linear_dropout_mask
+from peft_kernels.lora.kernels.masks import lora_linear_dropout_mask
 from peft_kernels.lora.linear.op import lora_linear
 from peft_kernels.lora.module import FusedLoRALinear
 

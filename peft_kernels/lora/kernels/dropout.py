@@ -41,6 +41,18 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout(seed=None, threshold=0, keep_scale=1.0)
 
 
+class Rows(NamedTuple):
+    """Which part of a mask: ``rows`` rows from ``first_row`` on, all ``cols`` columns; seed 0-d int64, or None where
+    limit, as ``dropout.threshold`` returns it, is 0.
+    """
+
+    seed: Tensor | None
+    first_row: int
+    rows: int
+    cols: int
+    limit: int
+
+
 def threshold(p: float) -> int:
     """Quantise a dropout probability to 1/65536; below 1 something is always kept.
 
@@ -121,36 +133,6 @@ def drop(x: Tensor, bits: Tensor) -> Tensor:
     """
     integer = _INTEGER_OF_SIZE[x.element_size()]
     return (x.resolve_neg().view(integer) & bits.to(integer)).view(x.dtype)
-
-
-def lora_linear_dropout_mask(
-    seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Return the keep-mask that ``lora_linear`` uses for a seed, on every backend.
-
-    Semantics: ``drop(x) = where(mask, x, 0) / (1 - q)`` with ``q = round(p * 65536) / 65536``.
-
-    Args:
-        seed: int, or 0-d int64 tensor.
-        rows, cols: M and K of the flattened x.
-        p: dropout probability in [0, 1).
-        device: where the mask is made.
-
-    Returns:
-        (rows, cols) bool tensor, True where the element is kept.
-
-    Raises:
-        ValueError: p outside [0, 1), a seed that is no 64-bit integer, a negative size.
-
-    Example:
-        >>> lora_linear_dropout_mask(seed=0, rows=2, cols=3, p=0.0)
-        tensor([[True, True, True],
-                [True, True, True]])
-    """
-    if rows < 0 or cols < 0:
-        raise ValueError(f"lora_linear_dropout_mask: rows and cols must not be negative, got ({rows}, {cols})")
-    limit = threshold(p)
-    return keep_bits(as_seed(seed, torch.device(device)).to(device), 0, rows, cols, limit) != 0
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, in_place: bool = True) -> tuple[Tensor, ...]:

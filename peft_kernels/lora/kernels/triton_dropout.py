@@ -1,9 +1,24 @@
-"""The keep-mask of dropout.py, recomputed in registers for one tile."""
+"""The keep-mask of dropout.py, recomputed in registers for one tile; and dropout alone, for the torch backend.
+
+Equation  drop: out = f D * x | add_dropped: out += f D * product, in place       (D is the mask, f a number)
+Tensors   x, product (rows, cols), any strides; out likewise with contiguous rows: float32, bfloat16 or float16 each
+Tiles     a program owns (BLOCK_M, BLOCK_K) elements
+Bound     one read of x and one write of out; add_dropped reads out too
+Refused   rows or columns >= 2^31 (keep_tile's counter); float64
+"""
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from peft_kernels.lora.kernels.dropout import Rows
+
+BLOCK_M, BLOCK_K = 4, 512  # 16 elements a thread: every dtype within 38 registers on sm_90, all warps resident
 
 
 @triton.jit
@@ -27,3 +42,55 @@ def keep_tile(seed, offs_m, first_col, threshold, BLOCK_COLS: tl.constexpr):
     halves = tl.join(words & 0xFFFF, words >> 16)
     # Halves are below 2^16; signed, they compare with a threshold that Triton may have turned into a constant.
     return tl.reshape(halves, (offs_m.shape[0], BLOCK_COLS)).to(tl.int32) >= threshold
+
+
+# Numbers that no address is made of: special cases of them would only be compiled once more each.
+@triton.jit(do_not_specialize=["M", "first_row", "dropout_threshold"])
+def dropout_kernel(
+    # pointers
+    x_ptr, out_ptr, seed_ptr,
+    # sizes
+    M, K, first_row, dropout_threshold, factor,
+    # strides
+    stride_xm, stride_xk, stride_om,
+    # constexprs
+    ADDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = tl.program_id(1) * BLOCK_K
+    offs_k = first_col + tl.arange(0, BLOCK_K)
+    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    x_tile = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+    out_tile = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_k[None, :]
+    keep = keep_tile(tl.load(seed_ptr), first_row + offs_m, first_col, dropout_threshold, BLOCK_K)
+    x = tl.load(x_tile, mask=mask, other=0.0)
+    if not ADDS:
+        # torch casts first, and multiplies what it has cast.
+        x = x.to(out_ptr.dtype.element_ty)
+    value = tl.where(keep, x.to(tl.float32) * factor, 0.0)
+    if ADDS:
+        value += tl.load(out_tile, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_tile, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def drop(x: Tensor, out: Tensor, part: Rows, factor: float) -> None:
+    """Launch out = factor * drop(x): x (rows, cols), any strides; out likewise, with contiguous rows."""
+    _launch(x, out, part, factor, adds=False)
+
+
+def add_dropped(out: Tensor, product: Tensor, part: Rows, factor: float) -> None:
+    """Launch out += factor * drop(product), in place, rounded once; arguments as in ``drop``."""
+    _launch(product, out, part, factor, adds=True)
+
+
+def _launch(x: Tensor, out: Tensor, part: Rows, factor: float, adds: bool) -> None:
+    if part.rows == 0 or part.cols == 0:
+        return
+    grid = (triton.cdiv(part.rows, BLOCK_M), triton.cdiv(part.cols, BLOCK_K))
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+        dropout_kernel[grid](
+            x, out, part.seed,
+            part.rows, part.cols, part.first_row, part.limit, factor,
+            x.stride(0), x.stride(1), out.stride(0),
+            ADDS=adds, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
