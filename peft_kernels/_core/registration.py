@@ -61,7 +61,8 @@ def _define_backward(operator: Any) -> str:
         call, kept, needs, backend = parts(dy, values)
         problem = operator.make_problem(call)
         found = operator.backward(problem, call, kept, dy, needs, operator.select(problem, backend))
-        return [gradient for gradient in signature.spread(found) if gradient is not None]
+        # As ``fake`` says.
+        return [gradient.contiguous() for gradient in signature.spread(found) if gradient is not None]
 
     def fake(dy: Any, *values: Any) -> list[Tensor]:
         call, _, needs, _ = parts(dy, values)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
+
+import torch
 
 from peft_kernels.prefix.problem import PrefixAttentionProblem
 
@@ -12,12 +15,16 @@ from peft_kernels.prefix.problem import PrefixAttentionProblem
 class TorchConfig:
     """What each pass of the torch backend is made of.
 
-    "blocks": products and a softmax of its own (torch_blocks.py). "fused": one call of torch's fused attention;
-    "ranges": one for each range of queries (torch_fused.py).
+    "blocks": products and a softmax of its own (torch_blocks.py). "fused": one call of torch's fused attention
+    (torch_fused.py); "ranges": one for each range of queries (torch_ranges.py).
+
+    Attributes:
+        products: dtype of the products of a forward pass in ranges; a backward pass's are wide.
     """
 
     forward: Literal["blocks", "ranges", "fused"]
-    backward: Literal["blocks", "fused"]
+    backward: Literal["blocks", "ranges", "fused"]
+    products: torch.dtype
 
 
 # What padding adds to a row where there can be no mask: 16 bytes of half precision, so that rows stay aligned.
@@ -26,15 +33,18 @@ PADDING_COLUMNS = 8
 # A padded key's score is -8 * 2^30 * scale on that path (torch_fused.py): with this scale -2^21.
 LEAST_SCALE = 2.0**-12
 
+_RANGE_ROWS = 128
+_MASK_ELEMENTS = 1 << 20
+_PART_ELEMENTS = 1 << 20
+
 
 def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     """Choose between torch's fused attention and blocks, for each pass.
 
-    CPU. Forward: in eleven shapes side by side (one thread of an AMD EPYC with AVX-512 BF16; float32 and bf16; the
-    machine was shared) ranges took 0.25 to 0.7 of the time of blocks in training and prefill, 0.5 to 1.4 in decoding.
-    Backward: fused attention recomputes its forward pass and took 0.7 to 1.5 times as long as blocks in training, more
-    with few queries; and where heads are grouped it rounds dk and dv of each head to half precision before it adds
-    them, 0.85 eps against 0.2.
+    CPU: ranges, both passes. Products of half precision are float32's unless the machine has tiles for them (AMX):
+    without, torch's kernel was as fast or faster in float32, conversions included, and half as slow or worse where
+    float16 has no instructions at all. A backward pass is always wide: in half precision that kernel rounds dk and dv
+    after each block of queries, 0.6 to 0.9 eps with 8 blocks and more where one rounding is 0.2.
 
     CUDA, which no GPU has run yet: fused in half precision, where torch documents a flash kernel for up to 256
     dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped
@@ -44,24 +54,50 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     # to a query without a key is not documented.
     unlike = (problem.causal and problem.s > problem.l) or (problem.padded and problem.p == 0)
     if problem.is_empty or unlike:
-        return TorchConfig(forward="blocks", backward="blocks")
+        return TorchConfig("blocks", "blocks", problem.wide_dtype)
     if problem.device.type == "cpu":
-        return TorchConfig(forward="ranges", backward="blocks")
+        own = problem.dtype.itemsize > 2 or _has_tiles(problem.dtype)
+        return TorchConfig("ranges", "ranges", problem.dtype if own else problem.wide_dtype)
     columns = problem.d + (PADDING_COLUMNS if problem.padded else 0)
     takes_flash = problem.device.type == "cuda" and problem.dtype.itemsize == 2 and columns <= 256
     # Below this scale padding would show; and kernels that multiply by it after the mask make a negative one nan, as
     # torch's CPU kernel does with is_causal (2.13).
     if takes_flash and problem.scale >= LEAST_SCALE:
-        return TorchConfig(forward="fused", backward="fused")
-    return TorchConfig(forward="blocks", backward="blocks")
+        return TorchConfig("fused", "fused", problem.dtype)
+    return TorchConfig("blocks", "blocks", problem.wide_dtype)
 
 
-def torch_mask_rows(keys: int) -> int:
-    """Queries of a range: 2^17 elements of its mask.
+@cache
+def _has_tiles(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies half precision several times as fast as float32."""
+    named = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
+    supported = getattr(torch.cpu, named[dtype], None)
+    return supported is not None and bool(supported())
 
-    2^16 to 2^18 differed by less than the noise in most of eleven shapes; with padding, 2^18 was the slowest.
+
+def torch_range_rows(problem: PrefixAttentionProblem) -> int:
+    """Queries of a range.
+
+    A range ends at its last query's last key, so that more of them skip more of a causal square, and cost more calls,
+    and sums of dk and dv. Where most keys are before all queries there is little to skip.
     """
-    return max(1, (1 << 17) // max(1, keys))
+    keys = problem.p + problem.l
+    if not problem.causal or 4 * problem.s < keys:
+        return max(1, min(problem.s, _MASK_ELEMENTS // max(1, keys)) if problem.causal else problem.s)
+    return max(1, min(_RANGE_ROWS, -(-problem.s // 2), _MASK_ELEMENTS // max(1, keys)))
+
+
+def torch_part(problem: PrefixAttentionProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:
+    """Batch rows and key heads whose tensors are cast to ``dtype`` together; all of them where nothing is.
+
+    What is cast stays in the caches of those who read it, and no cast copy is as large as an activation. Only whole
+    batch rows are taken together, and at least a head for each thread.
+    """
+    if dtype == problem.dtype:
+        return problem.b, problem.h_kv
+    head = (2 * problem.group * problem.s + 2 * (problem.p + problem.l)) * problem.d
+    heads = max(threads, _PART_ELEMENTS * threads // max(1, head))
+    return max(1, min(problem.b, heads // problem.h_kv)), min(heads, problem.h_kv)
 
 
 def torch_block(problem: PrefixAttentionProblem) -> tuple[int, int, int]:

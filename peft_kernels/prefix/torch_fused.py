@@ -3,8 +3,8 @@
 Equation  as torch_blocks.py
 Tensors   as problem.Inputs; results contiguous
 Saved     nothing: the backward pass joins again and recomputes the forward pass, 7 products where 5 would do
-Temporary [prefix_k; k] and [prefix_v; v] (B, H_kv, P + L, D), in the backward pass their gradients too; in ranges:
-          the mask of one; in one call: with padding, 8 more columns of q, keys and values
+Temporary [prefix_k; k] and [prefix_v; v] (B, H_kv, P + L, D), in the backward pass their gradients too; with padding
+          8 more columns of q, keys and values
 Refused   what torch_config.py gives to blocks
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
-from peft_kernels.prefix.torch_config import PADDING_COLUMNS, torch_mask_rows
+from peft_kernels.prefix.torch_config import PADDING_COLUMNS
 
 # The scores of a padded key: 8 products of this factor and its negative, -8 * 2^30 scale, which no score of numbers
 # that attention is used with comes near (torch_config.LEAST_SCALE); a float16 holds it.
@@ -44,52 +44,6 @@ def backward(problem: PrefixAttentionProblem, inputs: Inputs, dy: Tensor, needs:
         prefix_k=_of_prefix(problem, dkeys) if needs.prefix_k and dkeys is not None else None,
         prefix_v=_of_prefix(problem, dvalues) if needs.prefix_v and dvalues is not None else None,
     )
-
-
-def forward_in_ranges(problem: PrefixAttentionProblem, inputs: Inputs) -> Tensor:
-    """Return y (B, H, S, D), with a call for each range of queries, which has a small mask and ends at its last key.
-
-    A mask of all queries would take more memory, and make the kernel compute what is above the diagonal.
-    """
-    keys, values = _joined(inputs.prefix_k, inputs.k), _joined(inputs.prefix_v, inputs.v)
-    y = torch.empty(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
-    # One query sees all keys, with or without a causal mask: causal problems have no more queries than keys here.
-    if not problem.causal or problem.s == 1:
-        # The queries of a group are rows of one matrix then.
-        rows = inputs.q.reshape(problem.b, problem.h_kv, problem.group * problem.s, problem.d)
-        attended = F.scaled_dot_product_attention(
-            rows, keys, values, attn_mask=_padding(problem, inputs), scale=problem.scale
-        )
-        return y.copy_(attended.reshape(y.shape))
-    for batch in _batches(problem):
-        # Heads of a group read one key head through a stride of zero; torch's enable_gqa repeats it in memory.
-        k, v = (x[batch].flatten(0, 1)[:, None].expand(-1, problem.group, -1, -1) for x in (keys, values))
-        size = torch_mask_rows(problem.p + problem.l)
-        for first in range(0, problem.s, size):
-            last = min(first + size, problem.s)
-            seen = problem.p + last + problem.shift
-            q = inputs.q[batch, :, first:last].reshape(-1, problem.group, last - first, problem.d)
-            mask = torch.ones(last - first, seen, dtype=torch.bool, device=problem.device)
-            mask.tril_(problem.p + problem.shift + first)
-            if inputs.key_padding_mask is not None:
-                mask[:, problem.p :] &= inputs.key_padding_mask[batch, : seen - problem.p]
-            attended = F.scaled_dot_product_attention(
-                q, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=problem.scale
-            )
-            into = y[batch, :, first:last]
-            into.copy_(attended.reshape(into.shape))
-    return y
-
-
-def _batches(problem: PrefixAttentionProblem) -> list[slice]:
-    """All rows of the batch at once, or, where each has a mask of its own, one by one."""
-    return [slice(b, b + 1) for b in range(problem.b)] if problem.padded else [slice(0, problem.b)]
-
-
-def _padding(problem: PrefixAttentionProblem, inputs: Inputs) -> Tensor | None:
-    """The padding mask of the joined keys, (B, 1, 1, P + L)."""
-    mask = inputs.key_padding_mask
-    return None if mask is None else F.pad(mask, (problem.p, 0), value=True)[:, None, None]
 
 
 def _attend_at_once(problem: PrefixAttentionProblem, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

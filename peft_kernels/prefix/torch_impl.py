@@ -1,7 +1,7 @@
 """The torch backend, on any device: torch's fused attention where that is faster and as exact, blocks elsewhere.
 
-Which pass takes which is ``torch_config``'s choice. Neither keeps statistics: both backward passes work from the
-arguments alone.
+Which pass takes which is ``torch_config``'s choice. Ranges keep y and lse, as torch's attention does; the backward
+passes of the others work from the arguments alone.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.explain import note
-from peft_kernels.prefix import torch_blocks, torch_fused
+from peft_kernels.prefix import torch_blocks, torch_fused, torch_ranges
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
 from peft_kernels.prefix.torch_config import torch_config
 
 
 def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return y (B, H, S, D) and statistics of no elements."""
-    path = torch_config(problem).forward
-    note(lambda: f"  prefix_attention's queries: {path}")
-    run = {
-        "blocks": torch_blocks.forward,
-        "ranges": torch_fused.forward_in_ranges,
-        "fused": torch_fused.forward,
-    }[path]
+    """Return y (B, H, S, D) and statistics: lse (B, H, S), or no elements."""
+    config = torch_config(problem)
+    note(lambda: f"  prefix_attention's queries: {config.forward}")
+    if config.forward == "ranges":
+        return torch_ranges.forward(problem, inputs, config.products)
+    run = torch_blocks.forward if config.forward == "blocks" else torch_fused.forward
     return run(problem, inputs), torch.empty(0, dtype=problem.wide_dtype, device=problem.device)
 
 
@@ -32,8 +30,17 @@ def backward(
     problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor | None, stats: Tensor, dy: Tensor, needs: Needs
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
+    if y is not None:
+        return torch_ranges.backward(problem, inputs, y, stats, dy, needs)
     run = {"blocks": torch_blocks.backward, "fused": torch_fused.backward}[torch_config(problem).backward]
     return run(problem, inputs, dy, needs)
+
+
+def results(problem: PrefixAttentionProblem, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty tensors as ``forward``'s."""
+    if torch_config(problem).forward == "ranges":
+        return torch_ranges.empty_results(problem, like)
+    return like.new_empty(like.shape), like.new_empty((0,), dtype=problem.wide_dtype)
 
 
 IMPLEMENTATION = Implementation("torch", forward, backward)
