@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ def _never(problem: Any = None) -> None:
     return None
 
 
+def _no_paths(problem: Any) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Implementation:
     """What one backend of one operator can do.
@@ -76,6 +80,9 @@ class Implementation:
         qualification: how a machine finds out whether it is right there; ``auto`` takes it nowhere else. None: it is
             torch's own code, which needs no check.
         borrows: backends whose functions do what this one has no kernels for.
+        paths: names of the ways in which it can run a problem that it can run, its own choice first; ``forward`` and
+            ``backward`` then take a ``path``.
+        path: the one that ``forward`` and ``backward`` are bound to, if they are.
     """
 
     name: str
@@ -85,12 +92,30 @@ class Implementation:
     why_not: Callable[[Any], str | None] = _never
     qualification: Qualification | None = None
     borrows: tuple[str, ...] = ()
+    paths: Callable[[Any], tuple[str, ...]] = _no_paths
+    path: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The backend's name, with the path where it is bound to one."""
+        return self.name if self.path is None else f"{self.name}:{self.path}"
+
+    def bound(self, problem: Any) -> tuple[Implementation, ...]:
+        """Itself bound to each of its paths for a problem, or itself where it has but one way."""
+        paths = self.paths(problem) if self.path is None else ()
+        return tuple(_bound(self, path) for path in paths) if len(paths) > 1 else (self,)
 
     def why_not_auto(self, problem: Any) -> str | None:
         """Reason why ``auto`` passes over it although it can run the problem, or None; may wait for a check."""
         if self.qualification is None:
             return None
         return verdicts.why_not(self.name, self.qualification, problem)
+
+
+@lru_cache(maxsize=64)
+def _bound(implementation: Implementation, path: str) -> Implementation:
+    forward, backward = partial(implementation.forward, path=path), partial(implementation.backward, path=path)
+    return replace(implementation, forward=forward, backward=backward, path=path)
 
 
 @contextmanager
@@ -175,14 +200,31 @@ def select_backend(
     if backend != "auto":
         return _select_forced(operator, implementations, problem, backend)
     refusals: list[str] = []
+    chosen = next(_able(implementations, problem, refusals), None)
+    if chosen is None:
+        raise UnsupportedError(f"{operator}: no backend can run this problem ({'; '.join(refusals)})")
+    if refusals:
+        _say_once(operator, chosen, refusals, problem)
+    return chosen
+
+
+def able_backends(implementations: Sequence[Implementation], problem: Any) -> tuple[Implementation, ...]:
+    """All that ``auto`` may take for a problem, each on each of its paths; the first is what ``select_backend`` takes.
+
+    May wait until kernels are checked on this machine.
+    """
+    able = _able(implementations, problem, [])
+    return tuple(bound for implementation in able for bound in implementation.bound(problem))
+
+
+def _able(implementations: Sequence[Implementation], problem: Any, refusals: list[str]) -> Iterator[Implementation]:
+    """Those that ``auto`` may take; the reasons why it passes over others are added to ``refusals``."""
     for implementation in implementations:
         reason = implementation.why_not(problem) or implementation.why_not_auto(problem)
         if reason is None:
-            if refusals:
-                _say_once(operator, implementation, refusals, problem)
-            return implementation
-        refusals.append(f"{implementation.name}: {reason}")
-    raise UnsupportedError(f"{operator}: no backend can run this problem ({'; '.join(refusals)})")
+            yield implementation
+        else:
+            refusals.append(f"{implementation.name}: {reason}")
 
 
 def explain_backend(operator: str, implementations: Sequence[Implementation], problem: Any, backend: str) -> str:

@@ -92,12 +92,12 @@ def on_device(run: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(run)
-    def launch(problem: Any, *arguments: Any) -> Any:
+    def launch(problem: Any, *arguments: Any, **options: Any) -> Any:
         device = problem.device
         if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-            return run(problem, *arguments)
+            return run(problem, *arguments, **options)
         with torch.cuda.device(device):
-            return run(problem, *arguments)
+            return run(problem, *arguments, **options)
 
     return launch
 

@@ -22,9 +22,19 @@ def why_not(problem: BottleneckAdapterProblem) -> str | None:
     return triton_tools.why_not_tensors(problem.device, problem.dtype, "M, N and K", problem.m, problem.n, problem.k)
 
 
-def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and z (M, r) float32."""
-    launches = _Launches.of(problem)
+def paths(problem: BottleneckAdapterProblem) -> tuple[config.Path, ...]:
+    """Ways to the two products, the one that would be chosen first; wide bottlenecks have but one."""
+    if problem.r > config.FUSED_LIMIT:
+        return ("split",)
+    chosen = config.product_path(problem.m, problem.r, hardware(problem.device))
+    return ("fused", "split") if chosen == "fused" else ("split", "fused")
+
+
+def forward(
+    problem: BottleneckAdapterProblem, inputs: Inputs, path: config.Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return y (M, N) and z (M, r) float32, by a path of ``paths``."""
+    launches = _Launches.of(problem, path)
     x, wd, wu, bd, bu, *_, scale = inputs
     residual = x if problem.serial else inputs.residual
     precisions = launches.precisions(problem.out_dtype)
@@ -37,9 +47,16 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
     return launches.wide_product(z, wu.t(), bu, residual, scale, problem.activation, problem.out_dtype), z
 
 
-def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+def backward(
+    problem: BottleneckAdapterProblem,
+    inputs: Inputs,
+    z: Tensor,
+    dy: Tensor,
+    needs: Needs,
+    path: config.Path | None = None,
+) -> Gradients:
     """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
-    launches = _Launches.of(problem)
+    launches = _Launches.of(problem, path)
     dtype = problem.adapter_dtype
     dx = dwd = dbd = dwu = dbu = None
     if needs.dz:
@@ -66,16 +83,17 @@ class _Launches(NamedTuple):
     bwd: ModuleType
     problem: BottleneckAdapterProblem
     hardware: Hardware
+    path: config.Path | None
 
     @staticmethod
-    def of(problem: BottleneckAdapterProblem) -> _Launches:
+    def of(problem: BottleneckAdapterProblem, path: config.Path | None) -> _Launches:
         from peft_kernels.adapter.kernels import triton_bwd, triton_fwd
 
-        return _Launches(triton_fwd, triton_bwd, problem, hardware(problem.device))
+        return _Launches(triton_fwd, triton_bwd, problem, hardware(problem.device), path)
 
     def is_fused(self) -> bool:
         """Whether both products of a direction run in one launch."""
-        path = config.product_path(self.problem.m, self.problem.r, self.hardware)
+        path = self.path or config.product_path(self.problem.m, self.problem.r, self.hardware)
         note(lambda: f"  bottleneck_adapter's products: {path}")
         return path == "fused"
 
@@ -156,4 +174,5 @@ IMPLEMENTATION = Implementation(
     qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
+    paths=paths,
 )

@@ -24,17 +24,32 @@ def why_not(problem: LoraLinearProblem) -> str | None:
     return triton_tools.why_not_tensors(problem.device, problem.dtype, "M, N and K", problem.m, problem.n, problem.k)
 
 
-def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and S (M, r) float32."""
-    launches = _Launches.of(problem, inputs)
+def paths(problem: LoraLinearProblem) -> tuple[config.Path, ...]:
+    """Ways to the base product, the one that would be chosen first; float32 and ragged rows have but one."""
+    if not problem.rows_aligned or problem.dtype == torch.float32:
+        return ("cublas",)
+    chosen = config.base_product_path(problem.m, problem.n, problem.k, problem.dtype, True, hardware(problem.device))
+    return ("fused", "cublas") if chosen == "fused" else ("cublas", "fused")
+
+
+def forward(problem: LoraLinearProblem, inputs: Inputs, path: config.Path | None = None) -> tuple[Tensor, Tensor]:
+    """Return y (M, N) and S (M, r) float32, by a path of ``paths``."""
+    launches = _Launches.of(problem, inputs, path)
     x, weight, lora_a, lora_b, scale, bias, *_ = inputs
     s = launches.narrow_product(x, lora_a, problem.keep_scale, launches.dropout)
     return launches.product(x, weight, (s, lora_b, scale), bias, NO_DROPOUT), s
 
 
-def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+def backward(
+    problem: LoraLinearProblem,
+    inputs: Inputs,
+    s: Tensor,
+    dy: Tensor,
+    needs: Needs,
+    path: config.Path | None = None,
+) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
-    launches = _Launches.of(problem, inputs)
+    launches = _Launches.of(problem, inputs, path)
     x, weight, lora_a, lora_b, scale, *_ = inputs
     ds, db, dbias = launches.narrow_and_reduce(dy, s, lora_b, scale, needs)
     dx = da = None
@@ -60,9 +75,10 @@ class _Launches(NamedTuple):
     dropout: Dropout
     exact: bool
     r: int
+    path: config.Path | None
 
     @staticmethod
-    def of(problem: LoraLinearProblem, inputs: Inputs) -> _Launches:
+    def of(problem: LoraLinearProblem, inputs: Inputs, path: config.Path | None) -> _Launches:
         from peft_kernels.lora.kernels import triton_bwd, triton_fwd
 
         return _Launches(
@@ -74,6 +90,7 @@ class _Launches(NamedTuple):
             else NO_DROPOUT,
             exact=problem.adapter_dtype != problem.dtype,
             r=problem.r,
+            path=path,
         )
 
     def narrow_product(self, x: Tensor, a: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
@@ -88,7 +105,9 @@ class _Launches(NamedTuple):
         """x w^T + bias + the rank product, by the fused kernel or by cuBLAS and one pass in place."""
         (m, k), n, r = x.shape, w.shape[0], term[1].shape[1]
         rank_product, aligned = self.fwd.RankProduct(*term), self.fwd.has_aligned_rows(x, w)
-        path = config.base_product_path(m, n, k, x.dtype, aligned, self.hardware)
+        # dY may be ragged where x is not; the fused kernel is not checked on such rows.
+        asked = self.path if aligned else None
+        path = asked or config.base_product_path(m, n, k, x.dtype, aligned, self.hardware)
         note(lambda: f"  lora_linear's base product: {path}")
         if path == "fused":
             chosen = config.product_config(r, x.dtype, dropout.seed is not None, aligned, self.hardware)
@@ -124,4 +143,5 @@ IMPLEMENTATION = Implementation(
     qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
+    paths=paths,
 )
