@@ -64,10 +64,11 @@ class Operator:
         passes: an argument whose gradient is dy itself, which no registered operator may return.
         several: whether y is a tuple.
         adds: arguments that are added to y: no gradient depends on them.
-        native: (problem, records) -> a function of a call that returns what the caller sees by torch's own operators,
-            recorded by torch's own autograd where ``records``; or None where ``forward`` and ``backward`` are faster, or
-            keep less. ``auto`` takes it in the torch implementation's place, outside of autocast, where something is to
-            be computed; it owes what they owe: error, bits, bytes that are kept, results that are no views.
+        native: (problem, call, records) -> a function of calls of the same key that returns what the caller sees by
+            torch's own operators, recorded by torch's own autograd where ``records``; or None where ``forward`` and
+            ``backward`` are faster, or keep less. ``auto`` takes it in the torch implementation's place, outside of
+            autocast, where something is to be computed. It owes what they owe: error, bits, bytes that are kept,
+            results that are no views.
         addressed: arguments whose strides and addresses ``make_problem`` reads on CUDA.
         linear: whether no gradient depends on any argument, and the torch implementation's ``backward`` is made of
             differentiable operations: then it has derivatives of its own.
@@ -90,7 +91,7 @@ class Operator:
     several: bool = False
     adds: tuple[str, ...] = ()
     linear: bool = False
-    native: Callable[[Any, bool], Callable[[Any], Any] | None] = lambda problem, records: None
+    native: Callable[[Any, Any, bool], Callable[[Any], Any] | None] = lambda problem, call, records: None
     addressed: tuple[str, ...] = ()
     plans: Cache = field(init=False, default_factory=Cache)
     signature: Signature = field(init=False)
@@ -118,7 +119,7 @@ class Operator:
             problem, reason = self.make_problem(call), why_not_opaque(call)
             if reason is not None:
                 return self._composed(problem, call, asked, reason)
-            plan = self._plan(problem, asked, key)
+            plan = self._plan(problem, call, asked, key)
         return self.run(plan, call)
 
     def known(self, call: Any, backend: str | None) -> Plan | None:
@@ -136,14 +137,14 @@ class Operator:
             return self.visible(self.fresh(plan.problem, call, plan.implementation))
         return self._eager.apply(plan.problem, plan.implementation, *self.signature.leaves(call))
 
-    def _plan(self, problem: Any, backend: str, key: Key | None) -> Plan:
+    def _plan(self, problem: Any, call: Any, backend: str, key: Key | None) -> Plan:
         """Decide what a call does, and remember it under its key, if it has one."""
         generation, records = dispatch.generation, torch.is_grad_enabled()
         implementation = self.select(problem, backend)
         ends_on_torch = implementation is self.implementations[-1]
         native = None
         if key is not None and backend == "auto" and ends_on_torch and not problem.is_empty and not is_any_autocast():
-            native = self.native(problem, records)
+            native = self.native(problem, call, records)
         plan = Plan(problem, backend, implementation, native, records, generation)
         # While a CUDA graph is captured, auto may have to pass over what it takes elsewhere.
         if key is not None and not is_capturing(problem.device):

@@ -50,7 +50,8 @@ def test_error_budget_of_other_strides(operator: Operator, case: Any, layout: st
             **{name: laid_out(x, layout) for name, x in given.items() if x is not None and x.dim() == 2}
         )
 
-    replace(operator, make=make).check_budget(case, device, functools.partial(operator.run_ours, variant="torch"))
+    for variant in {"torch", "auto"}.intersection(operator.variants):
+        replace(operator, make=make).check_budget(case, device, functools.partial(operator.run_ours, variant=variant))
 
 
 @each_variant

@@ -24,6 +24,8 @@ SEED = 20240229
 
 # Backend, and which path of the Triton backend computes the base product.
 VARIANTS = ("torch", "triton-fused", "triton-cublas")
+# What auto makes of small calls on a CPU: torch's own operators.
+WITH_AUTO = (*VARIANTS, "auto")
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ OPERATOR = Operator(
     function=op.lora_linear,
     op=op,
     differentiable=Tensors._fields,
-    variants=VARIANTS,
+    variants=WITH_AUTO,
     pin=_pin,
     make=make,
     make_exact=make_exact,
@@ -179,7 +181,10 @@ OPERATOR = Operator(
     oracle=_oracle,
     # S, whose errors reach most results, has m r values.
     draws=lambda case: min(16, 256 // (case.m * case.r)),
-    budget=tuple(itertools.product(GRID, VARIANTS)),
+    budget=(
+        *itertools.product(GRID, VARIANTS),
+        *((case, "auto") for case in GRID if case.p == 0.0 and case.adapter_dtype is None),
+    ),
     exact=st.builds(
         lambda dtypes, **rest: Case(dtype=dtypes[0], adapter_dtype=dtypes[1], scale=0.5, **rest),
         **{size: st.integers(1, 40) for size in "mnkr"},
@@ -198,7 +203,7 @@ OPERATOR = Operator(
         (Case(m=260, n=136, k=72, r=8, dtype=dtype, adapter_dtype=adapter, p=p), variant)
         for dtype, adapter in (DTYPES[0], DTYPES[3])
         for p in (0.0, 0.3)
-        for variant in VARIANTS
+        for variant in WITH_AUTO
     ),
     typical=Case(p=0.3, r=40),
     kinds=tuple(replace(_SMALL, p=p, scale=scale) for p in (0.0, 0.3) for scale in (0.5, torch.tensor(0.5))),
