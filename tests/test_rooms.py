@@ -31,6 +31,7 @@ OF_A_FAMILY = (
     "peft_kernels/{family}/kernels/config.py",
     "peft_kernels/{family}/kernels/triton_fwd.py",
     "peft_kernels/{family}/kernels/triton_bwd.py",
+    "peft_kernels/{family}/qualification.py",
     "tests/{family}/cases.py",
     "tests/{family}/test_reference.py",
     "tests/{family}/test_backends.py",

@@ -10,6 +10,9 @@ arguments.py     what modules may be made of
 encoder_layer.py torch's fused encoder layer, which calls no submodule
 dispatch.py      which backend runs, and why not another; use_backend
 timing.py        which of several candidates is fastest here, for a class of shapes
+qualification.py what a family gives for a machine to check its kernels
+verdicts.py      which kernels are right on this machine, and when to find it out; child.py, the processes that do
+records.py       what was found out, in a file for each machine
 explain.py       what a call does, in words
 autocast.py      what F.linear does under autocast
 torch_products.py  products of the torch backends, where BLAS would lose bits

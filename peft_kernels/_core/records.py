@@ -103,10 +103,10 @@ def signature(device: torch.device) -> Signature:
 def source_hash() -> str:
     """Hash of all whose change may make a right kernel wrong, or a check of it another one."""
     digest = hashlib.sha256()
-    core = ("triton_tools.py", "triton_math.py", "tma.py", "cuda_tools.py", "torch_products.py")
+    names = ("triton_tools.py", "triton_math.py", "tma.py", "cuda_tools.py", "judge.py", "testing.py")
     for path in sorted(_PACKAGE.rglob("*.py")):
         inside = path.relative_to(_PACKAGE)
-        if "kernels" in inside.parts[:-1] or path.stem.endswith(("_impl", "qualification")) or path.name in core:
+        if "kernels" in inside.parts[:-1] or path.stem.endswith(("_impl", "qualification")) or path.name in names:
             digest.update(inside.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     for path in (*sorted(_PACKAGE.glob("_C.*")), _PACKAGE / "_build_info.json"):
         with contextlib.suppress(FileNotFoundError):

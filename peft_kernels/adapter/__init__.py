@@ -9,9 +9,10 @@ arXiv:2110.04366.
 | backend | runs where            | dtypes                 | r   | status                                              |
 | torch   | any device            | fp32, bf16, fp16, fp64 | any | tested on CPU                                       |
 | triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | any | tested in Triton's interpreter, compiled for sm_80, |
-|         |                       |                        |     | 89, 90 and 100; run by no GPU yet: not in `auto`    |
+|         |                       |                        |     | 89, 90 and 100; in `auto` where a machine's own     |
+|         |                       |                        |     | check finds it right                                |
 | cuda    | CUDA, sm_90           | bf16, fp16             | 128 | forward only, backward is torch's; tested in a      |
-|         |                       |                        |     | host emulator; run by no GPU yet: not in `auto`     |
+|         |                       |                        |     | host emulator; in `auto` as Triton is               |
 
 Map, bottom to top:
     kernels/                   tensors and a config in, tensors out
@@ -28,6 +29,7 @@ Map, bottom to top:
     triton_impl.py             what Triton can run, and the order of its launches
     cuda_impl.py               what the CUDA kernel can run
     op.py                      the public function, and the declaration that makes it an operator
+    qualification.py           the problems by which a machine checks the kernels
     module.py                  SerialAdapter, ParallelAdapter
     insertion.py               adapters in a transformer block
 """

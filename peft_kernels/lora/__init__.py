@@ -7,14 +7,14 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 | backend | runs where            | dtypes                 | rank | status                                          |
 | torch   | any device            | fp32, bf16, fp16, fp64 | any  | tested on CPU                                   |
 | triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | any  | tested in Triton's interpreter and compiled for |
-|         |                       |                        |      | sm_80, 89, 90, 100; run by no GPU yet: not in   |
-|         |                       |                        |      | `auto`                                          |
+|         |                       |                        |      | sm_80, 89, 90, 100; in `auto` where a machine's |
+|         |                       |                        |      | own check finds it right                        |
 | cuda    | CUDA, sm_80 and newer | bf16, fp16; adapters   | any  | decode: M <= 16, no dropout; backward by torch. |
-|         |                       | likewise or fp32       |      | Device body tested in the emulator; run by no   |
-|         |                       |                        |      | GPU yet: not in `auto`                          |
+|         |                       | likewise or fp32       |      | Device body tested in the emulator; in `auto`   |
+|         |                       |                        |      | as Triton is                                    |
 |         | CUDA, sm_90           | bf16, fp16; adapters   | 128  | gemm: no dropout, N and K multiples of 8; dX    |
 |         |                       | likewise               |      | and dS in one launch, the rest by torch. As     |
-|         |                       |                        |      | above: emulator, no GPU yet, not in `auto`      |
+|         |                       |                        |      | above: emulator, and in `auto` after a check    |
 
 Map, bottom to top:
     kernels/               tensors and a config in, tensors out
@@ -34,6 +34,7 @@ Map, bottom to top:
         triton_impl.py     what Triton can run, and the order of its launches
         cuda_impl.py       what the CUDA kernels can run, in the order in which they are tried
         op.py              the public function, and the declaration that makes it an operator
+    qualification.py       the problems by which a machine checks the kernels
     module.py              FusedLoRALinear
     base_layer.py          which linear layers it can wrap, and what of torch's cannot hold it
     injection.py           `inject_lora`

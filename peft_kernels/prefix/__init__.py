@@ -6,12 +6,12 @@
 Source: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190.
 
 | backend | runs where            | dtypes                 | D        | status                                         |
-| torch   | any device            | fp32, bf16, fp16, fp64 | any      | tested on CPU; joins keys and values for the   |
-|         |                       |                        |          | length of a pass; its path for CUDA in half    |
-|         |                       |                        |          | precision has been run on a CPU alone          |
+| torch   | any device            | fp32, bf16, fp16, fp64 | any      | tested on CPU, its path for CUDA in half       |
+|         |                       |                        |          | precision too; joins keys and values for the   |
+|         |                       |                        |          | length of a pass                               |
 | triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | 1 to 256 | tested in Triton's interpreter and compiled    |
-|         |                       |                        |          | for sm_80, 89, 90, 100; run by no GPU yet: not |
-|         |                       |                        |          | in `auto`                                      |
+|         |                       |                        |          | for sm_80, 89, 90, 100; in `auto` where a      |
+|         |                       |                        |          | machine's own check finds it right             |
 
 Map, bottom to top:
     kernels/            tensors and a config in, tensors out
@@ -28,6 +28,7 @@ Map, bottom to top:
     composite.py        the same by torch's differentiable operations, where torch must see inside
     triton_impl.py      what Triton can run, and the order of its launches
     op.py               the public function, and the declaration that makes it an operator
+    qualification.py    the problems by which a machine checks the kernels
     module.py           PrefixEncoder
 """
 

@@ -7,7 +7,8 @@ Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt T
 | backend | runs where           | dtypes                | status                                                    |
 | torch   | any device           | fp32, bf16, fp16, fp64 | tested on CPU                                             |
 | triton  | CUDA, sm_80 and newer | fp32, bf16, fp16      | tested in Triton's interpreter and compiled for sm_80, 89, |
-|        |                      |                       | 90, 100; run by no GPU yet: not in `auto`                 |
+|        |                      |                       | 90, 100; in `auto` where a machine's own check finds it   |
+|        |                      |                       | right                                                     |
 
 Map, bottom to top:
     kernels/            tensors and a config in, tensors out
@@ -19,6 +20,7 @@ Map, bottom to top:
     composite.py        the same by torch's differentiable operations, where torch must see inside
     triton_impl.py      what Triton can run, and the order of its launches
     op.py               the public function, and the declaration that makes it an operator
+    qualification.py    the problems by which a machine checks the kernels
     module.py           PromptEmbedding, PromptEnsemble
 """
 

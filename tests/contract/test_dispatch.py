@@ -70,6 +70,18 @@ def test_cpu_runs_on_torch_without_a_warning(operator: Operator) -> None:
     assert run == [("forward", "torch")]
 
 
+@over("", lambda operator: [()])
+def test_every_kernel_has_problems_to_be_checked_by(operator: Operator) -> None:
+    """And torch's own code has none: it is what they are compared with, and runs everything."""
+    *kernels, reference = operator.op.OPERATOR.implementations
+    assert reference.name == "torch" and reference.qualification is None
+    for implementation in kernels:
+        assert implementation.qualification.family.operator == operator.name
+        assert implementation.qualification.parts
+        # Blocks that wait for each other are CUDA C++'s.
+        assert implementation.qualification.alone == (implementation.name == "cuda")
+
+
 @over("changes, message", lambda operator: operator.wrong)
 def test_wrong_input_is_named(operator: Operator, changes: dict[str, Any], message: str) -> None:
     given = operator.arguments(operator.wrong_case, operator.make(operator.wrong_case, CPU))

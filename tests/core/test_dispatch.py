@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import peft_kernels as pk
-from peft_kernels._core import dispatch
+from peft_kernels._core import dispatch, verdicts
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import OPERATORS, Operator
 
@@ -35,10 +35,25 @@ def test_auto_takes_the_first_without_a_reason() -> None:
     assert _choose("auto", cuda, triton, torch_) == "triton"
 
 
-def test_auto_passes_over_what_only_runs_on_request() -> None:
-    triton, torch_ = _implementation("triton", verified_archs=frozenset()), _implementation("torch")
-    assert _choose("auto", triton, torch_) == "torch"
+def test_auto_passes_over_what_is_not_known_to_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forced backend is not asked."""
+    asked: list[tuple[object, ...]] = []
+    answers = ["it was wrong: m37", None]
+    monkeypatch.setattr(verdicts, "why_not", lambda *arguments: asked.append(arguments) or answers.pop(0))
+    qualification: Any = object()
+    triton, torch_ = _implementation("triton", qualification=qualification), _implementation("torch")
+    assert [_choose("auto", triton, torch_) for _ in range(2)] == ["torch", "triton"]
+    assert asked == [("triton", qualification, Problem(torch.device("cpu")))] * 2
     assert _choose("triton", triton, torch_) == "triton"
+    assert len(asked) == 2
+
+
+def test_what_runs_the_problem_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check is begun of a kernel that would refuse the problem."""
+    monkeypatch.setattr(verdicts, "why_not", lambda *arguments: pytest.fail("was asked"))
+    qualification: Any = object()
+    triton = _implementation("triton", "M is odd", qualification=qualification)
+    assert _choose("auto", triton, _implementation("torch")) == "torch"
 
 
 def test_forced_backend_says_why_it_cannot() -> None:

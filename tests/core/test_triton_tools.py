@@ -11,8 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from peft_kernels._core import cuda_tools, device, extension, triton_tools
-from peft_kernels._core.device import Hardware
+from peft_kernels._core import cuda_tools, extension, triton_tools
 from peft_kernels._core.operator import OPERATORS
 
 
@@ -72,14 +71,6 @@ def test_other_accelerators_are_named(name: str) -> None:
 @pytest.mark.parametrize(("value", "power"), [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (512, 512)])
 def test_next_power_of_2(value: int, power: int) -> None:
     assert triton_tools.next_power_of_2(value) == power
-
-
-def test_only_verified_architectures_are_chosen_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "hardware", lambda device: Hardware(arch=90, sm_count=132))
-    cuda = torch.device("cuda", 0)
-    assert device.why_not_verified(cuda, frozenset({80, 90}), "triton") is None
-    assert "not been verified on sm_90" in (device.why_not_verified(cuda, frozenset({80}), "triton") or "")
-    assert "for tests" in (device.why_not_verified(torch.device("cpu"), frozenset({90}), "triton") or "")
 
 
 @pytest.mark.parametrize("current", [0, 1])

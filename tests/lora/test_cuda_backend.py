@@ -12,7 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
-from peft_kernels.lora.linear import cuda_impl, op, problem
+from peft_kernels._core import verdicts
+from peft_kernels._core.device import Hardware
+from peft_kernels.lora.linear import cuda_impl, problem
 from tests.lora import emulated_extension
 from tests.lora.cases import OPERATOR, Case, check_budget, make, make_exact, run_oracle
 from tests.lora.emulated_extension import EmulatedExtension
@@ -115,17 +117,23 @@ def test_cpu_tensors_are_refused() -> None:
         pk.lora_linear(*tensors[:4], backend="cuda")
 
 
-def test_auto_takes_no_unverified_kernel(emulated: EmulatedExtension, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_what_is_known_to_be_right(emulated: EmulatedExtension, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = make(Case(m=1, n=8, k=8, r=1, dtype=torch.bfloat16), CPU)
     described = problem.make_problem(problem.Inputs(*tensors[:4], 1.0, None, 0.0, None))
     assert cuda_impl.why_not(described) is None
-    assert (
-        cuda_impl.IMPLEMENTATION.why_not_auto(described)
-        == "it has not been verified on sm_90; use_backend('cuda') runs it all the same"
-    )
+    assert cuda_impl.IMPLEMENTATION.why_not_auto(described) == "on a CPU it runs in an emulator, which is for tests"
     pk.lora_linear(*tensors[:4])
     assert not emulated.calls
-    verified = dataclasses.replace(cuda_impl.IMPLEMENTATION, verified_archs=frozenset({90}))
-    monkeypatch.setattr(op.OPERATOR, "implementations", (verified, *op.OPERATOR.implementations[1:]))
+    monkeypatch.setattr(verdicts, "why_not", lambda *_: None)
     pk.lora_linear(*tensors[:4])
     assert len(emulated.calls) == 1
+
+
+def test_problems_of_a_check_touch_their_part(emulated: EmulatedExtension) -> None:
+    qualification = cuda_impl.IMPLEMENTATION.qualification
+    assert qualification is not None
+    for part in qualification.parts:
+        for case in qualification.cases(part, Hardware(arch=90, sm_count=4)):
+            described = problem.make_problem(qualification.family.make(case, torch.device("meta"), 0)[0])
+            assert cuda_impl.why_not(described) is None
+            assert qualification.touched(described) == (part,)

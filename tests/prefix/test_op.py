@@ -149,7 +149,6 @@ def test_too_many_rows_are_refused_by_triton() -> None:
     assert "below 2^31" in triton_impl.why_not(make_problem(Inputs(q, k, k, prefix, prefix, True, 1.0, None)))
 
 
-def test_no_architecture_is_verified_unless_it_was() -> None:
-    """`auto` takes Triton only where tests and benchmarks ran; whoever adds an architecture has run them there."""
+def test_the_interpreter_is_not_in_auto() -> None:
     problem = make_problem(Inputs(*make(Case(), CPU)[:5], True, 1.0, None))
     assert "for tests" in triton_impl.IMPLEMENTATION.why_not_auto(problem)
