@@ -2,8 +2,8 @@
 
 ``kernel[grid](...)`` specializes each argument, makes a key of all of them and of the options, and looks the compiled
 kernel up, in some 15 us of Python for 30 arguments. A `Launcher` keeps the compiled kernels that such launches
-returned, by a key that is cheap to make, and calls them as `JITFunction.run` does. Whatever it does not know, or whoever else
-wants to see a launch, gets ``kernel[grid](...)``.
+returned, by a key that is cheap to make, and calls them as `JITFunction.run` does. What it does not know goes through
+``kernel[grid](...)``, and so does everything while somebody watches launches.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Launcher:
 def specializations(numbers: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
     """Triton's rule for integers: their type, and whether they are 1 or a multiple of 16."""
     return tuple(
-        ("constexpr" if n == 1 else "i32" if _is_int32(n) else "i64", "D" if n % _MULTIPLE == 0 else "")
+        ("one", "") if n == 1 else ("i32" if _is_int32(n) else "i64", "D" if n % _MULTIPLE == 0 else "")
         for n in numbers
     )
 
