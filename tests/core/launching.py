@@ -8,6 +8,7 @@ direct launch addresses, which tells them apart.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -15,7 +16,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -55,7 +55,7 @@ def tile_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
     y_ptr.store([0, 0], x_ptr.load([0, tl.program_id(0) * size]))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     BLOCK: int = 64
     splits: int = 1
@@ -82,8 +82,10 @@ class Launched(NamedTuple):
 
 def _address(argument: Any) -> Any:
     if isinstance(argument, TensorDescriptor):
-        fields = argument.padding, argument.round_f32_to_tf32, *argument.block_shape
-        return argument.base.data_ptr(), *argument.shape, *argument.strides, *fields
+        # Which fields there are is Triton's affair; sizes may stand in a list or in a tuple.
+        fields = {field.name: getattr(argument, field.name) for field in dataclasses.fields(argument)}
+        base = fields.pop("base")
+        return base.data_ptr(), *(tuple(value) if isinstance(value, list) else value for value in fields.values())
     return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
