@@ -1,19 +1,18 @@
 """Launches of Triton kernels that do not ask Triton's binder again for what an earlier launch was told.
 
 ``kernel[grid](...)`` specializes each argument, makes a key of all of them and of the options, and looks the compiled
-kernel up, in some 15 us of Python for 30 arguments. A `Launcher` keeps the compiled kernels that such launches returned,
-by a key that is cheap to make, and calls them as `JITFunction.run` does. Whatever it does not know, or whoever else
-wants to see a launch, gets ``kernel[grid](...)``.
+kernel up, in some 15 us of Python for 30 arguments. A `Launcher` keeps the compiled kernels that such launches
+returned, by a key that is cheap to make, and calls them as `JITFunction.run` does. What it does not know goes through
+``kernel[grid](...)``, and so does everything while somebody watches launches.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from triton import knobs
@@ -24,19 +23,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Versions whose sources were read: what `JITFunction.run` calls, with which arguments, and what stands in its key.
 _KNOWN_VERSIONS = ((3, 6), (3, 8))
-_GENUINE_RUN = JITFunction.run
 
-# Compiled kernels that a launcher remembers. Keys have whole strides in them, of which attention has new ones for every
-# length; a kernel that is forgotten is found again by Triton, for the price of its own launch.
+# Compiled kernels that a launcher remembers; one that is forgotten is found again by Triton, for the price of its own
+# launch.
 REMEMBERED = 1024
 
 _LARGEST_INT32 = 2**31 - 1
 _ALIGNMENT = 16  # of addresses, in bytes: what Triton compiles for
+_MULTIPLE = 16  # of integers
 
 # Fields of configs that the host alone reads: they vary with the tokens, and no variant is compiled for them.
 _HOST_FIELDS = ("splits",)
-
-Pointer = Tensor | TensorDescriptor | float | None
 
 
 class Constants:
@@ -81,7 +78,7 @@ class Launcher:
     def __call__(
         self,
         grid: tuple[int, int, int],
-        pointers: tuple[Pointer, ...],
+        pointers: tuple[Any, ...],
         free: tuple[float, ...],
         specialized: tuple[int, ...],
         flags: tuple[Any, ...],
@@ -95,11 +92,13 @@ class Launcher:
         """
         constants = constants_of(config)
         if not self._may_launch_directly():
-            self._launch_by_triton(grid, (*pointers, *free, *specialized), flags, constants)
+            self._launch_by_triton(grid, pointers, free, specialized, flags, constants)
             return
         active = driver.active
         device = active.get_current_device()
-        arguments, kinds, address_bits = [], [], 0
+        arguments: list[Any] = []
+        kinds: list[Any] = []
+        address_bits = 0
         for pointer in pointers:
             if pointer is None:
                 arguments.append(None)
@@ -111,16 +110,17 @@ class Launcher:
                 kinds.append(pointer.dtype)
             elif isinstance(pointer, TensorDescriptor):
                 arguments.append(pointer)
-                kinds.append((pointer.base.dtype, *pointer.block_shape))
+                kinds.append(pointer.base.dtype)
+                kinds += pointer.block_shape
             else:
-                arguments.append(pointer)
+                arguments.append(float(pointer))
                 kinds.append(float)
         if address_bits % _ALIGNMENT:
             kinds.append(tuple(isinstance(p, Tensor) and p.data_ptr() % _ALIGNMENT == 0 for p in pointers))
-        key = (active, device, constants, flags, tuple(kinds), specialized)
+        key = (active, device, constants, flags, tuple(kinds), specializations(specialized))
         compiled = self._remembered.get(key)
         if compiled is None or (free and max(free) > _LARGEST_INT32):
-            launched = self._launch_by_triton(grid, (*pointers, *free, *specialized), flags, constants)
+            launched = self._launch_by_triton(grid, pointers, free, specialized, flags, constants)
             self._remember(key, launched, pointers, free, flags, constants)
             return
         compiled.run(
@@ -131,46 +131,63 @@ class Launcher:
     def _may_launch_directly(self) -> bool:
         """Whether Triton itself would do no more than look up the kernel and call it, and nobody watches it do so."""
         runtime = knobs.runtime
+        # A hook is a chain; what was put in a chain's place is called, whatever it is.
         return not (
-            JITFunction.run is not _GENUINE_RUN
-            or type(self.kernel) is not JITFunction
+            type(self.kernel) is not JITFunction
+            or why_not_direct() is not None
+            or not _is_triton_s(JITFunction.run)
+            or self.kernel.pre_run_hooks
             or runtime.debug
             or knobs.compilation.instrumentation_mode
-            or _has_calls(runtime.launch_enter_hook)
-            or _has_calls(runtime.launch_exit_hook)
-            or self.kernel.pre_run_hooks
-            or why_not_direct() is not None
+            or getattr(runtime.launch_enter_hook, "calls", True)
+            or getattr(runtime.launch_exit_hook, "calls", True)
         )
 
     def _launch_by_triton(
-        self, grid: tuple[int, int, int], arguments: tuple[Any, ...], flags: tuple[Any, ...], constants: Constants
+        self,
+        grid: tuple[int, int, int],
+        pointers: tuple[Any, ...],
+        free: tuple[float, ...],
+        specialized: tuple[int, ...],
+        flags: tuple[Any, ...],
+        constants: Constants,
     ) -> Any:
         named = dict(zip(self.flags, flags, strict=True))
-        return self.kernel[grid](*arguments, **named, **constants.values)
+        return self.kernel[grid](*map(_as_float32, pointers), *free, *specialized, **named, **constants.values)
 
     def _remember(
         self,
         key: tuple[Any, ...],
         launched: Any,
-        pointers: tuple[Pointer, ...],
+        pointers: tuple[Any, ...],
         free: tuple[float, ...],
         flags: tuple[Any, ...],
         constants: Constants,
     ) -> None:
-        """Keep what Triton launched, if the key holds all that it depends on."""
+        """Keep what Triton launched, if the key holds all that it depends on.
+
+        Module constants that a kernel reads are no part of it: Triton refuses to launch after one of them has changed.
+        """
         kernel = self.kernel
-        if type(launched) is not CompiledKernel or kernel.used_global_vals:
-            return
-        if any(isinstance(value, int) and not _is_int32(value) for value in free):
+        if type(launched) is not CompiledKernel:
             return
         for parameter, value in zip(kernel.params[len(pointers) :], free, strict=False):
-            if isinstance(value, int) and not parameter.do_not_specialize:
-                raise TypeError(f"{kernel.__name__}: {parameter.name} is free, and not in do_not_specialize")
+            if isinstance(value, int) and not (parameter.do_not_specialize and _is_int32(value)):
+                return
         values = dict(zip(self.flags, flags, strict=True)) | constants.values
         tail = tuple(values[parameter.name] for parameter in kernel.params if parameter.is_constexpr)
         if len(self._remembered) >= REMEMBERED:
             self._remembered.clear()
         self._remembered[key] = _Compiled(launched.run, launched.function, launched.packed_metadata, tail, launched)
+
+
+@lru_cache(maxsize=4096)
+def specializations(numbers: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """Triton's rule for integers: their type, and whether they are 1 or a multiple of 16."""
+    return tuple(
+        ("one", "") if n == 1 else ("i32" if _is_int32(n) else "i64", "D" if n % _MULTIPLE == 0 else "")
+        for n in numbers
+    )
 
 
 @cache
@@ -195,24 +212,33 @@ def why_not_direct() -> str | None:
     return None
 
 
-def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+def descriptor(matrix: Tensor, block: list[int], transposed: bool = False) -> TensorDescriptor:
     """`TensorDescriptor.from_tensor`, without its checks: the caller has asked `tma.tma_can_read`.
 
-    The base, the sizes and the strides are encoded anew by the driver's launcher at every launch; Triton has no argument
-    that holds an encoded map.
+    Triton encodes sizes, strides and address anew at every launch; it has no argument that holds an encoded map.
+
+    Args:
+        transposed: describe ``matrix.t()``.
     """
     made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape = matrix, matrix.shape, matrix.stride(), block
+    shape, strides = matrix.shape, matrix.stride()
+    if transposed:
+        shape, strides = shape[::-1], strides[::-1]
+    made.base, made.shape, made.strides, made.block_shape = matrix, shape, strides, block
     return made
 
 
-def _has_calls(hook: Any) -> bool:
-    """Whether a launch hook does anything: a chain of none does not, a function that was put in its place does."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+@cache
+def _is_triton_s(run: Callable[..., Any]) -> bool:
+    """Whether this is the method that Triton's file defines, and not one that a tool has put in its place."""
+    code = getattr(run, "__code__", None)
+    return code is not None and code.co_filename == JITFunction.create_binder.__code__.co_filename
+
+
+def _as_float32(pointer: Any) -> Any:
+    """A number that stands for a pointer, as a float: of whole ones Triton would compile variants."""
+    return float(pointer) if isinstance(pointer, (int, float)) else pointer
 
 
 def _is_int32(value: int) -> bool:
     return -_LARGEST_INT32 - 1 <= value <= _LARGEST_INT32
-
-
-__all__ = ["Constants", "Launcher", "constants_of", "descriptor", "torch", "why_not_direct"]

@@ -7,14 +7,15 @@ from torch import Tensor
 TMA_ALIGNMENT = 16
 
 
-def tma_can_read(matrix: Tensor) -> bool:
-    """Whether a matrix meets TMA's rules."""
-    rows, cols = matrix.shape
-    stride = matrix.stride(0)
+def tma_can_read(matrix: Tensor, transposed: bool = False) -> bool:
+    """Whether a matrix, or its transpose, meets TMA's rules."""
+    (rows, cols), (stride, inner) = matrix.shape, matrix.stride()
+    if transposed:
+        rows, cols, stride, inner = cols, rows, inner, stride
     return (
         rows > 0
         and cols > 0
-        and matrix.stride(1) == 1
+        and inner == 1
         and stride >= cols
         and stride * matrix.element_size() % TMA_ALIGNMENT == 0
         and matrix.data_ptr() % TMA_ALIGNMENT == 0

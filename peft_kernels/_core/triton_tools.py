@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache, wraps
-from typing import Any
+from functools import cache, lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from peft_kernels._core.device import Hardware, not_nvidia
+
+T = TypeVar("T")
 
 MINIMUM_ARCH = 80
 MINIMUM_VERSION = (3, 6)  # the oldest that the kernels were compiled with
@@ -112,9 +114,20 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if (settings.allow_tf32 if precision is None else precision == "tf32") else "ieee"
 
 
-def sum_partials(partials: Tensor) -> Tensor:
+def shape_of_partials(splits: int, *shape: int) -> tuple[int, ...]:
+    """Shape of the partial sums of ``splits`` ranges; one range's is the result, and has no dimension for it."""
+    return shape if splits == 1 else (splits, *shape)
+
+
+def sum_partials(partials: Tensor, splits: int) -> Tensor:
     """Add partial sums in their order; torch's sum over the first dimension has no atomics."""
-    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+    return partials if splits == 1 else partials.sum(0)
+
+
+@lru_cache(maxsize=4096)
+def chosen(choose: Callable[..., T], *facts: Any) -> T:
+    """What a function of a family's config.py returns for these facts, remembered."""
+    return choose(*facts)
 
 
 def next_power_of_2(value: int) -> int:

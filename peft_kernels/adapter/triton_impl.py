@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -76,6 +77,13 @@ def backward(
     )
 
 
+@cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    from peft_kernels.adapter.kernels import triton_bwd, triton_fwd
+
+    return triton_fwd, triton_bwd
+
+
 class _Launches(NamedTuple):
     """The launches of one call: what they share, and the choice of a config for each."""
 
@@ -87,13 +95,12 @@ class _Launches(NamedTuple):
 
     @staticmethod
     def of(problem: BottleneckAdapterProblem, path: config.Path | None) -> _Launches:
-        from peft_kernels.adapter.kernels import triton_bwd, triton_fwd
-
-        return _Launches(triton_fwd, triton_bwd, problem, hardware(problem.device), path)
+        return _Launches(*_kernels(), problem, hardware(problem.device), path)
 
     def is_fused(self) -> bool:
         """Whether both products of a direction run in one launch."""
-        path = self.path or config.product_path(self.problem.m, self.problem.r, self.hardware)
+        facts = self.problem.m, self.problem.r, self.hardware
+        path = self.path or triton_tools.chosen(config.product_path, *facts)
         note(lambda: f"  bottleneck_adapter's products: {path}")
         return path == "fused"
 
@@ -102,7 +109,8 @@ class _Launches(NamedTuple):
         m, r, adapter_dtype = self.problem.m, self.problem.r, self.problem.adapter_dtype
         # Rows of the other matrices are as long, or as ragged; a wrong guess costs time, no correctness.
         aligned = tma.tma_can_read(t)
-        return config.bottleneck_config(m, r, t.dtype, adapter_dtype, out_dtype, aligned, self.hardware)
+        facts = m, r, t.dtype, adapter_dtype, out_dtype, aligned, self.hardware
+        return triton_tools.chosen(config.bottleneck_config, *facts)
 
     def precisions(self, out_dtype: torch.dtype) -> tuple[bool, str, str]:
         """Whether float32 weights keep their bits, and what float32 products into and out of the bottleneck may do.
@@ -117,7 +125,8 @@ class _Launches(NamedTuple):
     ) -> Tensor:
         """factor * (t w^T + bias) [* act'(z)], float32."""
         (m, c), r = t.shape, w.shape[0]
-        chosen = config.narrow_product_config(m, c, r, t.dtype, self.problem.is_mixed, self.hardware)
+        facts = m, c, r, t.dtype, self.problem.is_mixed, self.hardware
+        chosen = triton_tools.chosen(config.narrow_product_config, *facts)
         return self.fwd.narrow_product(t, w, bias, factor, grad_at, self.precisions(torch.float32), chosen)
 
     def wide_product(
@@ -132,7 +141,8 @@ class _Launches(NamedTuple):
     ) -> Tensor:
         """residual + factor * (act(u) w + bias)."""
         m, r = u.shape
-        chosen = config.wide_product_config(m, r, self.problem.dtype, self.problem.is_mixed, self.hardware)
+        facts = m, r, self.problem.dtype, self.problem.is_mixed, self.hardware
+        chosen = triton_tools.chosen(config.wide_product_config, *facts)
         return self.fwd.wide_product(
             u, w, bias, residual, factor, activation, out_dtype, self.precisions(out_dtype), chosen
         )
@@ -161,7 +171,8 @@ class _Launches(NamedTuple):
     ) -> tuple[Tensor | None, Tensor | None]:
         """factor * act(u)^T t, or its transpose, and factor * sum t; float32, those that ``needs`` asks for."""
         problem, (m, c), r = self.problem, t.shape, self.problem.r
-        chosen = config.reduce_rows_config(m, c, r, t.dtype, problem.is_mixed, self.hardware)
+        facts = m, c, r, t.dtype, problem.is_mixed, self.hardware
+        chosen = triton_tools.chosen(config.reduce_rows_config, *facts)
         return self.bwd.reduce_rows(
             t, u, factor, activation, t_first, needs, r, problem.adapter_dtype, self.precisions(torch.float32), chosen
         )

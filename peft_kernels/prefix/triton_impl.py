@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -28,31 +31,31 @@ def why_not(problem: PrefixAttentionProblem) -> str | None:
 
 def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (B, H, S, D) and stats (2, B, H, S) float32."""
-    from peft_kernels.prefix.kernels import triton_fwd
-
+    fwd, _ = _kernels()
     q, k, v, prefix_k, prefix_v, *_, mask = inputs
     prefix, sequence = Segment(prefix_k, prefix_v), Segment(k, v, mask)
-    chosen = config.forward_config(problem, hardware(problem.device))
-    return triton_fwd.attend(problem, q, prefix, sequence, chosen, config.merge_config(problem.d, chosen.splits))
+    chosen = triton_tools.chosen(config.forward_config, problem, hardware(problem.device))
+    merge = triton_tools.chosen(config.merge_config, problem.d, chosen.splits)
+    return fwd.attend(problem, q, prefix, sequence, chosen, merge)
 
 
 def backward(
     problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor, stats: Tensor, dy: Tensor, needs: Needs
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
-    from peft_kernels.prefix.kernels import triton_bwd
-
+    _, bwd = _kernels()
     q, k, v, prefix_k, prefix_v, *_, mask = inputs
     prefix, sequence = Segment(prefix_k, prefix_v), Segment(k, v, mask)
-    rows = triton_bwd.Rows(q, dy, stats, triton_bwd.delta(y, dy, config.delta_config(problem.d)))
-    chip = hardware(problem.device)
+    chosen, chip = triton_tools.chosen, hardware(problem.device)
+    rows = bwd.Rows(q, dy, stats, bwd.delta(y, dy, chosen(config.delta_config, problem.d)))
     dq = dk = dv = dprefix_k = dprefix_v = None
     if needs.q:
-        dq = triton_bwd.grad_q(problem, rows, prefix, sequence, config.grad_q_config(problem, chip))
+        dq = bwd.grad_q(problem, rows, prefix, sequence, chosen(config.grad_q_config, problem, chip))
     if (needs.k or needs.v) and problem.l > 0:
-        dk, dv = triton_bwd.grad_kv(problem, rows, sequence, config.grad_kv_config(problem, chip))
+        dk, dv = bwd.grad_kv(problem, rows, sequence, chosen(config.grad_kv_config, problem, chip))
     if (needs.prefix_k or needs.prefix_v) and problem.p > 0:
-        dprefix_k, dprefix_v = triton_bwd.grad_prefix(problem, rows, prefix, config.grad_prefix_config(problem, chip))
+        blocks = chosen(config.grad_prefix_config, problem, chip)
+        dprefix_k, dprefix_v = bwd.grad_prefix(problem, rows, prefix, blocks)
     return Gradients(
         q=dq,
         k=_asked(needs.k, dk, k),
@@ -60,6 +63,13 @@ def backward(
         prefix_k=_asked(needs.prefix_k, dprefix_k, prefix_k, problem.prefix_dtype),
         prefix_v=_asked(needs.prefix_v, dprefix_v, prefix_v, problem.prefix_dtype),
     )
+
+
+@cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    from peft_kernels.prefix.kernels import triton_bwd, triton_fwd
+
+    return triton_fwd, triton_bwd
 
 
 def _asked(need: bool, gradient: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:

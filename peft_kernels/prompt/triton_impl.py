@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 from torch import Tensor
 
 from peft_kernels._core import triton_tools
@@ -20,24 +23,28 @@ def why_not(problem: PromptTuningProblem) -> str | None:
 
 def forward(problem: PromptTuningProblem, inputs: Inputs) -> Tensor:
     """Return y (N B, P + L, D) in the tokens' dtype."""
-    from peft_kernels.prompt.kernels import triton_fwd
-
-    return triton_fwd.concatenate(inputs.prompts, inputs.token_embeddings, config.concatenate_config(problem.d))
+    fwd, _ = _kernels()
+    chosen = triton_tools.chosen(config.concatenate_config, problem.d)
+    return fwd.concatenate(inputs.prompts, inputs.token_embeddings, chosen)
 
 
 def backward(problem: PromptTuningProblem, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
-    from peft_kernels.prompt.kernels import triton_bwd
-
-    p, chosen = problem.p, config.sum_config(problem.d)
+    _, bwd = _kernels()
+    p, chosen = problem.p, triton_tools.chosen(config.sum_config, problem.d)
     by_prompt = dy.unflatten(0, (problem.n, problem.b))
     by_row = by_prompt.transpose(0, 1)
     return Gradients(
-        prompts=triton_bwd.sum_terms(by_prompt[:, :, :p], problem.prompt_dtype, chosen) if needs.prompts else None,
-        token_embeddings=triton_bwd.sum_terms(by_row[:, :, p:], problem.dtype, chosen)
-        if needs.token_embeddings
-        else None,
+        prompts=bwd.sum_terms(by_prompt[:, :, :p], problem.prompt_dtype, chosen) if needs.prompts else None,
+        token_embeddings=bwd.sum_terms(by_row[:, :, p:], problem.dtype, chosen) if needs.token_embeddings else None,
     )
+
+
+@cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    from peft_kernels.prompt.kernels import triton_bwd, triton_fwd
+
+    return triton_fwd, triton_bwd
 
 
 IMPLEMENTATION = Implementation(

@@ -2,8 +2,8 @@
 
 python tests/codegen/variants.py lora        prints a JSON object: the columns of each kernel's variants that differ
 
-Triton's own binder makes the keys, so its rules are those of the version that is installed. It must not interpret, hence
-a process of its own.
+Triton's own binder makes the keys, so its rules are those of the version that is installed. It must not interpret,
+hence a process of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Variants = dict[str, set[tuple[tuple[str, str], ...]]]
 
 
 def lengths(largest: int) -> list[int]:
-    return random.Random(0).choices(range(1, largest + 1), k=400)
+    """Also one, and a small multiple of 16, which few of the random ones are."""
+    return [1, 16, *random.Random(0).choices(range(1, largest + 1), k=400)]
 
 
 def lora() -> Iterator[Callable[[], object]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot, load_scalar, split_range
-from peft_kernels._core.triton_tools import blocks_of_range, cdiv, sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, shape_of_partials, sum_partials
 from peft_kernels.adapter.kernels.config import BottleneckConfig, ReduceRowsConfig
 from peft_kernels.adapter.kernels.triton_activations import activate, activation_grad
 from peft_kernels.adapter.kernels.triton_products import into_bottleneck, write_rows
@@ -64,14 +64,14 @@ def bottleneck_grad_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("M", "blocks"))
+@triton.jit(do_not_specialize=("blocks",))
 def reduce_rows_kernel(
     # pointers
     t_ptr, u_ptr, out_ptr, sums_ptr, factor,
     # free
-    M, blocks,
+    blocks,
     # specialized
-    C, R, stride_tm, stride_tc, stride_or, stride_oc,
+    M, C, R, stride_tm, stride_tc, stride_or, stride_oc,
     # constexprs
     ACTIVATION: tl.constexpr, NEEDS_PRODUCT: tl.constexpr, NEEDS_SUMS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     OPERAND: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,16 +175,16 @@ def reduce_rows(
     exact, precision, _ = precisions
     shape, strides = ((c, r), (1, r)) if t_first else ((r, c), (c, 1))
     empty = functools.partial(torch.empty, dtype=torch.float32, device=t.device)
-    partials = empty(config.splits, *shape) if needs_product else None
-    sums = empty(config.splits, c) if needs_sums else None
+    partials = empty(shape_of_partials(config.splits, *shape)) if needs_product else None
+    sums = empty(shape_of_partials(config.splits, c)) if needs_sums else None
 
     _launch_reduce_rows(
         (cdiv(c, config.BLOCK_C), cdiv(r, config.BLOCK_R) if needs_product else 1, config.splits),
         (t, u, partials, sums, factor),
-        (m, blocks_of_range(m, config.BLOCK_M, config.splits)),
-        (c, r, *t.stride(), *strides),
+        (blocks_of_range(m, config.BLOCK_M, config.splits),),
+        (m, c, r, *t.stride(), *strides),
         (activation, *needs, isinstance(factor, Tensor), _OPERANDS[operand], exact, precision),
         config,
     )
-    product, total = (None if parts is None else sum_partials(parts) for parts in (partials, sums))
+    product, total = (None if parts is None else sum_partials(parts, config.splits) for parts in (partials, sums))
     return product, total

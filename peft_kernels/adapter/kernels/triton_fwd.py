@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import load_scalar, split_range
-from peft_kernels._core.triton_tools import blocks_of_range, cdiv, sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, shape_of_partials, sum_partials
 from peft_kernels.adapter.kernels.config import BottleneckConfig, NarrowProductConfig, WideProductConfig
 from peft_kernels.adapter.kernels.triton_activations import activate, activation_grad
 from peft_kernels.adapter.kernels.triton_products import (
@@ -63,14 +63,14 @@ def bottleneck_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("M", "blocks"))
+@triton.jit(do_not_specialize=("blocks",))
 def narrow_product_kernel(
     # pointers
     t_ptr, w_ptr, bias_ptr, z_ptr, out_ptr, factor,
     # free
-    M, blocks,
+    blocks,
     # specialized
-    C, R, stride_tm, stride_tc, stride_wr, stride_wc,
+    M, C, R, stride_tm, stride_tc, stride_wr, stride_wc,
     # constexprs
     GRAD_OF: tl.constexpr, HAS_BIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -200,17 +200,17 @@ def narrow_product(
     (m, c), r = t.shape, w.shape[0]
     exact, precision, _ = precisions
     activation, z = grad_at if grad_at is not None else (None, None)
-    partials = torch.empty(config.splits, m, r, dtype=torch.float32, device=t.device)
+    partials = torch.empty(shape_of_partials(config.splits, m, r), dtype=torch.float32, device=t.device)
 
     _launch_narrow_product(
         (cdiv(m, config.BLOCK_M), cdiv(r, config.BLOCK_R), config.splits),
         (t, w, bias, z, partials, factor),
-        (m, blocks_of_range(c, config.BLOCK_C, config.splits)),
-        (c, r, *t.stride(), *w.stride()),
+        (blocks_of_range(c, config.BLOCK_C, config.splits),),
+        (m, c, r, *t.stride(), *w.stride()),
         (activation, bias is not None, isinstance(factor, Tensor), exact, precision),
         config,
     )
-    return sum_partials(partials)
+    return sum_partials(partials, config.splits)
 
 
 def wide_product(
@@ -243,5 +243,5 @@ def wide_product(
     return out
 
 
-def _strides(matrix: Tensor | None) -> tuple[int, int]:
+def _strides(matrix: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if matrix is None else matrix.stride()

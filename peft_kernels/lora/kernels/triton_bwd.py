@@ -24,7 +24,7 @@ from torch import Tensor
 
 from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot, load_scalar, split_range
-from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, shape_of_partials, sum_partials
 from peft_kernels.lora.kernels.config import NarrowAndReduceConfig, ReduceRowsConfig
 from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
@@ -78,14 +78,14 @@ def narrow_and_reduce_kernel(
         tl.store(dbias_ptr + pid_split.to(tl.int64) * N + offs_n, dbias, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=("M", "blocks", "dropout_threshold"))
+@triton.jit(do_not_specialize=("blocks", "dropout_threshold"))
 def reduce_rows_kernel(
     # pointers
     x_ptr, s_ptr, out_ptr, seed_ptr, factor,
     # free
-    M, blocks, dropout_threshold,
+    blocks, dropout_threshold,
     # specialized
-    K, R, stride_xm, stride_xk,
+    M, K, R, stride_xm, stride_xk,
     # constexprs
     HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -142,9 +142,9 @@ def narrow_and_reduce(
     needs_ds, needs_db, needs_dbias = needs
     tiles_n = cdiv(n, config.BLOCK_N)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=dy.device)
-    ds = empty(tiles_n, m, r) if needs_ds else None
-    db = empty(config.splits, n, r) if needs_db else None
-    dbias = empty(config.splits, n) if needs_dbias else None
+    ds = empty(shape_of_partials(tiles_n, m, r)) if needs_ds else None
+    db = empty(shape_of_partials(config.splits, n, r)) if needs_db else None
+    dbias = empty(shape_of_partials(config.splits, n)) if needs_dbias else None
 
     _launch_narrow_and_reduce(
         (tiles_n, config.splits, 1),
@@ -154,8 +154,11 @@ def narrow_and_reduce(
         (*needs, isinstance(factor, Tensor), exact, dot_precision(dy.dtype)),
         config,
     )
-    ds, db, dbias = (None if partials is None else sum_partials(partials) for partials in (ds, db, dbias))
-    return ds, db, dbias
+    return (
+        None if ds is None else sum_partials(ds, tiles_n),
+        None if db is None else sum_partials(db, config.splits),
+        None if dbias is None else sum_partials(dbias, config.splits),
+    )
 
 
 def reduce_rows(
@@ -169,14 +172,14 @@ def reduce_rows(
         exact: keep all bits of s beside a half-precision x.
     """
     (m, k), r = x.shape, s.shape[1]
-    partials = torch.empty(config.splits, r, k, dtype=torch.float32, device=x.device)
+    partials = torch.empty(shape_of_partials(config.splits, r, k), dtype=torch.float32, device=x.device)
 
     _launch_reduce_rows(
         (cdiv(k, config.BLOCK_K), cdiv(r, config.BLOCK_R), config.splits),
         (x, s, partials, dropout.seed, factor),
-        (m, blocks_of_range(m, config.BLOCK_M, config.splits), dropout.threshold),
-        (k, r, *x.stride()),
+        (blocks_of_range(m, config.BLOCK_M, config.splits), dropout.threshold),
+        (m, k, r, *x.stride()),
         (dropout.seed is not None, isinstance(factor, Tensor), exact, dot_precision(x.dtype)),
         config,
     )
-    return sum_partials(partials)
+    return sum_partials(partials, config.splits)

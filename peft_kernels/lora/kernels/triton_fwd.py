@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from peft_kernels._core.launch import Launcher, descriptor
 from peft_kernels._core.tma import TMA_ALIGNMENT, tma_can_read
 from peft_kernels._core.triton_math import dot, load_scalar, nearest_tf32, split_range, tile_of
-from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, shape_of_partials, sum_partials
 from peft_kernels.lora.kernels.config import AddRankProductConfig, NarrowProductConfig, ProductConfig
 from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
@@ -39,14 +39,14 @@ class RankProduct(NamedTuple):
     factor: float | Tensor
 
 
-@triton.jit(do_not_specialize=("M", "blocks", "dropout_threshold"))
+@triton.jit(do_not_specialize=("blocks", "dropout_threshold"))
 def narrow_product_kernel(
     # pointers
     x_ptr, a_ptr, s_ptr, seed_ptr, factor,
     # free
-    M, blocks, dropout_threshold,
+    blocks, dropout_threshold,
     # specialized
-    K, R, stride_xm, stride_xk, stride_ar, stride_ak,
+    M, K, R, stride_xm, stride_xk, stride_ar, stride_ak,
     # constexprs
     HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -218,17 +218,17 @@ def narrow_product(
         exact: keep all bits of a float32 ``a`` beside a half-precision x.
     """
     (m, k), r = x.shape, a.shape[0]
-    partials = torch.empty(config.splits, m, r, dtype=torch.float32, device=x.device)
+    partials = torch.empty(shape_of_partials(config.splits, m, r), dtype=torch.float32, device=x.device)
 
     _launch_narrow_product(
         (cdiv(m, config.BLOCK_M), cdiv(r, config.BLOCK_R), config.splits),
         (x, a, partials, dropout.seed, factor),
-        (m, blocks_of_range(k, config.BLOCK_K, config.splits), dropout.threshold),
-        (k, r, *x.stride(), *a.stride()),
+        (blocks_of_range(k, config.BLOCK_K, config.splits), dropout.threshold),
+        (m, k, r, *x.stride(), *a.stride()),
         (dropout.seed is not None, isinstance(factor, Tensor), exact, dot_precision(x.dtype)),
         config,
     )
-    return sum_partials(partials)
+    return sum_partials(partials, config.splits)
 
 
 def product(
@@ -246,7 +246,7 @@ def product(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
 
     rows_are_k = _rows_are_k(w)
-    operands = _descriptors(x, w, y, config) if config.USE_TMA else (x, w, y)
+    operands = _descriptors(x, w, y, rows_are_k, config) if config.USE_TMA else (x, w, y)
     s, b, factor = term
     precision = dot_precision(x.dtype)
     flags = (
@@ -266,22 +266,23 @@ def product(
 
 def has_aligned_rows(x: Tensor, w: Tensor) -> bool:
     """Whether 16-byte copies, and so TMA, can move ``product``'s operands and a contiguous (M, N) result."""
-    w_rows = w.t() if _rows_are_k(w) else w
     writes = w.shape[0] * x.element_size() % TMA_ALIGNMENT == 0
-    return writes and tma_can_read(x) and tma_can_read(w_rows)
+    return writes and tma_can_read(x) and tma_can_read(w, transposed=_rows_are_k(w))
 
 
 def _rows_are_k(w: Tensor) -> bool:
     """Whether w (N, K) is the transposed view of a matrix that is stored by rows of N."""
-    return w.stride(0) == 1 and w.stride(1) != 1
+    stride_n, stride_k = w.stride()
+    return stride_n == 1 and stride_k != 1
 
 
-def _descriptors(x: Tensor, w: Tensor, y: Tensor, config: ProductConfig) -> tuple[TensorDescriptor, ...]:
-    rows_are_k = _rows_are_k(w)
+def _descriptors(
+    x: Tensor, w: Tensor, y: Tensor, rows_are_k: bool, config: ProductConfig
+) -> tuple[TensorDescriptor, ...]:
     w_block = [config.BLOCK_K, config.BLOCK_N] if rows_are_k else [config.BLOCK_N, config.BLOCK_K]
     return (
         descriptor(x, [config.BLOCK_M, config.BLOCK_K]),
-        descriptor(w.t() if rows_are_k else w, w_block),
+        descriptor(w, w_block, transposed=rows_are_k),
         descriptor(y, [config.BLOCK_M, config.BLOCK_N]),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -66,6 +67,13 @@ def backward(
     )
 
 
+@cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    from peft_kernels.lora.kernels import triton_bwd, triton_fwd
+
+    return triton_fwd, triton_bwd
+
+
 class _Launches(NamedTuple):
     """The launches of one call: what they share, and the choice of a config for each."""
 
@@ -79,11 +87,10 @@ class _Launches(NamedTuple):
 
     @staticmethod
     def of(problem: LoraLinearProblem, inputs: Inputs, path: config.Path | None) -> _Launches:
-        from peft_kernels.lora.kernels import triton_bwd, triton_fwd
-
+        fwd, bwd = _kernels()
         return _Launches(
-            fwd=triton_fwd,
-            bwd=triton_bwd,
+            fwd=fwd,
+            bwd=bwd,
             hardware=hardware(problem.device),
             dropout=Dropout(inputs.seed, problem.dropout_threshold, problem.keep_scale)
             if inputs.seed is not None
@@ -96,7 +103,7 @@ class _Launches(NamedTuple):
     def narrow_product(self, x: Tensor, a: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
         """factor * drop(x) a^T, float32."""
         (m, k), r = x.shape, a.shape[0]
-        chosen = config.narrow_product_config(m, k, r, x.dtype, self.exact, self.hardware)
+        chosen = triton_tools.chosen(config.narrow_product_config, m, k, r, x.dtype, self.exact, self.hardware)
         return self.fwd.narrow_product(x, a, factor, dropout, self.exact, chosen)
 
     def product(
@@ -107,13 +114,15 @@ class _Launches(NamedTuple):
         rank_product, aligned = self.fwd.RankProduct(*term), self.fwd.has_aligned_rows(x, w)
         # dY may be ragged where x is not; the fused kernel is not checked on such rows.
         asked = self.path if aligned else None
-        path = asked or config.base_product_path(m, n, k, x.dtype, aligned, self.hardware)
+        path = asked or triton_tools.chosen(config.base_product_path, m, n, k, x.dtype, aligned, self.hardware)
         note(lambda: f"  lora_linear's base product: {path}")
         if path == "fused":
-            chosen = config.product_config(r, x.dtype, dropout.seed is not None, aligned, self.hardware)
+            facts = r, x.dtype, dropout.seed is not None, aligned, self.hardware
+            chosen = triton_tools.chosen(config.product_config, *facts)
             return self.fwd.product(x, w, rank_product, bias, dropout, self.hardware.sm_count, chosen)
         y = F.linear(x, w, bias)
-        self.fwd.add_rank_product(y, rank_product, dropout, config.add_rank_product_config(r, x.dtype, self.hardware))
+        chosen_for_y = triton_tools.chosen(config.add_rank_product_config, r, x.dtype, self.hardware)
+        self.fwd.add_rank_product(y, rank_product, dropout, chosen_for_y)
         return y
 
     def narrow_and_reduce(
@@ -123,7 +132,8 @@ class _Launches(NamedTuple):
         (m, n), needs_ds = dy.shape, needs.x or needs.lora_a
         asked = needs_ds, needs.lora_b, needs.bias
         if config.reads_dy_once(self.r) and any(asked):
-            chosen = config.narrow_and_reduce_config(m, n, self.r, dy.dtype, self.exact, self.hardware)
+            facts = m, n, self.r, dy.dtype, self.exact, self.hardware
+            chosen = triton_tools.chosen(config.narrow_and_reduce_config, *facts)
             return self.bwd.narrow_and_reduce(dy, s, b, scale, asked, self.r, self.exact, chosen)
         ds = self.narrow_product(dy, b.t(), scale, NO_DROPOUT) if needs_ds else None
         db = self.reduce_rows(dy, s, scale, NO_DROPOUT).t() if needs.lora_b else None
@@ -132,7 +142,7 @@ class _Launches(NamedTuple):
     def reduce_rows(self, x: Tensor, s: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
         """factor * s^T drop(x), float32."""
         (m, k), r = x.shape, s.shape[1]
-        chosen = config.reduce_rows_config(m, k, r, x.dtype, self.exact, self.hardware)
+        chosen = triton_tools.chosen(config.reduce_rows_config, m, k, r, x.dtype, self.exact, self.hardware)
         return self.bwd.reduce_rows(x, s, factor, dropout, self.exact, chosen)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot
-from peft_kernels._core.triton_tools import cdiv, dot_precision, sum_partials
+from peft_kernels._core.triton_tools import cdiv, dot_precision, shape_of_partials, sum_partials
 from peft_kernels.prefix.kernels.attention import Attention, Segment
 from peft_kernels.prefix.kernels.config import DeltaConfig, GradKVConfig, GradPrefixConfig, GradQConfig
 from peft_kernels.prefix.kernels.triton_rows import (
@@ -304,7 +304,7 @@ def grad_q(attention: Attention, rows: Rows, prefix: Segment, sequence: Segment,
     _launch_grad_q(
         (cdiv(attention.group * s, config.BLOCK_M) * attention.b * h_kv, 1, 1),
         (q, sequence.k, sequence.v, prefix.k, prefix.v, valid, rows.dy, *rows.stats, rows.delta, dq),
-        (h_kv, s, length, p, attention.shift, attention.scale, attention.scale_log2),
+        (h_kv, s, length, p, attention.shift, float(attention.scale), attention.scale_log2),
         (*q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides, *rows.dy.stride()[:3]),
         (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d),
         config,
@@ -322,7 +322,7 @@ def grad_kv(attention: Attention, rows: Rows, sequence: Segment, config: GradKVC
     _launch_grad_kv(
         (cdiv(length, config.BLOCK_N) * attention.b * h_kv, 1, 1),
         (q, k, v, valid, rows.dy, *rows.stats, rows.delta, dk, dv),
-        (h_kv, attention.s, length, attention.shift, attention.scale, attention.scale_log2),
+        (h_kv, attention.s, length, attention.shift, float(attention.scale), attention.scale_log2),
         (*q.stride()[:3], *sequence.strides(), *valid_strides, *rows.dy.stride()[:3]),
         (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d),
         config,
@@ -334,7 +334,7 @@ def grad_prefix(attention: Attention, rows: Rows, prefix: Segment, config: GradP
     """Launch dprefix_k and dprefix_v and return them in the prefix's shape, and in ``attention.prefix_dtype``."""
     q, dtype = rows.q, attention.prefix_dtype
     owners, batches = (1, attention.b) if attention.shared else (attention.b, 1)
-    size = (config.splits, *prefix.k.shape)
+    size = shape_of_partials(config.splits, *prefix.k.shape)
     dk, dv = (torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2))
 
     h_kv, s, p = attention.h_kv, attention.s, attention.p
@@ -342,9 +342,9 @@ def grad_prefix(attention: Attention, rows: Rows, prefix: Segment, config: GradP
     _launch_grad_prefix(
         (cdiv(p, config.BLOCK_N) * h_kv * owners * config.splits, 1, 1),
         (q, prefix.k, prefix.v, rows.dy, *rows.stats, rows.delta, dk, dv),
-        (h_kv, s, p, owners, batches, span, attention.scale, attention.scale_log2),
+        (h_kv, s, p, owners, batches, span, float(attention.scale), attention.scale_log2),
         (*q.stride()[:3], *prefix.strides(), *rows.dy.stride()[:3]),
         (dtype != q.dtype, dot_precision(q.dtype), attention.group, attention.d),
         config,
     )
-    return sum_partials(dk).to(dtype), sum_partials(dv).to(dtype)
+    return sum_partials(dk, config.splits).to(dtype), sum_partials(dv, config.splits).to(dtype)
