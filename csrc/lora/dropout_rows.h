@@ -203,7 +203,7 @@ void drop_rows(const DropParams& params, int64_t first, int64_t last) {
     case Element::kFloat32:
       return drop<float, float>(params, first, last);
     case Element::kFloat64:
-      return same ? drop<double, double>(params, first, last) : drop<double, float>(params, first, last);
+      return drop<double, double>(params, first, last);
   }
 }
 
@@ -219,8 +219,7 @@ void add_dropped_rows(const AddDroppedParams& params, int64_t first, int64_t las
     case Element::kFloat32:
       return add_dropped<float, float>(params, first, last);
     case Element::kFloat64:
-      return same ? add_dropped<double, double>(params, first, last)
-                  : add_dropped<double, float>(params, first, last);
+      return add_dropped<double, double>(params, first, last);
   }
 }
 

@@ -25,7 +25,7 @@ from tests.compiled import host_extension
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("poison")]
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-PAIRS = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (FP64, FP64), (BF16, FP32), (FP16, FP32), (FP64, FP32)]
+PAIRS = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (FP64, FP64), (BF16, FP32), (FP16, FP32)]
 LIMITS = [1, dropout.threshold(0.1), 32768, 65535]
 WIDTHS = [1, 7, 8, 9, 511, 512, 513, 1000]
 
@@ -180,7 +180,8 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cols": 2**35 + 8}, "cols must be at most 2\\^35"),
         ({"threshold": 65536}, "threshold must be below 65536"),
         ({"level": "sse"}, "level must be one of portable, avx2, avx512, got sse"),
-        ({"dtype": "float32", "out_dtype": "bfloat16"}, "must be the same or float32"),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, "must be the same, or float32 beside half precision"),
+        ({"dtype": "float64", "out_dtype": "float32"}, "must be the same, or float32 beside half precision"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, float64"),
     ],
 )
