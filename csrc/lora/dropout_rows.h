@@ -47,7 +47,8 @@ PEFT_KERNELS_TARGET PEFT_KERNELS_INLINE void draw_block(int64_t seed, int64_t ro
 
 #endif
 
-// What is done with `count` columns of a row and their draws: `row` is the same with its pointers at a row's first element.
+// What is done with `count` columns of a row and their draws: `row` is the same with its pointers at a row's first
+// element.
 
 template <typename In, typename Out>
 struct Drop {

@@ -137,7 +137,7 @@ def test_compiled_sum_is_rounded_once(level: str, dtype: torch.dtype, product_dt
 def test_every_half_precision_value(level: str, dtype: torch.dtype, factor: float) -> None:
     """Subnormal ones, ties and what leaves the range among them; nothing is dropped."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(64, 1024)
-    part = Rows(None, 0, 64, 1024, 0)
+    part = Rows(torch.tensor(0), 0, 64, 1024, 0)
     assert_same(masks.HostMask(part).drop(every, dtype, factor), every * factor)
     assert_same(masks.HostMask(part).drop(every, FP32, 1.0), every.float())
     total = torch.zeros(64, 1024, dtype=dtype)
@@ -155,7 +155,7 @@ def test_float32_is_rounded_to_the_nearest(level: str, dtype: torch.dtype) -> No
     points = torch.cat([torch.nextafter(middle, torch.tensor(side)) for side in (-torch.inf, torch.inf)] + [middle])
     points = points.view(-1, 64)
     total = torch.zeros(points.shape, dtype=dtype)
-    masks.HostMask(Rows(None, 0, *points.shape, 0)).add_dropped(total, points, 1.0)
+    masks.HostMask(Rows(torch.tensor(0), 0, *points.shape, 0)).add_dropped(total, points, 1.0)
     assert_same(total, (points + 0.0).to(dtype))
 
 
