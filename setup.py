@@ -38,9 +38,8 @@ OLDEST_NVCC = (12, 0)  # the first with sm_90a
 NINJA_VERSION = "ninja_required_version = 1.5"
 CXX_NAMES = ("c++", "g++", "clang++")
 HOST_SOURCES = ("module.cpp", "*_host.cpp")  # all other sources include CUDA's headers
-# The sources include an architecture's instructions function by function, where the processor is asked first; a flag
-# would put them everywhere. Contraction would make bits depend on which of them ran. Without traps, which nobody sets, a
-# loop with a selection in it can be vectorised.
+# The sources take a processor's instructions function by function, and ask it first; a flag would put them everywhere.
+# Contraction would make bits depend on which of them ran. Where no operation traps, a loop that selects is vectorised.
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off", "-fno-trapping-math", "-Wall", "-Wextra")
 
 
@@ -115,7 +114,8 @@ def build(extension: Path, build_dir: Path) -> BuildRecord:
         return build_host(extension, build_dir / "host", reason)
     except CannotBuild as error:
         # What forbids the one often forbids the other.
-        return BuildRecord(built=False, reason=reason if str(error) == reason else f"{reason}; for a CPU alone, {error}")
+        both = reason if str(error) == reason else f"{reason}; for a CPU alone, {error}"
+        return BuildRecord(built=False, reason=both)
 
 
 def build_cuda(extension: Path, build_dir: Path) -> BuildRecord:

@@ -49,7 +49,8 @@ int device_count() {
 }  // namespace
 
 void bind_cuda(py::module_& module, py::module_& lora) {
-  module.def("build_info", &build_info, "What the kernels were built with: archs (list of str), nvcc (str), cudart (int).");
+  module.def("build_info", &build_info,
+             "What the kernels were built with: archs (list of str), nvcc (str), cudart (int).");
   module.def("device_count", &device_count, "Number of CUDA devices; 0 where there is no driver.");
   module.def("why_no_device", &why_no_device, "Reason why device_count() is 0, or None.");
   module.def("driver_version", &driver_version,

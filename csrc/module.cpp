@@ -1,6 +1,6 @@
 // peft_kernels._C: kernels behind raw pointers, free of torch, so that one binary serves every torch version. What is
-// compiled for the host is always in it; what needs CUDA, all in files that setup.py leaves out without an nvcc, is there
-// where setup.py defines PEFT_KERNELS_CUDA.
+// compiled for the host is always in it; what needs CUDA, all in files that setup.py leaves out without an nvcc, is
+// there where setup.py defines PEFT_KERNELS_CUDA.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

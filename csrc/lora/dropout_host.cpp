@@ -141,8 +141,9 @@ void check(const Mask& mask) {
 
 // Refuse types that do not go with each other.
 void check_pair(Element dtype, Element other) {
-  if (dtype != other && (other != Element::kFloat32 || dtype == Element::kFloat32)) {
-    throw std::invalid_argument("lora_linear: the other type of a dropout must be the same or float32");
+  const bool is_half = dtype == Element::kBfloat16 || dtype == Element::kFloat16;
+  if (dtype != other && !(is_half && other == Element::kFloat32)) {
+    throw std::invalid_argument("lora_linear: the other dtype must be the same, or float32 beside half precision");
   }
 }
 

@@ -40,7 +40,7 @@ struct Mask {
 };
 
 // out = factor drop(x), where x may be out. Rounds as torch does: x to out's type, then the product.
-// Types (x, out): any with itself; bfloat16, float16 and float64 with float32.
+// Types (x, out): any with itself; bfloat16 and float16 with float32.
 struct DropParams {
   Mask mask;
   const void* x;
@@ -53,7 +53,7 @@ struct DropParams {
 };
 
 // sum += factor drop(product), rounded once.
-// Types (sum, product): any with itself; bfloat16, float16 and float64 with float32.
+// Types (sum, product): any with itself; bfloat16 and float16 with float32.
 struct AddDroppedParams {
   Mask mask;
   void* sum;

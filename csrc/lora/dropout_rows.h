@@ -47,7 +47,8 @@ PEFT_KERNELS_TARGET PEFT_KERNELS_INLINE void draw_block(int64_t seed, int64_t ro
 
 #endif
 
-// What is done with `count` columns of a row and their draws: `row` is the same with its pointers at a row's first element.
+// What is done with `count` columns of a row and their draws: `row` is the same with its pointers at a row's first
+// element.
 
 template <typename In, typename Out>
 struct Drop {
@@ -203,7 +204,7 @@ void drop_rows(const DropParams& params, int64_t first, int64_t last) {
     case Element::kFloat32:
       return drop<float, float>(params, first, last);
     case Element::kFloat64:
-      return same ? drop<double, double>(params, first, last) : drop<double, float>(params, first, last);
+      return drop<double, double>(params, first, last);
   }
 }
 
@@ -219,8 +220,7 @@ void add_dropped_rows(const AddDroppedParams& params, int64_t first, int64_t las
     case Element::kFloat32:
       return add_dropped<float, float>(params, first, last);
     case Element::kFloat64:
-      return same ? add_dropped<double, double>(params, first, last)
-                  : add_dropped<double, float>(params, first, last);
+      return add_dropped<double, double>(params, first, last);
   }
 }
 

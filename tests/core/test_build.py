@@ -1,4 +1,4 @@
-"""setup.py: what it does where it cannot build the extension, and that the record says so."""
+"""setup.py: what it does where it cannot build all of the extension, and that the record says so."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ def _needs_setuptools() -> None:
 
 
 def build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any] | None]:
-    """Run build_ext into tmp_path; returns the process and the record that it left, if any."""
+    """Run build_ext into tmp_path; returns the process and the record that it left, if any.
+
+    The C++ compiler is one that leaves empty files, where the environment names no other.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PEFT_KERNELS_", "CUDA_HOME"))}
+    clean["CXX"] = fake_cxx(tmp_path)
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}/lib", f"--build-temp={tmp_path}/temp"],
         cwd=ROOT,
@@ -58,44 +62,154 @@ def fake_nvcc(
     return str(script.parent.parent)
 
 
-def assert_not_built(outcome: tuple[subprocess.CompletedProcess[str], dict[str, Any] | None], reason: str) -> None:
+def fake_cxx(tmp_path: Path, compiles: bool = True) -> str:
+    """A CXX, with a flag, that leaves an empty file for a result, or fails."""
+    script = tmp_path / f"cxx-{compiles}"
+    if not script.exists():
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(
+            '#!/bin/sh\nfor last; do :; done; : > "$last"\n' if compiles else "#!/bin/sh\necho bad flag; exit 1\n"
+        )
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return shlex.join([str(script), "-a flag"])
+
+
+Outcome = tuple[subprocess.CompletedProcess[str], dict[str, Any] | None]
+
+
+def assert_no_cuda(outcome: Outcome, reason: str, built: bool = True) -> None:
     result, record = outcome
     assert result.returncode == 0, result.stderr
-    assert record is not None and record["built"] is False
+    assert record is not None
+    assert record["built"] is built and record["cuda"] is False
     assert reason in record["reason"]
     assert reason in result.stderr
+    assert ("without the CUDA kernels" if built else "without the extension") in result.stderr
+
+
+def assert_not_built(outcome: Outcome, reason: str) -> None:
+    assert_no_cuda(outcome, reason, built=False)
+
+
+def extension_in(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "lib" / "peft_kernels").glob("_C*"))
 
 
 def test_switched_off(tmp_path: Path) -> None:
-    assert_not_built(build(tmp_path, PEFT_KERNELS_NO_CUDA="1"), "PEFT_KERNELS_NO_CUDA=1 was set")
+    assert_no_cuda(build(tmp_path, PEFT_KERNELS_NO_CUDA="1"), "PEFT_KERNELS_NO_CUDA=1 was set")
+    assert extension_in(tmp_path)
+
+
+@pytest.mark.parametrize("also", [{}, {"PEFT_KERNELS_NO_CUDA": "1"}], ids=str)
+def test_no_extension_at_all(tmp_path: Path, also: dict[str, str]) -> None:
+    home = fake_nvcc(tmp_path, "13.0.88", compiles=True)
+    outcome = build(tmp_path, CUDA_HOME=home, PEFT_KERNELS_NO_EXTENSION="1", **also)
+    assert_not_built(outcome, "PEFT_KERNELS_NO_EXTENSION=1 was set")
+    assert outcome[1]["reason"].count("was set") == 1
+    assert not extension_in(tmp_path)
+
+
+def test_no_nvcc(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    reason = "there is no nvcc on PATH, and CUDA_HOME is not set"
+    path = os.pathsep.join([str(nothing), *_without_nvcc()])
+    assert_no_cuda(build(tmp_path, PATH=path), reason)
+
+
+def _without_nvcc() -> list[str]:
+    """Folders of PATH that have no nvcc: what the shell and ninja are in."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return [folder for folder in folders if not (Path(folder) / "nvcc").exists()]
 
 
 def test_no_compiler(tmp_path: Path) -> None:
-    assert_not_built(build(tmp_path, PATH=str(tmp_path)), "there is no nvcc on PATH, and CUDA_HOME is not set")
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    outcome = build(tmp_path, PATH=str(nothing), CXX="")
+    assert_not_built(outcome, "there is no nvcc on PATH, and CUDA_HOME is not set")
+    assert_not_built(outcome, "; for a CPU alone, there is no C++ compiler on PATH (c++, g++, clang++)")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [("no-such-compiler -O3", "CXX names 'no-such-compiler', which is not there"), ("g++ 'a", "is no command")],
+)
+def test_wrong_cxx(tmp_path: Path, given: str, reason: str) -> None:
+    assert_not_built(build(tmp_path, CXX=given, PEFT_KERNELS_NO_CUDA="1"), reason)
+
+
+def test_cxx_that_fails(tmp_path: Path) -> None:
+    outcome = build(tmp_path, CXX=fake_cxx(tmp_path, compiles=False), PEFT_KERNELS_NO_CUDA="1")
+    assert_not_built(outcome, "bad flag")
+    assert_not_built(outcome, "PEFT_KERNELS_NO_CUDA=1 was set")
+
+
+def test_host_part_is_what_needs_no_cuda(tmp_path: Path) -> None:
+    """All of it, and nothing that includes CUDA's headers; CXX keeps its flags."""
+    result, _ = build(tmp_path, PEFT_KERNELS_NO_CUDA="1")
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "temp" / "host" / "build.ninja").read_text().splitlines()
+    sources = {line.split()[-1] for line in lines if ": host " in line}
+    csrc = ROOT / "csrc"
+    assert sources == {str(path) for path in csrc.rglob("*.cpp") if path.stem.endswith("_host")} | {
+        str(csrc / "module.cpp")
+    }
+    assert len(sources) > 2
+    (cxx,) = [line for line in lines if line.startswith("cxx = ")]
+    assert shlex.split(cxx.removeprefix("cxx = "))[1:] == ["-a flag"]
+    (flags,) = [line for line in lines if line.startswith("flags = ")]
+    assert not [flag for flag in shlex.split(flags) if flag.startswith(("-m", "-DPEFT_KERNELS_CUDA"))]
+
+
+def test_host_part_by_the_real_compiler(tmp_path: Path) -> None:
+    """It imports with neither torch nor CUDA, and drops."""
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler on PATH")
+    result, record = build(tmp_path, CXX="", PEFT_KERNELS_NO_CUDA="1")
+    assert result.returncode == 0, result.stderr
+    assert record is not None and record["built"] and not record["cuda"]
+    (extension,) = extension_in(tmp_path)
+    code = (
+        "import ctypes, importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_C', {str(extension)!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules and not module.HAS_CUDA\n"
+        "seed, mask = ctypes.c_int64(0), (ctypes.c_uint8 * 8)()\n"
+        "for level in module.lora.host_levels():\n"
+        "    module.lora.host_keep(seed=ctypes.addressof(seed), first_row=0, rows=1, cols=8, threshold=0x5F6F,\n"
+        "                          threads=1, level=level, out=ctypes.addressof(mask))\n"
+        "    print(*mask)\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (printed.returncode, printed.stderr) == (0, "")
+    # The halves of the published words 5F6FB709 0D893F64 4F121F81 4F730A48, low half first, from 5F6F on.
+    assert set(printed.stdout.splitlines()) == {"1 1 0 0 0 0 0 0"}
 
 
 def test_cuda_home_without_compiler(tmp_path: Path) -> None:
-    assert_not_built(build(tmp_path, CUDA_HOME=str(tmp_path)), "there is no nvcc in CUDA_HOME's bin")
+    assert_no_cuda(build(tmp_path, CUDA_HOME=str(tmp_path)), "there is no nvcc in CUDA_HOME's bin")
 
 
 def test_old_compiler(tmp_path: Path) -> None:
-    assert_not_built(build(tmp_path, CUDA_HOME=fake_nvcc(tmp_path, "11.8.89")), "version 11.8.89, older than 12.0")
+    assert_no_cuda(build(tmp_path, CUDA_HOME=fake_nvcc(tmp_path, "11.8.89")), "version 11.8.89, older than 12.0")
 
 
 def test_compiler_without_our_architectures(tmp_path: Path) -> None:
     home = fake_nvcc(tmp_path, "12.0.1", archs=("50",))
-    assert_not_built(build(tmp_path, CUDA_HOME=home), "knows none of the architectures")
+    assert_no_cuda(build(tmp_path, CUDA_HOME=home), "knows none of the architectures")
 
 
 @pytest.mark.parametrize("archs", ["75", "80;90b", "80a", "sm_90"])
 def test_unknown_architecture(tmp_path: Path, archs: str) -> None:
     home = fake_nvcc(tmp_path, "12.0.1", archs=("80", "90"))
     outcome = build(tmp_path, CUDA_HOME=home, PEFT_KERNELS_CUDA_ARCHS=archs)
-    assert_not_built(outcome, f"names '{archs.split(';')[-1]}', which nvcc 12.0.1 does not know")
+    assert_no_cuda(outcome, f"names '{archs.split(';')[-1]}', which nvcc 12.0.1 does not know")
 
 
 def test_failed_compilation(tmp_path: Path) -> None:
-    assert_not_built(build(tmp_path, CUDA_HOME=fake_nvcc(tmp_path, "12.0.1")), "no such instruction")
+    assert_no_cuda(build(tmp_path, CUDA_HOME=fake_nvcc(tmp_path, "12.0.1")), "no such instruction")
 
 
 def test_required_build_fails(tmp_path: Path) -> None:
@@ -112,7 +226,7 @@ def test_earlier_extension_is_removed(tmp_path: Path) -> None:
     stale = tmp_path / "lib" / "peft_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     stale.parent.mkdir(parents=True)
     stale.write_text("")
-    assert_not_built(build(tmp_path, PEFT_KERNELS_NO_CUDA="1"), "PEFT_KERNELS_NO_CUDA=1 was set")
+    assert_not_built(build(tmp_path, PEFT_KERNELS_NO_EXTENSION="1"), "PEFT_KERNELS_NO_EXTENSION=1 was set")
     assert not stale.exists()
 
 
@@ -162,6 +276,18 @@ def test_nothing_in_a_path_is_executed(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_in_the_path_of_cxx_is_executed(tmp_path: Path, name: str) -> None:
+    """Nor in that of an include folder, of what is built and of where, without an nvcc."""
+    work = tmp_path / name
+    (work / "pybind11").mkdir(parents=True)
+    (work / "pybind11" / "__init__.py").write_text("def get_include():\n    return __path__[0]\n")
+    result, record = build(work, PYTHONPATH=str(work), PEFT_KERNELS_NO_CUDA="1")
+    assert result.returncode == 0, result.stderr
+    assert record is not None and record["built"], record
+    assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "reason"),
     [
@@ -172,13 +298,14 @@ def test_nothing_in_a_path_is_executed(tmp_path: Path, name: str) -> None:
 )
 def test_nothing_in_a_variable_is_executed(tmp_path: Path, variable: str, value: str, reason: str) -> None:
     home = fake_nvcc(tmp_path, "13.0.88", compiles=True)
-    assert_not_built(build(tmp_path, **{"CUDA_HOME": home, variable: value}), reason)
+    # What is wrong with MAX_JOBS is so for both parts.
+    assert_no_cuda(build(tmp_path, **{"CUDA_HOME": home, variable: value}), reason, built=variable != "MAX_JOBS")
     assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
 
 
 def test_a_line_break_in_a_path_ends_no_statement(tmp_path: Path) -> None:
     home = fake_nvcc(tmp_path, "13.0.88", compiles=True, home="a\nrule b\n  command = touch PWNED\nbuild c: b\n")
-    assert_not_built(build(tmp_path, CUDA_HOME=home), "ninja has no way to write the control characters of")
+    assert_no_cuda(build(tmp_path, CUDA_HOME=home), "ninja has no way to write the control characters of")
     assert not list(tmp_path.rglob("PWNED"))
 
 

@@ -1,8 +1,9 @@
-"""The CUDA extension: built where there is a compiler, importable without a driver, honest about what it lacks."""
+"""The extension: built where there is a compiler, importable without a driver, honest about what it lacks."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_binary_and_record_agree(built: ModuleType) -> None:
     record = extension.build_record()
-    assert record["built"] and record["reason"] is None
+    assert record["built"] and record["cuda"] and built.HAS_CUDA and record["reason"] is None
     assert built.build_info()["archs"] == record["archs"]
     assert built.build_info()["nvcc"] == record["nvcc"]
     assert record["python_abi"] == sysconfig.get_config_var("EXT_SUFFIX")
@@ -79,28 +80,29 @@ def test_launch_without_a_device_says_so(built: ModuleType) -> None:
     if reason is None:
         pytest.skip("there is a CUDA device")
     with pytest.raises(RuntimeError, match="launch of lora_linear's dropout_mask failed: cudaError") as error:
-        built.lora.dropout_mask(mask=8, seed=8, rows=1, cols=1, threshold=0, stream=0)
+        built.lora.dropout_mask(mask=8, seed=8, first_row=0, rows=1, cols=1, threshold=0, stream=0)
     assert reason in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rows": -1}, r"rows and cols must not be negative, got \(-1, 8\)"),
-        ({"cols": -8}, r"rows and cols must not be negative, got \(4, -8\)"),
+        ({"rows": -1}, r"first_row, rows and cols must not be negative, got \(0, -1, 8\)"),
+        ({"cols": -8}, r"first_row, rows and cols must not be negative, got \(0, 4, -8\)"),
+        ({"first_row": -1}, r"first_row, rows and cols must not be negative, got \(-1, 4, 8\)"),
         ({"cols": 2**35 + 8}, "cols must be at most 2\\^35"),
         ({"threshold": 65536}, "threshold must be below 65536, got 65536"),
     ],
 )
 def test_bad_arguments(built: ModuleType, wrong: dict[str, int], message: str) -> None:
-    arguments = {"mask": 8, "seed": 8, "rows": 4, "cols": 8, "threshold": 0, "stream": 0, **wrong}
+    arguments = {"mask": 8, "seed": 8, "first_row": 0, "rows": 4, "cols": 8, "threshold": 0, "stream": 0, **wrong}
     with pytest.raises(ValueError, match=message):
         built.lora.dropout_mask(**arguments)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 8), (4, 0)])
 def test_empty_launches_nothing(built: ModuleType, rows: int, cols: int) -> None:
-    built.lora.dropout_mask(mask=0, seed=0, rows=rows, cols=cols, threshold=0, stream=0)
+    built.lora.dropout_mask(mask=0, seed=0, first_row=0, rows=rows, cols=cols, threshold=0, stream=0)
 
 
 DECODE = {
@@ -210,6 +212,54 @@ def test_load_gives_the_recorded_reason(fresh: Path) -> None:
     assert "there is no nvcc on PATH" in (extension.why_not() or "")
 
 
+def test_host_code_has_reasons_of_its_own(fresh: Path) -> None:
+    fresh.write_text(json.dumps({"built": False, "reason": "there is no nvcc on PATH; there is no C++ compiler"}))
+    with pytest.raises(ImportError, match=r"host code .* was not built: .* with a C\+\+ compiler on PATH builds"):
+        extension.load_host()
+    assert "there is no C++ compiler" in (extension.why_no_host() or "")
+
+
+@pytest.fixture
+def host_only(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An extension without CUDA kernels, and the path for its record."""
+    module = ModuleType("peft_kernels._host_only")
+    module.HAS_CUDA, module.HOST_INTERFACE = False, extension._HOST_INTERFACE
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(extension, "_MODULE", module.__name__)
+    return fresh
+
+
+def test_extension_without_cuda(host_only: Path) -> None:
+    """Its host code is had; who asks for kernels hears why there are none, as where there is no extension."""
+    host_only.write_text(json.dumps({"built": True, "cuda": False, "reason": "there is no nvcc on PATH"}))
+    assert extension.why_no_host() is None
+    assert extension.load_host() is sys.modules["peft_kernels._host_only"]
+    expected = r"it was not built: there is no nvcc on PATH; .* with nvcc on PATH builds it"
+    for reason in (extension.why_not(), extension.why_not_importable()):
+        assert re.fullmatch(expected, reason or "")
+    with pytest.raises(ImportError, match=expected):
+        extension.load()
+
+
+def test_extension_without_cuda_and_without_a_record(host_only: Path) -> None:
+    assert "it has no CUDA kernels, and its build record is unreadable" in (extension.why_not() or "")
+    assert extension.why_no_host() is None
+
+
+def test_extension_of_other_sources(host_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A binary that an earlier build left behind takes other arguments, or has no host code at all."""
+    module = sys.modules["peft_kernels._host_only"]
+    for change in (lambda: setattr(module, "HOST_INTERFACE", -1), lambda: delattr(module, "HOST_INTERFACE")):
+        change()
+        assert "built from other sources than these" in (extension.why_no_host() or "")
+    del module.HAS_CUDA
+    assert extension.load() is module
+
+
+def test_interface_is_the_sources(built: ModuleType) -> None:
+    assert built.HOST_INTERFACE == extension._HOST_INTERFACE
+
+
 def test_other_python(fresh: Path) -> None:
     fresh.write_text(json.dumps({"built": True, "reason": None, "python_abi": ".cpython-30.so"}))
     assert "built for .cpython-30.so, this Python loads" in (extension.why_not() or "")
@@ -234,6 +284,8 @@ def test_file_is_gone(fresh: Path) -> None:
         '[{"built": true}]',
         '{"built": null}',
         '{"built": "yes"}',
+        '{"built": true, "cuda": null}',
+        '{"built": true, "cuda": "no"}',
         '{"built": true, "archs": null}',
         '{"built": true, "archs": "90"}',
         '{"built": true, "archs": [90]}',

@@ -25,7 +25,7 @@ from tests.compiled import host_extension
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("poison")]
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-PAIRS = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (FP64, FP64), (BF16, FP32), (FP16, FP32), (FP64, FP32)]
+PAIRS = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (FP64, FP64), (BF16, FP32), (FP16, FP32)]
 LIMITS = [1, dropout.threshold(0.1), 32768, 65535]
 WIDTHS = [1, 7, 8, 9, 511, 512, 513, 1000]
 
@@ -137,7 +137,7 @@ def test_compiled_sum_is_rounded_once(level: str, dtype: torch.dtype, product_dt
 def test_every_half_precision_value(level: str, dtype: torch.dtype, factor: float) -> None:
     """Subnormal ones, ties and what leaves the range among them; nothing is dropped."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(64, 1024)
-    part = Rows(None, 0, 64, 1024, 0)
+    part = Rows(torch.tensor(0), 0, 64, 1024, 0)
     assert_same(masks.HostMask(part).drop(every, dtype, factor), every * factor)
     assert_same(masks.HostMask(part).drop(every, FP32, 1.0), every.float())
     total = torch.zeros(64, 1024, dtype=dtype)
@@ -155,7 +155,7 @@ def test_float32_is_rounded_to_the_nearest(level: str, dtype: torch.dtype) -> No
     points = torch.cat([torch.nextafter(middle, torch.tensor(side)) for side in (-torch.inf, torch.inf)] + [middle])
     points = points.view(-1, 64)
     total = torch.zeros(points.shape, dtype=dtype)
-    masks.HostMask(Rows(None, 0, *points.shape, 0)).add_dropped(total, points, 1.0)
+    masks.HostMask(Rows(torch.tensor(0), 0, *points.shape, 0)).add_dropped(total, points, 1.0)
     assert_same(total, (points + 0.0).to(dtype))
 
 
@@ -180,7 +180,8 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cols": 2**35 + 8}, "cols must be at most 2\\^35"),
         ({"threshold": 65536}, "threshold must be below 65536"),
         ({"level": "sse"}, "level must be one of portable, avx2, avx512, got sse"),
-        ({"dtype": "float32", "out_dtype": "bfloat16"}, "must be the same or float32"),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, "must be the same, or float32 beside half precision"),
+        ({"dtype": "float64", "out_dtype": "float32"}, "must be the same, or float32 beside half precision"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, float64"),
     ],
 )

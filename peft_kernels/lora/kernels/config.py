@@ -258,8 +258,8 @@ def torch_rows_per_block(width: int, device_type: str) -> int:
     """Rows that the torch backend casts or drops at a time.
 
     On a CPU the words of a mask that torch makes, one for eight elements, must be more than the 32768 that torch leaves
-    to one thread; a quarter of it took 1.3 times as long on two. On a GPU a block should be worth its launches, of which
-    it has about five, and small beside the activations: 256 MB in float32.
+    to one thread; a quarter of it took 1.3 times as long on two. On a GPU a block, at most 256 MB in float32, should be
+    worth its launches, of which it has about five.
     """
     elements = 1 << 19 if device_type == "cpu" else 1 << 26
     return max(1, elements // max(1, width))

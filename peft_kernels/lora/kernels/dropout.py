@@ -42,11 +42,11 @@ NO_DROPOUT = Dropout(seed=None, threshold=0, keep_scale=1.0)
 
 
 class Rows(NamedTuple):
-    """Which part of a mask: ``rows`` rows from ``first_row`` on, all ``cols`` columns; seed 0-d int64, or None where
-    limit, as ``dropout.threshold`` returns it, is 0.
+    """Which part of a mask: ``rows`` rows from ``first_row`` on, all ``cols`` columns; ``limit`` as ``threshold`` gives
+    it, ``seed`` 0-d int64.
     """
 
-    seed: Tensor | None
+    seed: Tensor
     first_row: int
     rows: int
     cols: int

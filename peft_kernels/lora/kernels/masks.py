@@ -14,7 +14,7 @@ The bits are the same, and a dropped inf or nan is zero on each of them.
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Mask(Protocol):
 
 def mask_of(part: Rows, device: torch.device) -> Mask:
     """The mask of some rows by the best that can run here."""
-    if part.seed is None or not _has_memory(part.seed):
+    if not _has_memory(part.seed):
         return TorchMask(part)
     return provider(device)(part)
 
@@ -101,11 +101,12 @@ def lora_linear_dropout_mask(
 
 
 def add(out: Tensor, product: Tensor, factor: float) -> None:
-    """out += factor * product, in place, rounded once; on a CPU torch takes ten times as long where dtypes differ."""
+    """out += factor * product, in place, rounded once. torch on a CPU casts in passes of its own where dtypes differ."""
     if out.device.type != "cpu" or out.dtype == product.dtype or not _has_memory(out) or extension.why_no_host():
         out.add_(product, alpha=factor)
     else:
-        HostMask(Rows(None, 0, *out.shape, limit=0)).add_dropped(out, product, factor)
+        # Nothing is below the threshold 0, so no seed is read.
+        _host_add(out, product, factor, _host_arguments(0, 0, out.shape[0], out.shape[1], 0))
 
 
 class TorchMask:
@@ -129,20 +130,11 @@ class HostMask:
 
     def __init__(self, part: Rows) -> None:
         self.part = part
-        self.kernels = extension.load_host().lora
-        self.arguments = {
-            "seed": cuda_tools.address(part.seed),
-            "first_row": part.first_row,
-            "rows": part.rows,
-            "cols": part.cols,
-            "threshold": part.limit,
-            "threads": torch.get_num_threads(),
-            "level": _host_level(),
-        }
+        self.arguments = _host_arguments(part.seed.data_ptr(), *part[1:])
 
     def drop(self, x: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
         x, out = _with_plain_rows(x), torch.empty(x.shape, dtype=dtype)
-        self.kernels.host_drop(
+        extension.load_host().lora.host_drop(
             x=cuda_tools.strided(x),
             out=cuda_tools.strided(out),
             factor=factor,
@@ -153,19 +145,11 @@ class HostMask:
         return out
 
     def add_dropped(self, out: Tensor, product: Tensor, factor: float) -> None:
-        product = _with_plain_rows(product)
-        self.kernels.host_add_dropped(
-            sum=cuda_tools.strided(out),
-            product=cuda_tools.strided(product),
-            factor=factor,
-            dtype=cuda_tools.dtype_name(out.dtype),
-            product_dtype=cuda_tools.dtype_name(product.dtype),
-            **self.arguments,
-        )
+        _host_add(out, product, factor, self.arguments)
 
     def keep(self) -> Tensor:
         out = torch.empty(self.part.rows, self.part.cols, dtype=torch.bool)
-        self.kernels.host_keep(out=out.data_ptr(), **self.arguments)
+        extension.load_host().lora.host_keep(out=out.data_ptr(), **self.arguments)
         return out
 
 
@@ -227,6 +211,31 @@ class ByteMask:
 
     def keep(self) -> Tensor:
         return self.mask
+
+
+def _host_arguments(seed: int, first_row: int, rows: int, cols: int, limit: int) -> dict[str, Any]:
+    """What every function of the compiled code takes; ``seed`` is the address of one."""
+    return {
+        "seed": seed,
+        "first_row": first_row,
+        "rows": rows,
+        "cols": cols,
+        "threshold": limit,
+        "threads": torch.get_num_threads(),
+        "level": _host_level(),
+    }
+
+
+def _host_add(out: Tensor, product: Tensor, factor: float, arguments: dict[str, Any]) -> None:
+    product = _with_plain_rows(product)
+    extension.load_host().lora.host_add_dropped(
+        sum=cuda_tools.strided(out),
+        product=cuda_tools.strided(product),
+        factor=factor,
+        dtype=cuda_tools.dtype_name(out.dtype),
+        product_dtype=cuda_tools.dtype_name(product.dtype),
+        **arguments,
+    )
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

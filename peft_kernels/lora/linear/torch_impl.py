@@ -76,11 +76,11 @@ def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, mask: mask
 
 
 def _late_factor(problem: LoraLinearProblem) -> float:
-    """What of 1 / (1 - p) is left for a product of drop(x): all in bfloat16, where drop(x) would be rounded once more.
+    """What of 1 / (1 - p) is left for a product of drop(x): all, since drop(x) would be rounded and written once more.
 
-    Else drop(x) has it as eager's has: a product evens out its roundings, and float16's range is eager's.
+    Not in float16, whose range must be eager's: there drop(x) has it, as eager's has.
     """
-    return problem.keep_scale if problem.adapter_dtype == torch.bfloat16 else 1.0
+    return 1.0 if problem.adapter_dtype == torch.float16 else problem.keep_scale
 
 
 def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
@@ -105,7 +105,10 @@ def _grad_up(
         if problem.dtype == torch.float16 and (needs_ds or needs.lora_b):
             # As eager does: between other factors the scale would meet what has left float16's range.
             dy, scale = dy * scale, 1.0
-        ds = _narrow_product(dy, b).mul_(scale) if needs_ds else None
+        ds = _narrow_product(dy, b) if needs_ds else None
+        if ds is not None:
+            # torch would first round a tensor of a wider dtype to ds's.
+            ds = (ds.to(wide) if isinstance(scale, Tensor) else ds).mul_(scale)
         db = _tall_product(dy, (s * scale).to(dy.dtype)) if needs.lora_b else None
         return ds, db
     ds = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device) if needs_ds else None
@@ -139,14 +142,14 @@ def _grad_down(
     problem: LoraLinearProblem, inputs: Inputs, ds: Tensor, dx: Tensor | None, needs: Needs
 ) -> Tensor | None:
     """dA = dS^T drop(x), and dX += drop'(dS A) in place; one draw of the mask serves both."""
+    narrow = ds.to(problem.adapter_dtype)
     if not problem.has_dropout:
         if dx is not None:
-            _add_product(problem, dx, ds, inputs.lora_a, 1.0)
+            _add_product(problem, dx, narrow, inputs.lora_a, 1.0)
         if not needs.lora_a:
             return None
         if _is_uniform(problem):
-            return ds.t() @ inputs.x
-    narrow = ds.to(problem.adapter_dtype)
+            return narrow.t() @ inputs.x
     da: Tensor | None = None
     for rows in _blocks(problem, problem.k):
         mask = _mask(problem, inputs, rows)
@@ -164,7 +167,7 @@ def _add_product(problem: LoraLinearProblem, out: Tensor, left: Tensor, right: T
         if out.dtype == torch.float16 and _is_uniform(problem):
             out.add_((left.to(out.dtype) @ right).mul_(scale))  # in eager's order, which keeps eager's range
             return
-        left, scale = left * scale, 1.0
+        left, scale = left.to(problem.wide_dtype) * scale, 1.0
     if not _is_uniform(problem):
         for rows in _blocks(problem, out.shape[1]):
             masks.add(out[rows], left[rows] @ right, scale)

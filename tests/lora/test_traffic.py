@@ -1,0 +1,196 @@
+"""Bytes that the torch backend moves on a GPU, beside PEFT's own layer: every operator's inputs and outputs.
+
+Counted on meta tensors, which take the code that CUDA tensors take. A mask kernel counts as what it reads and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peft_kernels.lora.kernels import masks
+from peft_kernels.lora.kernels.dropout import Rows
+from peft_kernels.lora.linear import torch_impl
+from peft_kernels.lora.linear.problem import Inputs, Needs, make_problem
+
+pytestmark = pytest.mark.cpu_only
+
+SIZE, RANK, SCALE = 1024, 16, 0.5
+BF16, FP32 = torch.bfloat16, torch.float32
+PAIRS = [(BF16, FP32), (BF16, BF16), (FP32, FP32)]
+ALL = Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=False)
+
+# They move nothing: views, and memory that is asked for.
+FREE = {"t", "transpose", "view", "_unsafe_view", "detach", "slice", "expand", "as_strided", "unsqueeze", "alias"}
+FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "permute", "select", "reshape"}
+
+
+def bytes_of(*values: Any) -> int:
+    return sum(value.numel() * value.element_size() for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up what each operator reads and writes; what it writes in place it has as a result too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.launches = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name not in FREE:
+            # copy_ overwrites its first argument without reading it.
+            self.add(bytes_of(args[1:] if name == "copy_" else args, kwargs, result))
+        return result
+
+    def add(self, count: int) -> None:
+        self.bytes += count
+        self.launches += 1
+
+
+def kernel_of(traffic: Traffic) -> type[masks.Mask]:
+    """A mask kernel that only counts: x and out, and out once more where it is added to."""
+
+    class CountedMask:
+        def __init__(self, part: Rows) -> None:
+            self.part = part
+
+        def drop(self, x: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
+            out = torch.empty(x.shape, dtype=dtype, device=x.device)
+            assert x.shape == (self.part.rows, self.part.cols)
+            traffic.add(bytes_of(x, out))
+            return out
+
+        def add_dropped(self, out: Tensor, product: Tensor, factor: float) -> None:
+            assert out.shape == product.shape == (self.part.rows, self.part.cols)
+            traffic.add(bytes_of(out, product, out))
+
+        def keep(self) -> Tensor:
+            raise NotImplementedError
+
+    return CountedMask
+
+
+def bytes_mask_of(traffic: Traffic) -> type[masks.Mask]:
+    """Written bytes, by which torch selects."""
+
+    class CountedByteMask(masks.ByteMask):
+        def __init__(self, part: Rows) -> None:
+            self.mask = torch.empty(part.rows, part.cols, dtype=torch.bool, device="meta")
+            traffic.add(bytes_of(self.mask))
+
+    return CountedByteMask
+
+
+def inputs_of(dtype: torch.dtype, adapter: torch.dtype, p: float, m: int = SIZE) -> Inputs:
+    def make(*shape: int, to: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=to, device="meta")
+
+    return Inputs(
+        x=make(m, SIZE, to=dtype),
+        weight=make(SIZE, SIZE, to=dtype),
+        lora_a=make(RANK, SIZE, to=adapter),
+        lora_b=make(SIZE, RANK, to=adapter),
+        scale=SCALE,
+        bias=None,
+        dropout_p=p,
+        seed=make(to=torch.int64) if p else None,
+    )
+
+
+def of_peft(inputs: Inputs, p: float) -> tuple[Traffic, Traffic]:
+    """PEFT's formulas, which test_reference.py holds against PEFT. On a GPU its dropout is one fused kernel."""
+
+    def layer(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        result = F.linear(x, weight)
+        dropped = x.to(lora_a.dtype)
+        if p:
+            dropped = torch.native_dropout(dropped, p, True)[0]
+        return (result + F.linear(F.linear(dropped, lora_a), lora_b) * SCALE).to(result.dtype)
+
+    leaves = [inputs.x, inputs.lora_a, inputs.lora_b]
+    x, lora_a, lora_b = (leaf.detach().requires_grad_() for leaf in leaves)
+    with Traffic() as forward:
+        y = layer(x, inputs.weight, lora_a, lora_b)
+    dy = torch.empty_like(y)
+    with Traffic() as backward:
+        torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+    return forward, backward
+
+
+def of_torch_backend(
+    inputs: Inputs, mask: Callable[[Traffic], type[masks.Mask]], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Traffic, Traffic]:
+    problem = make_problem(inputs)
+    dy = torch.empty_like(inputs.x)
+    forward, backward = Traffic(), Traffic()
+    monkeypatch.setattr(masks, "mask_of", lambda part, device: mask(forward)(part))
+    with forward:
+        _, s = torch_impl.forward(problem, inputs)
+    monkeypatch.setattr(masks, "mask_of", lambda part, device: mask(backward)(part))
+    with backward:
+        torch_impl.backward(problem, inputs, s, dy, ALL)
+    return forward, backward
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "adapter"), PAIRS, ids=str)
+def test_no_more_bytes_than_peft(
+    dtype: torch.dtype, adapter: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(dtype, adapter, p)
+    theirs = of_peft(inputs, p)
+    ours = of_torch_backend(inputs, kernel_of, monkeypatch)
+    show(inputs, ours, theirs)
+    assert ours[0].bytes <= theirs[0].bytes and ours[1].bytes <= theirs[1].bytes
+
+
+@pytest.mark.parametrize(("dtype", "adapter"), PAIRS, ids=str)
+def test_no_more_bytes_than_peft_by_a_written_mask(
+    dtype: torch.dtype, adapter: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both directions together: the backward pass makes anew what PEFT has saved."""
+    inputs = inputs_of(dtype, adapter, 0.1)
+    theirs = of_peft(inputs, 0.1)
+    ours = of_torch_backend(inputs, bytes_mask_of, monkeypatch)
+    show(inputs, ours, theirs)
+    assert sum(each.bytes for each in ours) <= sum(each.bytes for each in theirs)
+
+
+def show(inputs: Inputs, ours: tuple[Traffic, Traffic], theirs: tuple[Traffic, Traffic]) -> None:
+    """Print passes over one activation: the numbers of docs/design/lora.md."""
+    for direction, us, them in zip(("forward", "backward"), ours, theirs, strict=True):
+        one = bytes_of(inputs.x)
+        print(f"{direction}: {us.bytes / one:.1f} of {them.bytes / one:.1f} passes, {us.launches} launches")
+
+
+@pytest.mark.parametrize(("dtype", "adapter"), PAIRS, ids=str)
+def test_blocks_of_rows_multiply_no_launches(
+    dtype: torch.dtype, adapter: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the activations of most models' layers; from there on a block is more work than its launches."""
+    few, many = (
+        [each.launches for each in of_torch_backend(inputs_of(dtype, adapter, 0.1, m), kernel_of, monkeypatch)]
+        for m in (16, 65536)
+    )
+    assert many == few
+
+
+def test_counts_are_of_what_is_moved() -> None:
+    """A product, a sum in place, a cast and a view, by hand."""
+    x = torch.empty(8, 16, dtype=BF16, device="meta")
+    with Traffic() as traffic:
+        y = x @ x.t()
+        y.add_(y)
+        y.float()
+    one, square = 8 * 16 * 2, 8 * 8 * 2
+    assert traffic.bytes == (2 * one + square) + 3 * square + 3 * square
+    assert traffic.launches == 3
