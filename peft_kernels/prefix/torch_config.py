@@ -33,18 +33,19 @@ PADDING_COLUMNS = 8
 # A padded key's score is -8 * 2^30 * scale on that path (torch_fused.py): with this scale -2^21.
 LEAST_SCALE = 2.0**-12
 
-_RANGE_ROWS = 128
+_RANGE_ROWS = 64
 _MASK_ELEMENTS = 1 << 20
-_PART_ELEMENTS = 1 << 20
+_PART_ELEMENTS = 1 << 21
 
 
 def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     """Choose between torch's fused attention and blocks, for each pass.
 
-    CPU: ranges, both passes. Products of half precision are float32's unless the machine has tiles for them (AMX):
-    without, torch's kernel was as fast or faster in float32, conversions included, and half as slow or worse where
-    float16 has no instructions at all. A backward pass is always wide: in half precision that kernel rounds dk and dv
-    after each block of queries, 0.6 to 0.9 eps with 8 blocks and more where one rounding is 0.2.
+    CPU: ranges, both passes. A forward pass multiplies in its own dtype, but for float16 where the machine has no
+    instructions for it: there float32 took half the time of torch's kernel, conversions included. A backward pass is
+    always wide: in half precision that kernel rounds dk and dv after each block of queries, 0.6 to 0.9 eps with 8
+    blocks and more where one rounding is 0.2, and took 0.9 to 10 times as long. In float32 it is 1.3 times as wrong as
+    torch's math path with scores of variance one, within the budget, and twice with a scale half as large again.
 
     CUDA, which no GPU has run yet: fused in half precision, where torch documents a flash kernel for up to 256
     dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped
@@ -56,8 +57,12 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     if problem.is_empty or unlike:
         return TorchConfig("blocks", "blocks", problem.wide_dtype)
     if problem.device.type == "cpu":
-        own = problem.dtype.itemsize > 2 or _has_tiles(problem.dtype)
-        return TorchConfig("ranges", "ranges", problem.dtype if own else problem.wide_dtype)
+        own = problem.dtype != torch.float16 or _has_float16()
+        # Exact to a few units in float32's last place while scores are small, its exponential is not beyond; and sums
+        # of few terms have too little error of their own to hide that.
+        exact = problem.dtype.itemsize == 2 or (problem.d >= 32 and abs(problem.scale) <= 1.25 * problem.d**-0.5)
+        backward: Literal["blocks", "ranges"] = "ranges" if exact else "blocks"
+        return TorchConfig("ranges", backward, problem.dtype if own else problem.wide_dtype)
     columns = problem.d + (PADDING_COLUMNS if problem.padded else 0)
     takes_flash = problem.device.type == "cuda" and problem.dtype.itemsize == 2 and columns <= 256
     # Below this scale padding would show; and kernels that multiply by it after the mask make a negative one nan, as
@@ -68,23 +73,24 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
 
 
 @cache
-def _has_tiles(dtype: torch.dtype) -> bool:
-    """Whether this machine's CPU multiplies half precision several times as fast as float32."""
-    named = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
-    supported = getattr(torch.cpu, named[dtype], None)
+def _has_float16() -> bool:
+    """Whether torch knows that this machine's CPU multiplies float16 itself."""
+    supported = getattr(torch.cpu, "_is_amx_fp16_supported", None)
     return supported is not None and bool(supported())
 
 
 def torch_range_rows(problem: PrefixAttentionProblem) -> int:
     """Queries of a range.
 
-    A range ends at its last query's last key, so that more of them skip more of a causal square, and cost more calls,
-    and sums of dk and dv. Where most keys are before all queries there is little to skip.
+    A range ends at its last query's last key, so that more of them skip more of a causal square, and cost more calls
+    and sums of dk and dv. Of 32 to 256 queries 64 were fastest, or within a twentieth of it, in seven shapes.
     """
     keys = problem.p + problem.l
-    if not problem.causal or 4 * problem.s < keys:
-        return max(1, min(problem.s, _MASK_ELEMENTS // max(1, keys)) if problem.causal else problem.s)
-    return max(1, min(_RANGE_ROWS, -(-problem.s // 2), _MASK_ELEMENTS // max(1, keys)))
+    if not problem.causal:
+        return problem.s
+    # Where most keys are before all queries there is little to skip.
+    rows = problem.s if 4 * problem.s < keys else _RANGE_ROWS
+    return max(1, min(problem.s, rows, _MASK_ELEMENTS // max(1, keys)))
 
 
 def torch_part(problem: PrefixAttentionProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:

@@ -21,9 +21,12 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Te
     config = torch_config(problem)
     note(lambda: f"  prefix_attention's queries: {config.forward}")
     if config.forward == "ranges":
-        return torch_ranges.forward(problem, inputs, config.products)
-    run = torch_blocks.forward if config.forward == "blocks" else torch_fused.forward
-    return run(problem, inputs), torch.empty(0, dtype=problem.wide_dtype, device=problem.device)
+        y, lse = torch_ranges.forward(problem, inputs, config.products)
+        if config.backward == "ranges":
+            return y, lse
+    else:
+        y = (torch_blocks if config.forward == "blocks" else torch_fused).forward(problem, inputs)
+    return y, torch.empty(0, dtype=problem.wide_dtype, device=problem.device)
 
 
 def backward(
@@ -38,9 +41,12 @@ def backward(
 
 def results(problem: PrefixAttentionProblem, like: Tensor) -> tuple[Tensor, Tensor]:
     """Empty tensors as ``forward``'s."""
-    if torch_config(problem).forward == "ranges":
-        return torch_ranges.empty_results(problem, like)
-    return like.new_empty(like.shape), like.new_empty((0,), dtype=problem.wide_dtype)
+    config = torch_config(problem)
+    y, lse = torch_ranges.empty_results(problem, like)
+    return (
+        y if config.forward == "ranges" else like.new_empty(like.shape),
+        lse if config.backward == "ranges" else like.new_empty((0,), dtype=problem.wide_dtype),
+    )
 
 
 IMPLEMENTATION = Implementation("torch", forward, backward)

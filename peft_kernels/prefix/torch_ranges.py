@@ -21,36 +21,55 @@ from peft_kernels.prefix.torch_config import torch_part, torch_range_rows
 
 # What F.scaled_dot_product_attention runs on a CPU. Called by name, because that returns lse, which its backward pass
 # takes as it is for one range of queries too.
-_aten = torch.ops.aten
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # Earlier kernels want as many key heads as query heads.
 TAKES_GROUPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 class _Part(NamedTuple):
-    """Some heads of some batch rows: key heads, and the query heads that read them."""
+    """Some heads of some batch rows: key heads, and the query heads that read them; ``whole`` is all of all."""
 
     batch: slice
     keys: slice
     queries: slice
+    whole: bool
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """Of q, y, dy or lse."""
+        return x if self.whole else x[self.batch, self.queries]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Of k or v."""
+        return x if self.whole else x[self.batch, self.keys]
+
+    def of_prefix(self, x: Tensor, shared: bool) -> Tensor:
+        """Of a prefix (H_kv, P, D), which the batch shares, or (B, H_kv, P, D)."""
+        return x[self.keys] if shared else self.of_keys(x)
 
 
 class _Range(NamedTuple):
-    """Queries ``rows``, the last of which sees the first ``seen`` keys; the prefix's come first."""
+    """Queries from ``first`` to ``last``, which sees the first ``seen`` keys; the prefix's come first."""
 
-    rows: slice
+    first: int
+    last: int
     seen: int
 
 
 def forward(problem: PrefixAttentionProblem, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return y (B, H, S, D) and lse (B, H, S), with products of ``dtype``."""
-    parts = _parts(problem, dtype)
-    if len(parts) == 1:
-        attended, sums = _attend_part(problem, inputs, parts[0], dtype)
-        return attended.to(problem.dtype), sums
-    y, lse = empty_results(problem, inputs.q)
-    for part in parts:
-        y[part.batch, part.queries], lse[part.batch, part.queries] = _attend_part(problem, inputs, part, dtype)
+    y: Tensor | None = None
+    for part in _parts(problem, dtype):
+        attended, sums = _attend_part(problem, inputs, part, dtype)
+        if part.whole:
+            return attended.to(problem.dtype), sums
+        if y is None:
+            y, lse = empty_results(problem, inputs.q)
+        part.of_queries(y).copy_(attended)
+        part.of_queries(lse).copy_(sums)
+    if y is None:
+        raise ValueError("nothing to attend with")
     return y, lse
 
 
@@ -58,37 +77,23 @@ def backward(
     problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor, lse: Tensor, dy: Tensor, needs: Needs
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
-    p, parts = problem.p, _parts(problem, problem.wide_dtype)
-    dq, dk, dv = (
-        _empty_tokens(like) if need and len(parts) > 1 else None
-        for like, need in zip(inputs[:3], needs[:3], strict=True)
-    )
-    # Wide sums, over the batch too where the prefix is shared.
-    dprefix_k, dprefix_v = (
-        torch.zeros(like.shape, dtype=problem.wide_dtype, device=like.device) if need else None
-        for like, need in zip(inputs[3:5], needs[3:], strict=True)
-    )
-    for part in parts:
-        dq_part, dkeys, dvalues = _grad_part(problem, inputs, part, (y, lse, dy))
-        for sums, prefix in ((dkeys, dprefix_k), (dvalues, dprefix_v)):
-            if prefix is not None and problem.shared:
-                prefix[part.keys] += sums[:, :, :p].sum(0)
-            elif prefix is not None:
-                prefix[part.batch, part.keys] = sums[:, :, :p]
-        found = dq_part, dkeys[:, :, p:], dvalues[:, :, p:]
-        if len(parts) == 1:
-            dq, dk, dv = (x.to(problem.dtype) if need else None for x, need in zip(found, needs[:3], strict=True))
+    dtypes = *(problem.dtype,) * 3, *(problem.prefix_dtype,) * 2
+    into: list[Tensor] = []
+    for part in _parts(problem, problem.wide_dtype):
+        found = _grad_part(problem, inputs, part, (y, lse, dy))
+        if part.whole:
+            into = found
             break
-        for into, heads, rows in zip((dq, dk, dv), (part.queries, part.keys, part.keys), found, strict=True):
-            if into is not None:
-                into[part.batch, heads] = rows
-    return Gradients(
-        q=dq,
-        k=dk,
-        v=dv,
-        prefix_k=None if dprefix_k is None else dprefix_k.to(problem.prefix_dtype),
-        prefix_v=None if dprefix_v is None else dprefix_v.to(problem.prefix_dtype),
-    )
+        if not into:
+            # Sums of a prefix's gradients are wide, over the batch too where it is shared.
+            into = [_empty_tokens(x) for x in inputs[:3]]
+            into += [torch.zeros(x.shape, dtype=problem.wide_dtype, device=x.device) for x in inputs[3:5]]
+        part.of_queries(into[0]).copy_(found[0])
+        for place in (1, 2):
+            part.of_keys(into[place]).copy_(found[place])
+        for place in (3, 4):
+            part.of_prefix(into[place], problem.shared).add_(found[place])
+    return Gradients(*(x.to(to) if need else None for x, to, need in zip(into, dtypes, needs, strict=True)))
 
 
 def empty_results(problem: PrefixAttentionProblem, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,80 +107,83 @@ def _attend_part(
     problem: PrefixAttentionProblem, inputs: Inputs, part: _Part, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return y in ``dtype`` and lse of a part."""
-    q = inputs.q[part.batch, part.queries].to(dtype)
+    q = part.of_queries(inputs.q).to(dtype)
     keys, values = _joined(problem, inputs, part, dtype)
     ranges = _ranges(problem)
     if len(ranges) > 1:
         y, lse = _empty_tokens(q), _empty_tokens(q[..., 0], problem.wide_dtype)
     for each in ranges:
-        attended, sums = _aten._scaled_dot_product_flash_attention_for_cpu(
-            _as_rows(problem, q, each),
-            _for_queries(problem, keys, each),
-            _for_queries(problem, values, each),
+        attended, sums = _attend(
+            _rows(problem, q, each),
+            _seen(problem, keys, each),
+            _seen(problem, values, each),
             attn_mask=_mask(problem, inputs, part, each, dtype),
             scale=problem.scale,
         )
         if len(ranges) == 1:
-            return attended.reshape(q.shape), sums.reshape(q.shape[:-1])
-        y[:, :, each.rows], lse[:, :, each.rows] = attended, sums
+            return attended.view(q.shape), sums.view(q.shape[:-1])
+        y[:, :, each.first : each.last] = attended
+        lse[:, :, each.first : each.last] = sums
     return y, lse
 
 
 def _grad_part(
     problem: PrefixAttentionProblem, inputs: Inputs, part: _Part, results: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk' and dv' of a part in the wide dtype, from y, lse and dy."""
-    dtype = problem.wide_dtype
-    q = inputs.q[part.batch, part.queries].to(dtype)
-    y, lse, dy = (x[part.batch, part.queries].to(dtype) for x in results)
+) -> list[Tensor]:
+    """Return dq, dk, dv, dprefix_k and dprefix_v of a part in the wide dtype, from y, lse and dy."""
+    dtype, p = problem.wide_dtype, problem.p
+    q = part.of_queries(inputs.q).to(dtype)
+    y, lse, dy = (part.of_queries(x).to(dtype) for x in results)
     keys, values = _joined(problem, inputs, part, dtype)
     ranges = _ranges(problem)
-    dq = _empty_tokens(q)
+    dq = _empty_tokens(q) if len(ranges) > 1 else q
     # The last range sees all keys: the others' gradients are added to its.
     for each in reversed(ranges):
-        dq_rows, dkeys_seen, dvalues_seen = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _as_rows(problem, dy, each),
-            _as_rows(problem, q, each),
-            _for_queries(problem, keys, each),
-            _for_queries(problem, values, each),
-            _as_rows(problem, y, each),
-            _as_rows(problem, lse, each),
+        dq_rows, *seen = _attend_backward(
+            _rows(problem, dy, each),
+            _rows(problem, q, each),
+            _seen(problem, keys, each),
+            _seen(problem, values, each),
+            _rows(problem, y, each),
+            _rows(problem, lse, each),
             0.0,
             False,
             attn_mask=_mask(problem, inputs, part, each, dtype),
             scale=problem.scale,
         )
-        seen = _of_keys(problem, dkeys_seen), _of_keys(problem, dvalues_seen)
+        if not _has_heads_of_keys(problem):
+            seen = [x.unflatten(1, (-1, problem.group)).sum(2) for x in seen]
         if each is ranges[-1]:
             dkeys, dvalues = seen
         else:
             dkeys[:, :, : each.seen] += seen[0]
             dvalues[:, :, : each.seen] += seen[1]
         if len(ranges) == 1:
-            return dq_rows.reshape(q.shape), dkeys, dvalues
-        dq[:, :, each.rows] = dq_rows
-    return dq, dkeys, dvalues
+            dq = dq_rows.reshape(q.shape)
+        else:
+            dq[:, :, each.first : each.last] = dq_rows
+    # Tensors of their own: a registered operator must not return two views of one.
+    rows = (x[:, :, :p] for x in (dkeys, dvalues))
+    dprefixes = ((x.sum(0) if x.shape[0] > 1 else x[0].clone()) if problem.shared else x.clone() for x in rows)
+    return [dq, dkeys[:, :, p:], dvalues[:, :, p:], *dprefixes]
 
 
-def _parts(problem: PrefixAttentionProblem, dtype: torch.dtype) -> list[_Part]:
+def _parts(problem: PrefixAttentionProblem, dtype: torch.dtype) -> Iterator[_Part]:
     batch, heads = torch_part(problem, dtype, torch.get_num_threads())
-    return [
-        _Part(
-            slice(row, min(row + batch, problem.b)),
-            slice(first, min(first + heads, problem.h_kv)),
-            slice(first * problem.group, min(first + heads, problem.h_kv) * problem.group),
-        )
-        for row in range(0, problem.b, batch)
-        for first in range(0, problem.h_kv, heads)
-    ]
+    whole = batch >= problem.b and heads >= problem.h_kv
+    for row in range(0, problem.b, batch):
+        for first in range(0, problem.h_kv, heads):
+            last = min(first + heads, problem.h_kv)
+            queries = slice(first * problem.group, last * problem.group)
+            yield _Part(slice(row, min(row + batch, problem.b)), slice(first, last), queries, whole)
 
 
 def _ranges(problem: PrefixAttentionProblem) -> list[_Range]:
     size = torch_range_rows(problem)
-    starts = ((first, min(first + size, problem.s)) for first in range(0, problem.s, size))
+    lasts = (min(first + size, problem.s) for first in range(0, problem.s, size))
+    unseen = problem.s if problem.causal else 0
     return [
-        _Range(slice(first, last), problem.p + (last + problem.shift if problem.causal else problem.l))
-        for first, last in starts
+        _Range(index * size, last, problem.p + problem.l - max(0, unseen - last)) for index, last in enumerate(lasts)
     ]
 
 
@@ -183,32 +191,32 @@ def _joined(
     problem: PrefixAttentionProblem, inputs: Inputs, part: _Part, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """[prefix_k; k] and [prefix_v; v] of a part, (batch rows, heads, P + L, D)."""
+    return (
+        _join(problem, part.of_prefix(inputs.prefix_k, problem.shared), part.of_keys(inputs.k), dtype),
+        _join(problem, part.of_prefix(inputs.prefix_v, problem.shared), part.of_keys(inputs.v), dtype),
+    )
 
-    def join(prefix: Tensor, rows: Tensor) -> Tensor:
-        rows = rows[part.batch, part.keys]
-        if problem.p == 0:
-            return rows.to(dtype)
-        prefix = prefix[part.keys].expand(rows.shape[0], -1, -1, -1) if problem.shared else prefix[part.batch, part.keys]
-        if rows.dtype == dtype:
-            return torch.cat((prefix, rows), dim=2)
-        joined = rows.new_empty((*rows.shape[:2], problem.p + problem.l, problem.d), dtype=dtype)
-        joined[:, :, : problem.p] = prefix
-        joined[:, :, problem.p :] = rows
-        return joined
 
-    return join(inputs.prefix_k, inputs.k), join(inputs.prefix_v, inputs.v)
+def _join(problem: PrefixAttentionProblem, prefix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    if problem.p == 0:
+        return rows.to(dtype)
+    if rows.dtype == dtype:
+        return torch.cat((prefix.expand(rows.shape[0], -1, -1, -1), rows), dim=2)
+    joined = rows.new_empty((*rows.shape[:2], problem.p + problem.l, problem.d), dtype=dtype)
+    joined[:, :, : problem.p] = prefix
+    joined[:, :, problem.p :] = rows
+    return joined
 
 
 def _mask(
     problem: PrefixAttentionProblem, inputs: Inputs, part: _Part, each: _Range, dtype: torch.dtype
 ) -> Tensor | None:
-    """What is added to the scores of a range, -inf where nothing may be attended to; broadcast to (B, 1, rows, keys)."""
+    """What is added to a range's scores, -inf where nothing may be attended to; broadcast to (B, 1, rows, keys)."""
     mask = None
     # One query sees all keys, with or without a causal mask: causal problems have no more queries than keys here.
     if problem.causal and problem.s > 1:
-        first, last = each.rows.start, each.rows.stop
-        mask = torch.full((1, 1, last - first, each.seen), -torch.inf, dtype=dtype, device=problem.device)
-        mask.triu_(problem.p + problem.shift + first + 1)
+        mask = torch.full((1, 1, each.last - each.first, each.seen), -torch.inf, dtype=dtype, device=problem.device)
+        mask.triu_(problem.p + problem.shift + each.first + 1)
     if inputs.key_padding_mask is not None:
         kept = inputs.key_padding_mask[part.batch, : each.seen - problem.p]
         padding = torch.zeros((kept.shape[0], 1, 1, each.seen), dtype=dtype, device=problem.device)
@@ -217,26 +225,23 @@ def _mask(
     return mask
 
 
-def _as_rows(problem: PrefixAttentionProblem, x: Tensor, each: _Range) -> Tensor:
-    """Rows of q, y, dy or lse. Where there is one query, the heads that read one key head are its rows."""
-    if problem.s > 1 or problem.group == 1:
-        return x[:, :, each.rows]
-    return x.reshape(x.shape[0], -1, problem.group, *x.shape[3:])
+def _rows(problem: PrefixAttentionProblem, x: Tensor, each: _Range) -> Tensor:
+    """Of q, y, dy or lse those of a range. Where there is one query, the heads of a group are its rows."""
+    if problem.s == 1 and problem.group > 1:
+        return x.reshape(x.shape[0], -1, problem.group, *x.shape[3:])
+    return x if each.last - each.first == problem.s else x[:, :, each.first : each.last]
 
 
-def _for_queries(problem: PrefixAttentionProblem, x: Tensor, each: _Range) -> Tensor:
-    """The keys or values that a range sees, with a head for each head of ``_as_rows`` where the kernels want that."""
-    x = x[:, :, : each.seen]
-    if TAKES_GROUPS or problem.s == 1 or problem.group == 1:
-        return x
-    return x.repeat_interleave(problem.group, dim=1)
+def _seen(problem: PrefixAttentionProblem, x: Tensor, each: _Range) -> Tensor:
+    """The keys or values that a range sees."""
+    if each.seen < problem.p + problem.l:
+        x = x[:, :, : each.seen]
+    return x if _has_heads_of_keys(problem) else x.repeat_interleave(problem.group, dim=1)
 
 
-def _of_keys(problem: PrefixAttentionProblem, gradient: Tensor) -> Tensor:
-    """The gradient of what ``_for_queries`` was given."""
-    if TAKES_GROUPS or problem.s == 1 or problem.group == 1:
-        return gradient
-    return gradient.unflatten(1, (-1, problem.group)).sum(2)
+def _has_heads_of_keys(problem: PrefixAttentionProblem) -> bool:
+    """Whether the kernels get, and give gradients of, the key heads that there are."""
+    return TAKES_GROUPS or problem.group == 1 or problem.s == 1
 
 
 def _empty_tokens(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

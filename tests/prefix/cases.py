@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from peft_kernels.prefix import op, torch_blocks, torch_fused, torch_impl
+from peft_kernels.prefix import op, torch_blocks, torch_impl, torch_ranges
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.problem import PrefixAttentionProblem
 from peft_kernels.prefix.torch_config import TorchConfig, torch_config
@@ -207,7 +207,8 @@ def _pin(variant: str) -> Iterator[str]:
         patches += [
             (torch_impl, "torch_config", functools.partial(_pinned, pinned, torch_config)),
             (torch_blocks, "torch_block", _all_but_one_row if pinned == "rows" else _all_but_one_head),
-            (torch_fused, "torch_mask_rows", lambda keys: 5),
+            (torch_ranges, "torch_range_rows", lambda problem: 5 if problem.causal else problem.s),
+            (torch_ranges, "torch_part", _part),
         ]
     with contextlib.ExitStack() as stack:
         for module, function, replacement in patches:
@@ -226,8 +227,17 @@ def _all_but_one_row(problem: PrefixAttentionProblem) -> tuple[int, int, int]:
 def _pinned(pinned: str, choose: Callable[..., TorchConfig], problem: PrefixAttentionProblem) -> object:
     chosen = choose(problem)
     if pinned in ("small", "rows") or chosen.forward == "blocks":
-        return TorchConfig(forward="blocks", backward="blocks")
-    return TorchConfig("fused", "fused") if pinned == "fused" else TorchConfig("ranges", "blocks")
+        return replace(chosen, forward="blocks", backward="blocks")
+    if pinned == "fused":
+        return replace(chosen, forward="fused", backward="fused")
+    return replace(chosen, forward="ranges", backward="ranges", products=problem.wide_dtype)
+
+
+def _part(problem: PrefixAttentionProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:
+    """Whole where nothing is cast, as it must be, and else less than there is."""
+    if dtype == problem.dtype:
+        return problem.b, problem.h_kv
+    return 1, max(1, problem.h_kv - 1)
 
 
 def _small(choose: Callable[..., object], splits: int) -> Callable[..., object]:

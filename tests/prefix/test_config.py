@@ -14,7 +14,7 @@ from peft_kernels._core.device import Hardware
 from peft_kernels.prefix import torch_fused
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.problem import PrefixAttentionProblem
-from peft_kernels.prefix.torch_config import LEAST_SCALE, PADDING_COLUMNS, torch_block, torch_config, torch_mask_rows
+from peft_kernels.prefix.torch_config import LEAST_SCALE, PADDING_COLUMNS, torch_block, torch_config, torch_part, torch_range_rows
 
 HARDWARE = [
     Hardware(arch=80, sm_count=108),
@@ -119,20 +119,22 @@ def _problem(**changes: Any) -> PrefixAttentionProblem:
 @pytest.mark.parametrize(
     ("changes", "on_cpu", "on_cuda"),
     [
-        ({}, ("ranges", "blocks"), ("fused", "fused")),
-        ({"dtype": torch.float16}, ("ranges", "blocks"), ("fused", "fused")),
-        ({"dtype": torch.float32}, ("ranges", "blocks"), ("blocks", "blocks")),
-        ({"dtype": torch.float64}, ("ranges", "blocks"), ("blocks", "blocks")),
-        ({"padded": True}, ("ranges", "blocks"), ("fused", "fused")),
-        ({"s": 1, "l": 4096}, ("ranges", "blocks"), ("fused", "fused")),
-        ({"d": 256}, ("ranges", "blocks"), ("fused", "fused")),
-        ({"d": 257}, ("ranges", "blocks"), ("blocks", "blocks")),
-        ({"d": 249, "padded": True}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({}, ("ranges", "ranges"), ("fused", "fused")),
+        ({"dtype": torch.float16}, ("ranges", "ranges"), ("fused", "fused")),
+        ({"dtype": torch.float32}, ("ranges", "ranges"), ("blocks", "blocks")),
+        ({"dtype": torch.float64}, ("ranges", "ranges"), ("blocks", "blocks")),
+        ({"padded": True}, ("ranges", "ranges"), ("fused", "fused")),
+        ({"s": 1, "l": 4096}, ("ranges", "ranges"), ("fused", "fused")),
+        ({"d": 256}, ("ranges", "ranges"), ("fused", "fused")),
+        ({"d": 257}, ("ranges", "ranges"), ("blocks", "blocks")),
+        ({"d": 249, "padded": True}, ("ranges", "ranges"), ("blocks", "blocks")),
         ({"s": 513}, ("blocks", "blocks"), ("blocks", "blocks")),
-        ({"s": 513, "causal": False}, ("ranges", "blocks"), ("fused", "fused")),
+        ({"s": 513, "causal": False}, ("ranges", "ranges"), ("fused", "fused")),
         ({"padded": True, "p": 0}, ("blocks", "blocks"), ("blocks", "blocks")),
-        ({"scale": 0.0}, ("ranges", "blocks"), ("blocks", "blocks")),
-        ({"scale": -1.0}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"dtype": torch.float32, "d": 16}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"dtype": torch.float32, "scale": -0.3}, ("ranges", "blocks"), ("blocks", "blocks")),
+        ({"scale": 0.0}, ("ranges", "ranges"), ("blocks", "blocks")),
+        ({"scale": -1.0}, ("ranges", "ranges"), ("blocks", "blocks")),
         ({"l": 0, "p": 0, "causal": False}, ("blocks", "blocks"), ("blocks", "blocks")),
     ],
     ids=str,
@@ -152,10 +154,22 @@ def test_padding_is_beyond_any_score() -> None:
     assert PADDING_COLUMNS * torch.float16.itemsize % 16 == 0
 
 
-@given(st.integers(1, 1 << 22))
-def test_torch_s_ranges_have_small_masks(keys: int) -> None:
-    rows = torch_mask_rows(keys)
-    assert rows >= 1 and (rows == 1 or rows * keys <= 1 << 17)
+@given(problems())
+def test_torch_s_ranges_have_small_masks(problem: PrefixAttentionProblem) -> None:
+    rows = torch_range_rows(problem)
+    assert 1 <= rows <= problem.s
+    # Without a causal mask a range's mask has one row.
+    assert not problem.causal or rows == 1 or rows * (problem.p + problem.l) <= 1 << 20
+
+
+@given(problems(), st.integers(1, 64))
+def test_what_torch_casts_at_a_time_is_small(problem: PrefixAttentionProblem, threads: int) -> None:
+    assert torch_part(problem, problem.dtype, threads) == (problem.b, problem.h_kv)
+    batch, heads = torch_part(replace(problem, dtype=torch.float16), torch.float32, threads)
+    assert 1 <= batch <= problem.b and 1 <= heads <= problem.h_kv
+    assert batch == 1 or heads == problem.h_kv
+    each = 2 * (problem.group * problem.s + problem.p + problem.l) * problem.d
+    assert batch * heads <= threads or batch * heads * each <= threads << 21
 
 
 def test_decoding_fills_the_device() -> None:
