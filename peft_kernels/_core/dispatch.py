@@ -227,16 +227,22 @@ def _able(implementations: Sequence[Implementation], problem: Any, refusals: lis
             refusals.append(f"{implementation.name}: {reason}")
 
 
-def explain_backend(operator: str, implementations: Sequence[Implementation], problem: Any, backend: str) -> str:
-    """Describe the choice that ``select_backend`` makes, and why it passed over the others; a line each."""
-    chosen = select_backend(operator, implementations, problem, backend)
-    lines = [f"{operator}: {chosen.name}"]
+def explain_backend(
+    operator: str, implementations: Sequence[Implementation], problem: Any, backend: str, chosen: Implementation
+) -> str:
+    """Describe a choice, and why it passed over the others; a line each."""
+    lines = [f"{operator}: {chosen.title}"]
     if backend != "auto":
         lines.append(f"  backend={backend!r} is forced")
         return "\n".join(lines)
-    before = implementations[: implementations.index(chosen)]
-    lines += [f"  {each.name}: {each.why_not(problem) or each.why_not_auto(problem)}" for each in before]
-    lines += [f"  {each.name}: comes after" for each in implementations[len(before) + 1 :]]
+    names = [each.name for each in implementations]
+    for place, each in enumerate(implementations):
+        if each.name == chosen.name:
+            continue
+        reason = each.why_not(problem) or each.why_not_auto(problem)
+        # One that could run, and stands before, was left by the clock, or has nothing to compute.
+        passed_over = "comes after" if place > names.index(chosen.name) else "it is right here, and not what is fastest"
+        lines.append(f"  {each.name}: {reason or passed_over}")
     return "\n".join(lines)
 
 

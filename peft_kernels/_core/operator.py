@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._core import dispatch, registration
+from peft_kernels._core import candidates, dispatch, registration, timing
 from peft_kernels._core.autocast import is_any_autocast, without_autocast
 from peft_kernels._core.batched import is_batched, one_by_one
 from peft_kernels._core.cuda_tools import is_capturing
@@ -70,6 +70,7 @@ class Operator:
             autocast, where something is to be computed. It owes what they owe: error, bits, bytes that are kept,
             results that are no views.
         addressed: arguments whose strides and addresses ``make_problem`` reads on CUDA.
+        varying: the problem's sizes that change from call to call, as the number of tokens does.
         linear: whether no gradient depends on any argument, and the torch implementation's ``backward`` is made of
             differentiable operations: then it has derivatives of its own.
     """
@@ -93,6 +94,7 @@ class Operator:
     linear: bool = False
     native: Callable[[Any, Any, bool], Callable[[Any], Any] | None] = lambda problem, call, records: None
     addressed: tuple[str, ...] = ()
+    varying: tuple[str, ...] = ()
     plans: Cache = field(init=False, default_factory=Cache)
     signature: Signature = field(init=False)
 
@@ -141,6 +143,8 @@ class Operator:
         """Decide what a call does, and remember it under its key, if it has one."""
         generation, records = dispatch.generation, torch.is_grad_enabled()
         implementation = self.select(problem, backend)
+        if key is not None and backend == "auto" and not problem.is_empty and timing.may_decide(problem.device):
+            implementation = candidates.fastest(self, problem, call)
         ends_on_torch = implementation is self.implementations[-1]
         native = None
         if key is not None and backend == "auto" and ends_on_torch and not problem.is_empty and not is_any_autocast():
@@ -189,14 +193,19 @@ class Operator:
             return self.backward(problem, call, kept, dy, needs, implementation)
 
     def select(self, problem: Any, backend: str) -> Implementation:
-        """The implementation for a problem; with nothing to compute there is nothing to launch."""
+        """The first guess for a problem; with nothing to compute there is nothing to launch.
+
+        Compiled calls stay with it: their forward and their backward pass choose apart, and must choose alike.
+        """
         chosen = select_backend(self.name, self.implementations, problem, backend)
         return self.implementations[-1] if problem.is_empty else chosen
 
     def note(self, problem: Any, backend: str, plan: Plan | None = None) -> None:
         """Tell ``explain`` of a call."""
-        line = "" if plan is None else f"\n  plan: {plan}"
-        note(lambda: explain_backend(self.name, self.implementations, problem, backend) + line)
+        line, chosen = (
+            ("", self.select(problem, backend)) if plan is None else (f"\n  plan: {plan}", plan.implementation)
+        )
+        note(lambda: explain_backend(self.name, self.implementations, problem, backend, chosen) + line)
 
     def visible(self, results: Sequence[Any]) -> Any:
         """Of ``forward``'s results those that the caller sees."""

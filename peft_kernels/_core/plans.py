@@ -68,8 +68,8 @@ class Plan(NamedTuple):
         if self.native is not None:
             return "torch's own operators, recorded by autograd one by one; the host's time is most of this call's"
         if self.records:
-            return f"forward and backward of the {self.implementation.name} backend, as one function of autograd"
-        return f"forward of the {self.implementation.name} backend, without a graph"
+            return f"forward and backward of the {self.implementation.title} backend, as one function of autograd"
+        return f"forward of the {self.implementation.title} backend, without a graph"
 
 
 def is_seen_into() -> bool:
@@ -111,11 +111,14 @@ class Keys:
         tensors_of = self._plain.get(types) or self._tensors_of(types)
         if tensors_of is None:
             return None
+        tensors = tensors_of(leaves)
         try:
-            facts = tuple(map(_facts, tensors_of(leaves)))
+            facts = tuple(map(_facts, tensors))
         except RuntimeError:  # a nested tensor has no shape
             return None
-        if self._addressed and facts and facts[0][_DEVICE].type == "cuda":
+        if facts and _is_timed(facts[0][_DEVICE]):
+            # What is fastest depends on which gradients there are.
+            facts += tuple(tensor.requires_grad for tensor in tensors)
             facts += tuple(_address(getattr(call, name)) for name in self._addressed)
         state = backend, dispatch.generation, is_grad_enabled(), is_any_autocast()
         # With the types, because 1, 1.0 and True are one key to a dict.
@@ -129,6 +132,10 @@ class Keys:
         several = itemgetter(*places) if len(places) > 1 else lambda leaves: tuple(leaves[place] for place in places)
         self._plain[types] = several
         return several
+
+
+def _is_timed(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _address(tensor: Any) -> Hashable:

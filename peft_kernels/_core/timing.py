@@ -62,8 +62,8 @@ class ShapeClass(NamedTuple):
 class Winners(Protocol):
     """Where winners are remembered."""
 
-    def read(self) -> Mapping[str, str]:
-        """The winner's name for each class's key."""
+    def read(self, again: bool = False) -> Mapping[str, str]:
+        """The winner's name for each class's key; ``again``: with what other processes have found since."""
         ...
 
     def add(self, key: str, winner: str) -> None:
@@ -99,6 +99,11 @@ class EventClock:
 _timing = threading.Lock()
 
 
+def clock_of(device: torch.device) -> Clock:
+    """A clock for what runs on a device."""
+    return EventClock()
+
+
 def is_switched_off() -> bool:
     """Whether PEFT_KERNELS_TUNE=0 asks for the same choice on every machine.
 
@@ -111,6 +116,11 @@ def is_switched_off() -> bool:
     return value == "0"
 
 
+def may_decide(device: torch.device) -> bool:
+    """Whether calls on a device are decided by the clock: where kernels run that were written for it."""
+    return device.type == "cuda" and not is_switched_off()
+
+
 def why_not_timed(device: torch.device, call_bytes: int) -> str | None:
     """Reason why nothing may be timed now, or None.
 
@@ -118,10 +128,8 @@ def why_not_timed(device: torch.device, call_bytes: int) -> str | None:
         device: of the call's tensors.
         call_bytes: about what a call allocates.
     """
-    if is_switched_off():
-        return f"{ENVIRONMENT_VARIABLE}=0"
-    if device.type != "cuda":
-        return "only calls on a GPU are timed"
+    if not may_decide(device):
+        return f"{ENVIRONMENT_VARIABLE}=0" if is_switched_off() else "only calls on a GPU are timed"
     if torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
     free, _ = torch.cuda.mem_get_info(device)
@@ -156,7 +164,7 @@ def fastest(
         return nearest(shape_class, winners.read(), tuple(candidates))
     # Two threads that measure at once would measure each other.
     with _timing:
-        known = _known(shape_class, candidates, winners)
+        known = _known(shape_class, candidates, winners, again=True)
         if known is not None:
             return known
         try:
@@ -168,9 +176,9 @@ def fastest(
     return _known(shape_class, candidates, winners) or winner_of(times)
 
 
-def _known(shape_class: ShapeClass, candidates: Mapping[str, Any], winners: Winners) -> str | None:
+def _known(shape_class: ShapeClass, candidates: Mapping[str, Any], winners: Winners, again: bool = False) -> str | None:
     """The winner of a class, if it is still a candidate."""
-    name = winners.read().get(shape_class.key)
+    name = winners.read(again).get(shape_class.key)
     return name if name in candidates else None
 
 

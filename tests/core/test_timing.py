@@ -47,7 +47,7 @@ class Remembered:
     def __init__(self, winners: Mapping[str, str] = {}) -> None:
         self.winners = dict(winners)
 
-    def read(self) -> Mapping[str, str]:
+    def read(self, again: bool = False) -> Mapping[str, str]:
         return self.winners
 
     def add(self, key: str, winner: str) -> None:
