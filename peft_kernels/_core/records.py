@@ -148,7 +148,7 @@ def read(machine: Signature) -> Record:
     return Record(**merged, path=path, source=", ".join(sources) or "none", reason=reason)
 
 
-def update(machine: Signature, section: str, entries: Entries, replace: bool = False) -> Record:
+def update(machine: Signature, section: str, entries: Entries, replace: bool = False, keep: bool = False) -> Record:
     """Add entries to a section of the record, beside what other processes wrote there.
 
     Args:
@@ -156,6 +156,7 @@ def update(machine: Signature, section: str, entries: Entries, replace: bool = F
         section: a name of ``SECTIONS``.
         entries: JSON values by key; a key that is there gets the new value.
         replace: whether what is there in the section goes.
+        keep: whether a key that is there keeps its value, as where several processes found out the same.
 
     Returns:
         The record as it is now; its ``reason`` says why it holds for this process alone, if it does.
@@ -171,8 +172,11 @@ def update(machine: Signature, section: str, entries: Entries, replace: bool = F
         raise ValueError(f"entries must be JSON: {error}") from error
     with _lock:
         waiting = _unsaved.setdefault(machine, {name: {} for name in SECTIONS})
-        waiting[section] = added if replace else {**waiting[section], **added}
-        wrong = _save(machine, waiting, section if replace else None)
+        if keep:
+            waiting[section] = {**added, **waiting[section]}
+        else:
+            waiting[section] = added if replace else {**waiting[section], **added}
+        wrong = _save(machine, waiting, replaced=section if replace else None, kept=section if keep else None)
         if wrong is None:
             del _unsaved[machine]
     _say(wrong)
@@ -233,7 +237,7 @@ def _try_lock(file: IO[bytes]) -> None:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _save(machine: Signature, added: dict[str, dict[str, Any]], replaced: str | None) -> str | None:
+def _save(machine: Signature, added: dict[str, dict[str, Any]], replaced: str | None, kept: str | None) -> str | None:
     """Write the file, merged with what is there; or say why not. A reader sees the old file or the new one, whole."""
     folder, reason = directory()
     if folder is None:
@@ -245,7 +249,10 @@ def _save(machine: Signature, added: dict[str, dict[str, Any]], replaced: str | 
         found, _ = _load(path, machine)
         if found is not None:
             _merge(merged, {name: entries for name, entries in found.items() if name != replaced})
+        there = dict(merged[kept]) if kept is not None else {}
         _merge(merged, added)
+        if kept is not None:
+            merged[kept].update(there)
         text = json.dumps({"schema": SCHEMA, "signature": machine._asdict(), **merged}, indent=1, sort_keys=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -149,6 +149,7 @@ OPERATOR = Operator(
     results=_results,
     composite=composite,
     reads=_reads,
+    varying=("m",),
     kept=("z",),
     activations=("x", "residual"),
     adds=("residual", "up_bias"),

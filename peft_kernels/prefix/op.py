@@ -153,6 +153,7 @@ OPERATOR = Operator(
     results=_results,
     composite=composite,
     reads=lambda needs: (*Inputs._fields, "y", "stats"),
+    varying=("b", "s", "l"),
     kept=("y", "stats"),
     keep=lambda y, stats: (y if stats.dim() > 1 else None, stats),
 )

@@ -53,6 +53,7 @@ OPERATOR = Operator(
     ),
     composite=composite,
     reads=lambda needs: (),
+    varying=("b", "l"),
     activations=("token_embeddings",),
     linear=True,
 )

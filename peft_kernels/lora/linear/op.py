@@ -138,6 +138,7 @@ OPERATOR = Operator(
     results=_results,
     composite=composite,
     reads=_reads,
+    varying=("m",),
     kept=("s",),
     activations=("x",),
     adds=("bias",),
