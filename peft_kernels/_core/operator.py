@@ -95,7 +95,7 @@ class Operator:
     native: Callable[[Any, Any, bool], Callable[[Any], Any] | None] = lambda problem, call, records: None
     addressed: tuple[str, ...] = ()
     varying: tuple[str, ...] = ()
-    plans: Cache = field(init=False, default_factory=Cache)
+    plans: Cache[Plan] = field(init=False, default_factory=Cache)
     signature: Signature = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class Operator:
             "torch.func's transforms, such as torch.func.hessian, can differentiate the call"
         )
         self.signature = Signature.of(self.call)
-        self._key = Keys(self.signature, self.addressed)
+        self.key = Keys(self.signature, self.addressed)
         self.asked = lru_cache(maxsize=1024)(self._asked)
         self._eager = _eager(self)
         self._operator = registration.register(self)
@@ -115,7 +115,7 @@ class Operator:
         if torch.compiler.is_compiling():
             return self._traced(call, backend_of_graph(backend))
         asked = requested_backend(backend)
-        key = self._key(call, asked)
+        key = self.key(call, asked)
         plan = None if key is None else self.plans.get(key)
         if plan is None:
             problem, reason = self.make_problem(call), why_not_opaque(call)
@@ -126,7 +126,7 @@ class Operator:
 
     def known(self, call: Any, backend: str | None) -> Plan | None:
         """The plan of an eager call, if one of its key was made before: then the call's arguments are right."""
-        key = self._key(call, requested_backend(backend))
+        key = self.key(call, requested_backend(backend))
         return None if key is None else self.plans.get(key)
 
     def run(self, plan: Plan, call: Any) -> Any:

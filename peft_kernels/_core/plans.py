@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter, itemgetter
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -33,6 +33,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.signature import Signature
 
 Key = tuple[Hashable, ...]
+Value = TypeVar("Value")
 
 SIZE = 2048
 """Plans of one of a cache's two generations: of the last 2048 keys all are remembered, and at most twice as many."""
@@ -144,8 +145,8 @@ def _address(tensor: Any) -> Hashable:
     return tensor.stride(), tensor.data_ptr() % ALIGNMENT
 
 
-class Cache:
-    """Plans by key: what was asked for lately stays, the rest goes.
+class Cache(Generic[Value]):
+    """Values by key, plans above all: what was asked for lately stays, the rest goes.
 
     Two dicts: a full one becomes the older one, whose plans are forgotten with the next unless they are asked for. A hit
     is one lookup, without a lock.
@@ -153,13 +154,13 @@ class Cache:
 
     def __init__(self, size: int = SIZE) -> None:
         self._size, self._lock = size, threading.Lock()
-        self._newer: dict[Key, Plan] = {}
-        self._older: dict[Key, Plan] = {}
+        self._newer: dict[Key, Value] = {}
+        self._older: dict[Key, Value] = {}
 
     def __len__(self) -> int:
         return len(self._newer.keys() | self._older.keys())
 
-    def get(self, key: Key) -> Plan | None:
+    def get(self, key: Key) -> Value | None:
         """The plan of a key, if it is still known."""
         plan = self._newer.get(key)
         if plan is None:
@@ -168,7 +169,7 @@ class Cache:
                 self.put(key, plan)
         return plan
 
-    def put(self, key: Key, plan: Plan) -> None:
+    def put(self, key: Key, plan: Value) -> None:
         """Remember a plan."""
         with self._lock:
             if len(self._newer) >= self._size:

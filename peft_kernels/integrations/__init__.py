@@ -7,6 +7,7 @@ rules.py                            the reasons for fallbacks, and docs/integrat
 sites.py                            what is swapped as one, and the swap itself
 versions.py                         the oldest releases of other libraries
 calls.py                            calls that no fused layer takes, whatever library it is of
+faster.py                           whether a library's own forward is faster here
 hooks.py                            what others put on a library's modules: hooks, other methods
 adapter_files.py                    reading and writing other libraries' adapter folders
 

@@ -64,11 +64,11 @@ class Swapped(nn.Module):
     """
 
     def _get_name(self) -> str:
-        return _library_class(self).__name__
+        return library_class(self).__name__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # copyreg.__newobj__ refuses another class than the object's.
-        return copyreg._reconstructor, (_library_class(self), object, None), self.__getstate__()  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (library_class(self), object, None), self.__getstate__()  # type: ignore[attr-defined]
 
     def __copy__(self) -> Any:
         copied = type(self).__new__(type(self))
@@ -81,6 +81,6 @@ class Swapped(nn.Module):
         return copied
 
 
-def _library_class(module: nn.Module) -> type[nn.Module]:
+def library_class(module: nn.Module) -> type[nn.Module]:
     """The class in whose place the module's stands; the module's own where a tool derived one from ours."""
     return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("peft_kernels."))

@@ -36,13 +36,16 @@ from transformers.activations import ACT2CLS
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.adapter import bottleneck_adapter
 from peft_kernels.adapter.kernels.activations import LEAKY_SLOPE
+from peft_kernels.adapter.op import OPERATOR
+from peft_kernels.adapter.problem import Inputs
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.adapterhub import rules
 from peft_kernels.integrations.adapterhub.activations import ACTIVATIONS
 from peft_kernels.integrations.adapterhub.deferred import Deferred
+from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
 from peft_kernels.integrations.hooks import OwnMethods, is_hooked
 from peft_kernels.integrations.report import count_fallback
-from peft_kernels.integrations.sites import Site, Swapped
+from peft_kernels.integrations.sites import Site, Swapped, library_class
 
 
 def _class_of(name: str) -> type[nn.Module]:
@@ -122,11 +125,30 @@ def _output(adapter: Any, x: Any, beside: Any, residual: Tensor | None, output_g
     reason = _why_not_adapter(adapter) or _why_not_call(adapter, x, beside, output_gating)
     if reason is None:
         try:
-            return _bottleneck(adapter, x, residual)
+            if not (is_timed(x) and _is_faster_by_adapterhub(adapter, x, residual)):
+                return _bottleneck(adapter, x, residual)
+            reason = SLOWER()
         except ValueError as error:
             reason = calls.why_not_operation(error)
     count_fallback(adapter, reason)
     return None
+
+
+def _is_faster_by_adapterhub(adapter: Any, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether AdapterHub's forward is faster; None is the residual of a parallel adapter."""
+    down_weight, down_bias, up_weight, up_bias = _parameters(adapter)
+    serial, tensors = residual is x, (down_weight, up_weight, down_bias, up_bias)
+    call = Inputs(x, *tensors, None if serial else residual, serial, _activation(adapter), adapter.scaling)
+
+    def theirs(given: Tensor) -> Tensor:
+        output: Tensor = library_class(adapter).forward(
+            adapter, given, given if serial or residual is None else residual
+        )[0]
+        return output
+
+    return is_library_faster(
+        adapter, OPERATOR, call, lambda given: _bottleneck(adapter, given, given if serial else residual), theirs
+    )
 
 
 def _why_not_adapter(adapter: Any) -> str | None:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_kernels._core.autocast import autocast_dtype, is_any_autocast
 from peft_kernels._core.plans import Plan, Recent
 from peft_kernels.integrations import calls
+from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
 from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Support
@@ -135,12 +136,12 @@ class FusedLoraLinear(Swapped, PeftLinear):
         # A tool may have kept this method, and call it after revert.
         if isinstance(self, FusedLoraLinear):
             known = None if args or kwargs or torch.compiler.is_compiling() else _known(self, x)
-            if known is not None:
-                return _fused(*known)
-            call = _call(self, x, args, kwargs)
+            call, plan = (_call(self, x, args, kwargs), None) if known is None else known
             if isinstance(call, Inputs):
                 try:
-                    return _fused(call)
+                    if not (is_timed(x) and _is_faster_by_peft(self, call)):
+                        return _fused(call, plan)
+                    call = SLOWER()
                 except ValueError as error:
                     call = calls.why_not_operation(error)
             count_fallback(self, call)
@@ -323,6 +324,12 @@ def _planned(layer: PeftLinear, x: Any, scaling: Any, base: Any, down: Any, up: 
         _RECENT.put(id(layer), tensors, plan)
     is_uniform = plan.problem.adapter_dtype is plan.problem.dtype
     return (call, plan) if is_uniform or getattr(layer, "cast_input_dtype_enabled", True) else None
+
+
+def _is_faster_by_peft(layer: PeftLinear, call: Inputs) -> bool:
+    return is_library_faster(
+        layer, OPERATOR, call, lambda x: _fused(call._replace(x=x)), lambda x: PeftLinear.forward(layer, x)
+    )
 
 
 def _fused(call: Inputs, plan: Plan | None = None) -> Tensor:

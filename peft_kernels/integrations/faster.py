@@ -1,0 +1,64 @@
+"""Whether a library's own forward is faster, on this machine, at what a layer of it computes.
+
+On a GPU the clock decides between the two as it does between implementations, for each class of shapes: `apply` must
+leave nobody with something slower than he had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels._core import candidates, timing
+from peft_kernels._core.cuda_tools import is_capturing
+from peft_kernels._core.dispatch import requested_backend
+from peft_kernels._core.operator import Operator
+from peft_kernels._core.plans import Cache
+from peft_kernels.integrations.calls import SUPPORT
+from peft_kernels.integrations.sites import library_class
+
+SLOWER = SUPPORT.rule(
+    "a call that the library's own forward runs faster on this GPU, when both were timed; `PEFT_KERNELS_TUNE=0`"
+    " times nothing",
+    "the library's own forward is faster on this machine",
+)
+
+_decided: Cache[bool] = Cache()
+
+
+def is_timed(x: Tensor) -> bool:
+    """Whether the clock decides about a call with such an input."""
+    return not torch.compiler.is_compiling() and timing.may_decide(x.device)
+
+
+def is_library_faster(
+    layer: nn.Module,
+    operator: Operator,
+    call: Any,
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+) -> bool:
+    """Whether ``theirs`` should run a call that is timed, instead of ``ours``.
+
+    Args:
+        layer: the fused one.
+        operator, call: what it calls, and with what; x is the first argument.
+        ours, theirs: x -> y.
+    """
+    backend = requested_backend(None)
+    key = operator.key(call, backend)
+    if backend != "auto" or key is None:
+        return False
+    library = library_class(layer).__qualname__
+    decided = _decided.get((library, key))
+    if decided is None:
+        problem = operator.make_problem(call)
+        decided = not problem.is_empty and candidates.is_library_faster(
+            operator, problem, call, library, (ours, theirs), tuple(layer.parameters())
+        )
+        if not is_capturing(problem.device):
+            _decided.put((library, key), decided)
+    return decided
