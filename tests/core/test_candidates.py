@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,32 +14,12 @@ from peft_kernels._core import candidates, plans, timing
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels.lora.linear import torch_impl
 from peft_kernels.lora.linear.op import OPERATOR
+from tests.clock import Clock
 from tests.contract.operators import CPU, Operator, assert_bitwise_equal, over
 
 
-@dataclass
-class Machine:
-    """A machine whose kernels take as long as a test says: microseconds of a pass, by the implementation's title."""
-
-    costs: dict[str, float]
-    now: float = 0.0
-    passes: list[str] = field(default_factory=list)
-    winners: dict[str, str] = field(default_factory=dict)
-
-    def mark(self) -> float:
-        return self.now
-
-    def finish(self) -> None:
-        """Nothing is under way."""
-
-    def elapsed_us(self, start: float, stop: float) -> float:
-        return stop - start
-
-    def read(self, again: bool = False) -> Mapping[str, str]:
-        return self.winners
-
-    def add(self, key: str, winner: str) -> None:
-        self.winners.setdefault(key, winner)
+class Machine(Clock):
+    """One with implementations."""
 
     def implementation(self, name: str, *paths: str, run: Any = torch_impl.IMPLEMENTATION) -> Implementation:
         """One that computes what another does, and takes its time; by one of its paths, if it has some."""
@@ -48,7 +27,7 @@ class Machine:
         def taking(compute: Callable[..., Any], direction: str) -> Callable[..., Any]:
             def passed(*arguments: Any, path: str | None = None) -> Any:
                 title = f"{name}:{path or paths[0]}" if paths else name
-                self.passes.append(f"{title} {direction}")
+                self.runs.append(f"{title} {direction}")
                 self.now += self.costs.get(f"{title} {direction}", self.costs[title])
                 return compute(*arguments)
 
@@ -61,7 +40,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Everything here as on a GPU, on CPU tensors: lora_linear by cuda, triton on two paths, and torch."""
-    made = Machine({"cuda": 80.0, "triton:fused": 60.0, "triton:cublas": 70.0, "torch": 100.0})
+    made = Machine(**{"cuda": 80.0, "triton:fused": 60.0, "triton:cublas": 70.0, "torch": 100.0})
     implementations = (
         made.implementation("cuda"),
         made.implementation("triton", "fused", "cublas"),
@@ -70,11 +49,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(OPERATOR, "implementations", implementations)
     monkeypatch.setattr(OPERATOR, "plans", plans.Cache())
     monkeypatch.setattr(OPERATOR, "native", lambda problem, call, records: None)
-    monkeypatch.setattr(timing, "may_decide", lambda device: not timing.is_switched_off())
-    monkeypatch.setattr(timing, "why_not_timed", lambda device, call_bytes: None)
-    monkeypatch.setattr(timing, "clock_of", lambda device: made)
-    monkeypatch.setattr(plans, "_is_timed", lambda device: True)
-    monkeypatch.setattr(candidates, "Recorded", lambda device: made)
+    made.install(monkeypatch)
     yield made
 
 
@@ -85,18 +60,18 @@ def tensors(m: int = 5, **gradients: bool) -> dict[str, Tensor]:
 
 def test_the_fastest_path_of_the_fastest_implementation_runs(machine: Machine) -> None:
     pk.lora_linear(**tensors())
-    machine.passes.clear()
+    machine.runs.clear()
     y = pk.lora_linear(**tensors())
-    assert machine.passes == ["triton:fused forward"]
+    assert machine.runs == ["triton:fused forward"]
     assert torch.equal(y, pk.lora_linear(**tensors(), backend="torch"))
 
 
 def test_torch_is_a_candidate(machine: Machine) -> None:
     machine.costs["torch"] = 50.0
     pk.lora_linear(**tensors())
-    machine.passes.clear()
+    machine.runs.clear()
     pk.lora_linear(**tensors())
-    assert machine.passes == ["torch forward"]
+    assert machine.runs == ["torch forward"]
 
 
 def test_forward_and_backward_are_timed_together_and_run_on_the_same(machine: Machine) -> None:
@@ -104,9 +79,9 @@ def test_forward_and_backward_are_timed_together_and_run_on_the_same(machine: Ma
     machine.costs["triton:fused backward"] = 500.0
     inputs = tensors(x=True, lora_a=True, lora_b=True)
     pk.lora_linear(**inputs)
-    machine.passes.clear()
+    machine.runs.clear()
     pk.lora_linear(**inputs).sum().backward()
-    assert machine.passes == ["triton:cublas forward", "triton:cublas backward"]
+    assert machine.runs == ["triton:cublas forward", "triton:cublas backward"]
 
 
 def test_calls_without_gradients_are_a_class_of_their_own(machine: Machine) -> None:
@@ -122,11 +97,11 @@ def test_calls_without_gradients_are_a_class_of_their_own(machine: Machine) -> N
 
 def test_tokens_of_one_class_are_timed_once(machine: Machine) -> None:
     pk.lora_linear(**tensors(m=5))
-    machine.passes.clear()
+    machine.runs.clear()
     pk.lora_linear(**tensors(m=6))
-    assert machine.passes == ["triton:fused forward"]
+    assert machine.runs == ["triton:fused forward"]
     pk.lora_linear(**tensors(m=9))
-    assert len(machine.winners) == 2 and len(machine.passes) > 2
+    assert len(machine.winners) == 2 and len(machine.runs) > 2
 
 
 def test_no_input_and_no_gradient_is_written(machine: Machine) -> None:
@@ -140,18 +115,18 @@ def test_no_input_and_no_gradient_is_written(machine: Machine) -> None:
 def test_switched_off_the_first_guess_runs(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_KERNELS_TUNE", "0")
     pk.lora_linear(**tensors())
-    assert machine.passes == ["cuda forward"] and not machine.winners
+    assert machine.runs == ["cuda forward"] and not machine.winners
 
 
 def test_a_forced_backend_is_not_timed(machine: Machine) -> None:
     pk.lora_linear(**tensors(), backend="triton")
-    assert machine.passes == ["triton:fused forward"] and not machine.winners
+    assert machine.runs == ["triton:fused forward"] and not machine.winners
 
 
 def test_where_nothing_may_be_timed_the_first_guess_runs(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "why_not_timed", lambda device, call_bytes: "memory is short")
     pk.lora_linear(**tensors())
-    assert machine.passes == ["cuda forward"] and not machine.winners
+    assert machine.runs == ["cuda forward"] and not machine.winners
 
 
 def test_what_a_call_takes_is_counted_before_it_is_timed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +143,7 @@ def test_a_wrong_kernel_is_no_candidate(machine: Machine, monkeypatch: pytest.Mo
     )
     pk.lora_linear(**tensors())
     assert set(machine.winners.values()) == {"cuda"}
-    assert not any(name.startswith("triton") for name in machine.passes)
+    assert not any(name.startswith("triton") for name in machine.runs)
 
 
 def test_explain_names_what_runs_and_what_the_clock_passed_over(machine: Machine) -> None:

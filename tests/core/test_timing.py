@@ -5,117 +5,88 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 
 from peft_kernels._core import timing
 from peft_kernels._core.timing import ShapeClass
+from tests.clock import Clock
 
 CLASS = ShapeClass.of("operator n=8", 100)
 
 
-class FakeClock:
-    """Moves by what a candidate says that it takes."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.turns: list[str] = []
-
-    def mark(self) -> float:
-        return self.now
-
-    def finish(self) -> None:
-        """There is no device to wait for."""
-
-    def elapsed_us(self, start: float, stop: float) -> float:
-        return stop - start
-
-    def candidates(self, **microseconds: float) -> dict[str, object]:
-        def runner(name: str, cost: float) -> object:
-            def run() -> None:
-                self.turns.append(name)
-                self.now += cost
-                time.sleep(0)  # to another thread, if there is one
-
-            return run
-
-        return {name: runner(name, cost) for name, cost in microseconds.items()}
+def candidates(clock: Clock) -> dict[str, Any]:
+    """What the clock knows, each of which lets another thread go on, if there is one."""
+    return {name: clock.takes(name, lambda: time.sleep(0)) for name in clock.costs}
 
 
-class Remembered:
-    def __init__(self, winners: Mapping[str, str] = {}) -> None:
-        self.winners = dict(winners)
-
-    def read(self, again: bool = False) -> Mapping[str, str]:
-        return self.winners
-
-    def add(self, key: str, winner: str) -> None:
-        self.winners.setdefault(key, winner)
+def choose(clock: Clock, why_not: str | None = None) -> str:
+    return timing.fastest(CLASS, candidates(clock), clock, why_not, clock)
 
 
-def choose(clock: FakeClock, winners: Remembered, why_not: str | None = None, **microseconds: float) -> str:
-    return timing.fastest(CLASS, clock.candidates(**microseconds), winners, why_not, clock)
+def clock_with(winners: Mapping[str, str] = {}, **costs: float) -> Clock:
+    clock = Clock(**costs)
+    clock.winners = dict(winners)
+    return clock
 
 
 @pytest.mark.parametrize(
     ("triton", "expected"), [(50.0, "triton"), (97.9, "triton"), (98.1, "torch"), (100.0, "torch"), (200.0, "torch")]
 )
 def test_another_wins_only_by_more_than_the_hysteresis(triton: float, expected: str) -> None:
-    winners = Remembered()
-    assert choose(FakeClock(), winners, torch=100.0, triton=triton) == expected
-    assert winners.winners == {CLASS.key: expected}
+    clock = Clock(torch=100.0, triton=triton)
+    assert choose(clock) == expected
+    assert clock.winners == {CLASS.key: expected}
 
 
 def test_the_fastest_of_several_wins() -> None:
-    assert choose(FakeClock(), Remembered(), torch=100.0, triton=90.0, cuda=80.0, library=85.0) == "cuda"
+    assert choose(Clock(torch=100.0, triton=90.0, cuda=80.0, library=85.0)) == "cuda"
 
 
 def test_a_class_is_timed_once() -> None:
-    clock, winners = FakeClock(), Remembered()
-    choose(clock, winners, torch=100.0, triton=50.0)
-    timed = len(clock.turns)
-    assert choose(clock, winners, torch=1.0, triton=50.0) == "triton"
-    assert len(clock.turns) == timed
+    clock = Clock(torch=100.0, triton=50.0)
+    choose(clock)
+    clock.costs["torch"] = 1.0
+    assert not clock.ran(lambda: choose(clock))
+    assert choose(clock) == "triton"
 
 
 def test_one_candidate_is_not_timed() -> None:
-    clock, winners = FakeClock(), Remembered()
-    assert choose(clock, winners, torch=100.0) == "torch"
-    assert not clock.turns and not winners.winners
+    clock = Clock(torch=100.0)
+    assert choose(clock) == "torch"
+    assert not clock.runs and not clock.winners
 
 
 def test_a_winner_that_is_no_candidate_any_more_is_not_taken() -> None:
-    clock, winners = FakeClock(), Remembered({CLASS.key: "gone"})
-    assert choose(clock, winners, torch=100.0, triton=50.0) == "triton"
+    assert choose(clock_with({CLASS.key: "gone"}, torch=100.0, triton=50.0)) == "triton"
 
 
 def test_another_process_that_was_first_decides() -> None:
-    class First(Remembered):
+    class Second(Clock):
         def add(self, key: str, winner: str) -> None:
             self.winners[key] = "torch"
 
-    assert choose(FakeClock(), First(), torch=100.0, triton=50.0) == "torch"
+    assert choose(Second(torch=100.0, triton=50.0)) == "torch"
 
 
 def test_they_take_turns() -> None:
-    clock = FakeClock()
-    choose(clock, Remembered(), torch=1e6, triton=1e6)
-    turns = clock.turns[2 * (timing.WARM_UPS + 1) :]
+    clock = Clock(torch=1e6, triton=1e6)
+    turns = clock.ran(lambda: choose(clock))[2 * (timing.WARM_UPS + 1) :]
     assert turns[:4] == ["torch", "triton", "triton", "torch"]
     assert turns.count("torch") == turns.count("triton") == timing.TURNS
 
 
 def test_a_drifting_clock_does_not_decide() -> None:
     """Everything becomes slower from turn to turn; the candidates are alike."""
-    clock = FakeClock()
+    clock = Clock()
     slower = iter(range(1000))
 
     def run() -> None:
         clock.now += 1e4 + 100 * next(slower)
 
-    candidates = {"torch": run, "triton": run}
-    assert timing.winner_of(timing.time_in_turns(candidates, clock)) == "torch"
+    assert timing.winner_of(timing.time_in_turns({"torch": run, "triton": run}, clock)) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -131,42 +102,40 @@ def test_a_drifting_clock_does_not_decide() -> None:
     ],
 )
 def test_where_nothing_may_be_timed_the_nearest_class_decides(known: dict[str, str], expected: str) -> None:
-    clock, winners = FakeClock(), Remembered(known)
-    assert choose(clock, winners, why_not="captured", torch=100.0, triton=50.0, cuda=10.0) == expected
-    assert not clock.turns and winners.winners == known
+    clock = clock_with(known, torch=100.0, triton=50.0, cuda=10.0)
+    assert choose(clock, why_not="captured") == expected
+    assert not clock.runs and clock.winners == known
 
 
 def test_memory_that_runs_out_while_timing_costs_nothing() -> None:
     def run() -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    winners = Remembered()
-    assert timing.fastest(CLASS, {"torch": lambda: None, "triton": run}, winners, None, FakeClock()) == "torch"
-    assert not winners.winners
+    clock = Clock()
+    assert timing.fastest(CLASS, {"torch": lambda: None, "triton": run}, clock, None, clock) == "torch"
+    assert not clock.winners
 
 
 def test_any_other_error_is_the_callers() -> None:
     def run() -> None:
         raise RuntimeError("broken")
 
+    clock = Clock()
     with pytest.raises(RuntimeError, match="broken"):
-        timing.fastest(CLASS, {"torch": lambda: None, "triton": run}, Remembered(), None, FakeClock())
+        timing.fastest(CLASS, {"torch": lambda: None, "triton": run}, clock, None, clock)
 
 
 def test_threads_time_a_class_once() -> None:
-    clock, winners, chosen = FakeClock(), Remembered(), []
-    threads = [
-        threading.Thread(target=lambda: chosen.append(choose(clock, winners, torch=100.0, triton=50.0)))
-        for _ in range(8)
-    ]
+    clock, chosen = Clock(torch=100.0, triton=50.0), []
+    threads = [threading.Thread(target=lambda: chosen.append(choose(clock))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    once = FakeClock()
-    choose(once, Remembered(), torch=100.0, triton=50.0)
+    once = Clock(torch=100.0, triton=50.0)
+    choose(once)
     assert chosen == ["triton"] * 8
-    assert clock.turns == once.turns
+    assert clock.runs == once.runs
 
 
 def test_classes() -> None:
