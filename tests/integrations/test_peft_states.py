@@ -336,6 +336,24 @@ def test_one_layer_through_all_states(fused_calls: list[int]) -> None:
     assert not plain.merged and not fused.merged
 
 
+def test_float32_adapters_are_known_while_inputs_are_cast(fused_calls: list[int]) -> None:
+    """On a half-precision base PEFT casts x to them, unless it is told not to, and then raises."""
+    fused = build()
+    fused.base_layer.bfloat16()
+    report = pk.apply(nn.Sequential(fused))
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    for _ in range(2):
+        y = fused(x)
+        assert layers._known(fused, x) is not None
+        fused.cast_input_dtype_enabled = False
+        assert layers._known(fused, x) is None
+        with pytest.raises(RuntimeError, match="dtype"):
+            fused(x)
+        del fused.cast_input_dtype_enabled
+        assert torch.equal(fused(x), y)
+    assert len(fused_calls) == 4 and report.fallback_calls.total() == 2
+
+
 def test_what_is_known_leaves_no_trace() -> None:
     """Nothing of it is on the layer, in its files or copies, or keeps the layer alive."""
     plain, fused = build(), build()
