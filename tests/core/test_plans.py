@@ -192,7 +192,16 @@ def test_addresses_are_told_apart() -> None:
     x, apart = torch.ones(8, 8), torch.ones(8, 24)
     shifted = torch.ones(72)[1:65].view(8, 8)
     seen: dict[Any, bool] = {}
-    for each in (x, torch.zeros(8, 8), x.t(), shifted, apart[:, :8], apart[:, 1:9], apart[:, 4:12], torch.ones(8, 9)[:, :8]):
+    for each in (
+        x,
+        torch.zeros(8, 8),
+        x.t(),
+        shifted,
+        apart[:, :8],
+        apart[:, 1:9],
+        apart[:, 4:12],
+        torch.ones(8, 9)[:, :8],
+    ):
         fits = cuda_tools.rows_aligned(each)
         assert seen.setdefault(plans._address(each), fits) == fits
     assert len(seen) == 6 and len(set(seen.values())) == 2
