@@ -193,7 +193,7 @@ class Recent:
         ):
             return None
         try:
-            return plan if tuple(map(_facts, tensors)) == facts else None  # type: ignore[no-any-return]
+            return plan if tuple(map(_facts, tensors)) == facts else None
         except (AttributeError, RuntimeError):  # no tensor at all, or a nested one, which has no shape
             return None
 

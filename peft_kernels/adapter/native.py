@@ -37,8 +37,8 @@ def is_host_bound(m: int, n: int, k: int) -> bool:
     """Whether a call takes longer through an autograd.Function than by operators that torch records itself.
 
     As for lora/linear/native.py, measured in turns on one core of a shared Xeon with AVX-512, 2026-11-29: time of this
-    form over the torch implementation's, float32, gelu, another tensor as residual, N = K, r = 16 at 256 and 64 at 1024,
-    without a gradient, with those of the parameters, and with that of x too:
+    form over the torch implementation's, float32, gelu, another tensor as residual, N = K, r = 16 at 256 and 64 at
+    1024, without a gradient, with those of the parameters, and with that of x too:
 
         M (N + K)         512   8 Ki  32 Ki  128 Ki  256 Ki | 8 Ki  32 Ki  128 Ki  256 Ki  512 Ki  1 Mi
         N = K               256   256    256     256     256 | 1024   1024    1024    1024    1024  1024
