@@ -1,9 +1,9 @@
 """What a call does, decided once for all calls that are like it: plans, and the keys by which they are found.
 
-Checks run and a backend is chosen when a plan is made. A later call of the same key needs neither, because the key holds
-all that they read: of a tensor its shape, dtype, device and layout, and on CUDA strides and alignment where the operator
-asks for them; of other arguments their values; the backend in force, whether gradients are recorded, autocast, and the
-generation of what ``auto`` chooses. Nothing of a tensor is kept. What raises makes no plan and raises again.
+Checks run and a backend is chosen when a plan is made. A later call of the same key needs neither, because the key
+holds all that they read: of a tensor its shape, dtype, device and layout, and on CUDA strides and alignment where the
+operator asks for them; of other arguments their values; the backend in force, whether gradients are recorded, autocast,
+and the generation of what ``auto`` chooses. Nothing of a tensor is kept. What raises makes no plan and raises again.
 
 Calls that are not plain have no key, and are decided anew each time: tensor subclasses (fake ones too), nested tensors,
 torch.func, tracers, and the modes of torch's dispatcher and of torch functions.
@@ -114,7 +114,7 @@ class Keys:
             return None
         tensors = tensors_of(leaves)
         try:
-            facts = tuple(map(_facts, tensors))
+            facts: tuple[Any, ...] = tuple(map(_facts, tensors))
         except RuntimeError:  # a nested tensor has no shape
             return None
         if facts and _is_timed(facts[0][_DEVICE]):
@@ -148,8 +148,8 @@ def _address(tensor: Any) -> Hashable:
 class Cache(Generic[Value]):
     """Values by key, plans above all: what was asked for lately stays, the rest goes.
 
-    Two dicts: a full one becomes the older one, whose plans are forgotten with the next unless they are asked for. A hit
-    is one lookup, without a lock.
+    Two dicts: a full one becomes the older one, whose plans are forgotten with the next unless they are asked for. A
+    hit is one lookup, without a lock.
     """
 
     def __init__(self, size: int = SIZE) -> None:
@@ -186,31 +186,32 @@ class Recent:
 
     def __init__(self, size: int = SIZE) -> None:
         self._size = size
-        self._plans: dict[int, tuple[tuple[Any, ...], Plan]] = {}
+        self._plans: dict[int, tuple[Any, ...]] = {}
 
     def get(self, caller: int, tensors: tuple[Any, ...]) -> Plan | None:
-        """The caller's last plan, if it is one for these tensors, as things stand."""
-        facts, plan = self._plans.get(caller, _NOTHING)
+        """The caller's last plan, if it is one for these tensors, as things stand; they may be anything."""
+        facts, plan, backend, generation, records = self._plans.get(caller, _NOTHING)
         if (
             plan is None
+            or generation != dispatch.generation
+            or records is not is_grad_enabled()
             or is_seen_into()
-            or plan.generation != dispatch.generation
-            or plan.records is not is_grad_enabled()
-            or plan.backend != dispatch.requested_backend(None)
             or is_any_autocast()
+            or backend != dispatch.requested_backend(None)
         ):
             return None
         try:
             return plan if tuple(map(_facts, tensors)) == facts else None
-        except RuntimeError:  # a nested tensor has no shape
+        except (AttributeError, RuntimeError):  # no tensor at all, or a nested one, which has no shape
             return None
 
-    def put(self, caller: int, tensors: tuple[Any, ...], plan: Plan) -> None:
-        """Remember a plan that a key was made for."""
+    def put(self, caller: int, tensors: tuple[Tensor, ...], plan: Plan) -> None:
+        """Remember a plan that was found by its key."""
         if plan.problem.device.type == "cpu" and not is_any_autocast():
             if len(self._plans) >= self._size:
                 self._plans = {}
-            self._plans[caller] = tuple(map(_facts, tensors)), plan
+            facts = tuple(map(_facts, tensors))
+            self._plans[caller] = facts, plan, plan.backend, plan.generation, plan.records
 
 
-_NOTHING: tuple[tuple[Any, ...], None] = (), None
+_NOTHING = (None,) * 5

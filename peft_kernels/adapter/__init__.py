@@ -25,6 +25,7 @@ Map, bottom to top:
         cuda_bottleneck.py     the launch of csrc/adapter/forward_sm90.cuh                      (z, y)
     problem.py                 the arguments of a call, the facts that backends decide on, every check
     torch_impl.py              the torch backend
+    native.py                  the same by torch's operators, recorded one by one, where a call is tiny
     composite.py               the same by torch's differentiable operations, where torch must see inside
     triton_impl.py             what Triton can run, and the order of its launches
     cuda_impl.py               what the CUDA kernel can run

@@ -12,6 +12,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels.adapter import cuda_impl, torch_impl, triton_impl
 from peft_kernels.adapter.composite import composite
+from peft_kernels.adapter.native import native
 from peft_kernels.adapter.problem import NAME, BottleneckAdapterProblem, Gradients, Inputs, Needs, make_problem
 
 
@@ -154,4 +155,5 @@ OPERATOR = Operator(
     activations=("x", "residual"),
     adds=("residual", "up_bias"),
     passes="residual",
+    native=native,
 )

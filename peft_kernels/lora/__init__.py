@@ -30,6 +30,7 @@ Map, bottom to top:
     linear/                the operator `lora_linear`
         problem.py         the arguments of a call, the facts that backends decide on, every check
         torch_impl.py      the torch backend
+        native.py          the same by torch's operators, recorded one by one, where a call is tiny
         composite.py       the same by torch's differentiable operations, where torch must see inside
         triton_impl.py     what Triton can run, and the order of its launches
         cuda_impl.py       what the CUDA kernels can run, in the order in which they are tried

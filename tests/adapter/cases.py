@@ -22,6 +22,8 @@ from tests.contract.operators import Operator, double
 
 # Backend, and whether the Triton backend makes both products of a direction in one launch.
 VARIANTS = ("torch", "triton-fused", "triton-split")
+# What auto makes of small calls on a CPU: torch's own operators.
+WITH_AUTO = (*VARIANTS, "auto")
 
 # What is added to the branch: nothing, x itself, another tensor, another tensor in float32.
 RESIDUALS = ("none", "x", "tensor", "wide")
@@ -228,7 +230,7 @@ OPERATOR = Operator(
     function=op.bottleneck_adapter,
     op=op,
     differentiable=Tensors._fields,
-    variants=VARIANTS,
+    variants=WITH_AUTO,
     pin=_pin,
     make=make,
     make_exact=make_exact,
@@ -237,7 +239,10 @@ OPERATOR = Operator(
     oracle=_oracle,
     # The bottleneck's bias, whose gradient has all other errors in it, has r values.
     draws=lambda case: min(8, 60 // case.r),
-    budget=tuple(itertools.product(GRID, VARIANTS)),
+    budget=(
+        *itertools.product(GRID, VARIANTS),
+        *((case, "auto") for case in GRID if case.residual != "wide" and case.adapter_dtype is None),
+    ),
     exact=st.builds(
         lambda dtypes, **rest: Case(dtype=dtypes[0], adapter_dtype=dtypes[1], scale=0.5, **rest),
         **{size: st.integers(1, 40) for size in "mnkr"},
@@ -258,7 +263,7 @@ OPERATOR = Operator(
         (Case(m=m, k=k, r=8, dtype=dtype, adapter_dtype=adapter, activation="gelu"), variant)
         for m, k in ((5, 600), (260, 136))
         for dtype, adapter in (DTYPES[0], DTYPES[3])
-        for variant in VARIANTS
+        for variant in WITH_AUTO
     ),
     typical=Case(r=20, residual="tensor", activation="silu"),
     kinds=tuple(_kind(residual, scale) for residual in RESIDUALS for scale in (0.5, torch.tensor(0.5))),

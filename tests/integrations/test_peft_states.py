@@ -202,9 +202,13 @@ STATES: dict[str, State] = {
     "no adapter": lambda layer: _active(layer, []),
     "DoRA": lambda layer: _active(layer, ["dora"]),
     "training": _training,
-    "training without dropout": lambda layer: _both(_training(layer), _attribute("lora_dropout.default", "p", lambda _: 0.0)(layer)),
+    "training without dropout": lambda layer: _both(
+        _training(layer), _attribute("lora_dropout.default", "p", lambda _: 0.0)(layer)
+    ),
     "p of 1": lambda layer: _both(_training(layer), _attribute("lora_dropout.default", "p", lambda _: 1.0)(layer)),
-    "alpha dropout": lambda layer: _both(_entry("lora_dropout", lambda _: nn.AlphaDropout(0.5))(layer), _training(layer)),
+    "alpha dropout": lambda layer: _both(
+        _entry("lora_dropout", lambda _: nn.AlphaDropout(0.5))(layer), _training(layer)
+    ),
     "identity": _entry("lora_dropout", lambda _: nn.Identity()),
     "scaling": _entry("scaling", lambda old: 3.0 * old),
     "whole scaling": _entry("scaling", lambda _: 3),
@@ -234,7 +238,8 @@ STATES: dict[str, State] = {
     "other strides": _data("base_layer.weight", lambda x: x.t().contiguous().t()),
     "smaller rank under one of the factors": _data("lora_A.default.weight", lambda x: x[:2]),
     "smaller rank": lambda layer: _both(
-        _data("lora_A.default.weight", lambda x: x[:2])(layer), _data("lora_B.default.weight", lambda x: x[:, :2])(layer)
+        _data("lora_A.default.weight", lambda x: x[:2])(layer),
+        _data("lora_B.default.weight", lambda x: x[:, :2])(layer),
     ),
     "bias of one": _data("base_layer.bias", lambda x: x[:1]),
     "pruned": _pruned,
@@ -331,9 +336,29 @@ def test_one_layer_through_all_states(fused_calls: list[int]) -> None:
                 except AssertionError as error:
                     raise AssertionError(f"in the state {name!r}: {error}") from error
         _assert_same(_outcome(plain, x), usual, exactly=False)  # else the test itself leaves something behind
-        assert len(fused_calls) - count + report.fallback_calls.total() - before == 2 or name.startswith("forward of PEFT")
+        assert len(fused_calls) - count + report.fallback_calls.total() - before == 2 or name.startswith(
+            "forward of PEFT"
+        )
     _assert_same(_outcome(fused, x), usual, exactly=False)
     assert not plain.merged and not fused.merged
+
+
+def test_float32_adapters_are_known_while_inputs_are_cast(fused_calls: list[int]) -> None:
+    """On a half-precision base PEFT casts x to them, unless it is told not to, and then raises."""
+    fused = build()
+    fused.base_layer.bfloat16()
+    report = pk.apply(nn.Sequential(fused))
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    for _ in range(2):
+        y = fused(x)
+        assert layers._known(fused, x) is not None
+        fused.cast_input_dtype_enabled = False
+        assert layers._known(fused, x) is None
+        with pytest.raises(RuntimeError, match="dtype"):
+            fused(x)
+        del fused.cast_input_dtype_enabled
+        assert torch.equal(fused(x), y)
+    assert len(fused_calls) == 4 and report.fallback_calls.total() == 2
 
 
 def test_what_is_known_leaves_no_trace() -> None:

@@ -2,8 +2,8 @@
 
     y = x W^T + bias;  y += scale (x A^T) B^T           each product rounded as eager torch rounds it, the sum once
 
-The steps of PEFT's layer, whose factor and sum are one pass here: no more is kept than there, nothing is less exact, and
-gradients are those of torch's operators, of any order.
+The steps of PEFT's layer, whose factor and sum are one pass here: no more is kept than there, nothing is less exact,
+and gradients are those of torch's operators, of any order.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def native(problem: LoraLinearProblem, call: Inputs, records: bool) -> Callable[
 def is_host_bound(m: int, n: int, k: int) -> bool:
     """Whether a call takes longer through an autograd.Function than by operators that torch records itself.
 
-    An element of x or y has its share of both forms' passes; what the Function and its Python add is 15 us a forward pass
-    and 60 to 100 us with a backward pass, whatever the sizes. Measured in turns on one core of a Xeon with AVX-512,
-    2026-11-29, float32, N = K = 256, r = 8, time of this form over the torch implementation's, without a gradient, with
-    those of A and B, and with that of x too:
+    An element of x or y has its share of both forms' passes; what the Function and its Python add is 15 us a forward
+    pass and 60 to 100 us with a backward pass, whatever the sizes. Measured in turns on one core of a shared Xeon with
+    AVX-512, 2026-11-29, float32, N = K = 256, r = 8, time of this form over the torch implementation's, without a
+    gradient, with those of A and B, and with that of x too:
 
         M (N + K)       512   2 Ki   8 Ki   16 Ki  32 Ki  64 Ki  256 Ki
         forward         0.62  0.68   0.78   0.88   0.94   0.97   1.03
@@ -58,7 +58,7 @@ def _recorded(call: Inputs) -> Tensor:
 
 def _unrecorded(call: Inputs) -> Tensor:
     x, weight, lora_a, lora_b, scale, bias, _, _ = call
-    y = F.linear(x, weight, bias).add_(F.linear(F.linear(x, lora_a), lora_b), alpha=scale)
+    y = F.linear(x, weight, bias).add_(F.linear(F.linear(x, lora_a), lora_b), alpha=scale)  # type: ignore[arg-type]
     # Of an x with several leading dimensions it is a view, and one that was made without a graph may not be changed in
     # place within one.
     return y.data if y._is_view() else y
