@@ -164,8 +164,10 @@ class _Run:
             # Who has closed its output is ending, which takes a while where a core is dumped.
             status = _end(process, patience_s=_LEAVE_S if ended is None else 0.5)
         finally:
-            for reader in readers:
+            for reader, stream in zip(readers, (process.stdout, process.stderr), strict=True):
                 reader.join(_LEAVE_S)
+                if not reader.is_alive() and stream is not None:
+                    stream.close()
         return self._conclude(ended, status)
 
     def _ask(self, process: subprocess.Popen[str]) -> None:

@@ -102,9 +102,8 @@ def why_not(implementation: str, qualification: Qualification, problem: Any) -> 
     if device.type != "cuda":
         where = "Triton's interpreter" if implementation == "triton" else "an emulator"
         return f"on a CPU it runs in {where}, which is for tests"
-    machine = records.signature(device)
-    wanted = [wanted_of(implementation, qualification, part) for part in qualification.touched(problem)]
-    return why_not_parts(machine, wanted, device)
+    machine, parts = records.signature(device), qualification.touched(problem)
+    return why_not_parts(machine, [wanted_of(implementation, qualification, part) for part in parts], device)
 
 
 def wanted_of(implementation: str, qualification: Qualification, part: str) -> Wanted:
