@@ -36,7 +36,7 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     with few queries; and where heads are grouped it rounds dk and dv of each head to half precision before it adds
     them, 0.85 eps against 0.2.
 
-    CUDA, which no GPU has run yet: fused in half precision, where torch documents a flash kernel for up to 256
+    CUDA, an assumption: fused in half precision, where torch documents a flash kernel for up to 256
     dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped
     heads and no mask aligned at the lower right: blocks.
     """
