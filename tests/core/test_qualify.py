@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from peft_kernels import judge, qualify
-from peft_kernels._core import child, dispatch, records, verdicts
+from peft_kernels._core import child, dispatch, records, triton_tools, verdicts
 from peft_kernels._core.child import NOT_HERE, Limits, Outcome, Wanted
 from peft_kernels._core.device import INTERPRETER, Hardware
 from peft_kernels._core.dispatch import Implementation
@@ -96,7 +96,8 @@ def test_a_record_answers_in_another_process(toy: list[list[str]], monkeypatch: 
     verdicts.store(MACHINE, {_key("b"): verdicts.as_entry(wrong)})
     monkeypatch.setattr(verdicts, "_known", {})
     assert _why_not("a") is None
-    assert _why_not("a", "b") == "it was wrong: m37: dlora_a: too large (on this machine)"
+    expected = "it was wrong: m37: dlora_a: too large (on this machine; `python -m peft_kernels.qualify --full` checks"
+    assert str(_why_not("a", "b")).startswith(expected)
     assert not toy
 
 
@@ -145,6 +146,16 @@ def test_nothing_waits_in_a_capture(toy: list[list[str]], monkeypatch: pytest.Mo
     assert not toy
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert _why_not("a") is None
+
+
+def test_a_traced_call_is_checked_too(toy: list[list[str]]) -> None:
+    """The shapes of what is kept depend on the choice, and a graph's run must make the one with which it was traced."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert _why_not("a") is None
+    assert _why_not("a") is None
+    assert toy == [[_key("a")]]
 
 
 def test_on_a_cpu_nothing_is_asked(toy: list[list[str]]) -> None:
@@ -282,6 +293,7 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
         assert total <= LARGEST_BYTES, (part, str(case), total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "implementation", "part"),
     [
@@ -291,13 +303,13 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
         ("prompt_tuning", "triton", "bfloat16+float32"),
     ],
 )
-def test_triton_qualifies_in_its_interpreter(name: str, implementation: str, part: str) -> None:
-    """In bfloat16, which the interpreter has to be mended for; the command has the other dtypes."""
+def test_triton_qualifies(name: str, implementation: str, part: str, device: torch.device) -> None:
+    """In bfloat16, for which tests mend Triton's interpreter; the command has the other dtypes there."""
     if reason := why_not_environment():
         pytest.skip(reason)
     operator = OPERATORS[name]
     chosen = next(each for each in operator.implementations if each.name == implementation)
-    *_, (event, content) = judge.check_part(operator, chosen, part, CPU)
+    *_, (event, content) = judge.check_part(operator, chosen, part, device)
     assert event == "verdict"
     assert content["verdict"]["kind"] == RIGHT, content
     assert 0.0 < content["verdict"]["error"] < 1.0
@@ -306,9 +318,9 @@ def test_triton_qualifies_in_its_interpreter(name: str, implementation: str, par
 @pytest.fixture
 def on_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's machine, whatever this one has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if reason := why_not_environment():
         pytest.skip(reason)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.usefixtures("on_interpreter")
@@ -356,7 +368,8 @@ def test_command_s_status(
 
 def test_command_without_anything_to_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("peft_kernels._core.triton_tools.why_not_environment", lambda: "torch sees no CUDA device")
+    monkeypatch.setattr(triton_tools, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_tools, "why_not_environment", lambda: "torch sees no CUDA device")
     assert qualify.main([]) == qualify.UNKNOWN
     assert "there is nothing to check: torch sees no CUDA device" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

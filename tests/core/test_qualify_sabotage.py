@@ -21,6 +21,8 @@ from peft_kernels._core.qualification import Family, Qualification
 from peft_kernels._core.records import Signature
 from peft_kernels._core.verdicts import CRASHED, HUNG, RIGHT, UNCOMPILED, WRONG
 
+pytestmark = [pytest.mark.slow, pytest.mark.cpu_only]
+
 MACHINE = Signature("Toy GPU", 90, 132, "1.0", "2.0", "3.0", "0" * 16)
 CPU = torch.device("cpu")
 # A problem takes a hundredth of a second, and a child some seconds to start beside others.
