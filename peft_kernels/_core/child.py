@@ -297,8 +297,9 @@ def _visible_name(device: torch.device) -> str:
     index = torch.cuda.current_device() if device.index is None else device.index
     given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if index < len(given) and not given[index].isdigit():
-        return given[index]  # a part of a GPU has no name but this one
-    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+        return given[index]
+    properties = torch.cuda.get_device_properties(index)
+    uuid = getattr(properties, "uuid", None)
     if uuid is not None:
-        return f"GPU-{uuid}"
+        return f"{'MIG' if ' MIG ' in properties.name else 'GPU'}-{uuid}"
     return given[index] if index < len(given) else str(index)

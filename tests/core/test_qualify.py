@@ -223,6 +223,7 @@ def test_child_takes_no_place_in_a_launch(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (None, 1, "GPU-uuid-1"),
         ("3,5", 1, "GPU-uuid-1"),
+        (None, 2, "MIG-uuid-2"),
         ("MIG-a, MIG-b", 1, "MIG-b"),
         ("GPU-x", 0, "GPU-x"),
     ],
@@ -236,7 +237,8 @@ def test_child_has_the_device_of_its_parent(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid-{index}"))
+    properties = [SimpleNamespace(uuid=f"uuid-{i}", name=f"A100{' MIG 1g.5gb' * (i == 2)}") for i in range(3)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
     assert child._environment(torch.device("cuda", index))["CUDA_VISIBLE_DEVICES"] == name
 
 
