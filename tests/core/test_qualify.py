@@ -242,6 +242,22 @@ def test_child_has_the_device_of_its_parent(
     assert child._environment(torch.device("cuda", index))["CUDA_VISIBLE_DEVICES"] == name
 
 
+@pytest.mark.parametrize("was_on", [False, True])
+def test_allocations_are_filled_and_settings_put_back(was_on: bool) -> None:
+    """Memory that nobody wrote may hold what a right result holds."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    try:
+        settings.fill_uninitialized_memory = was_on
+        with judge._poisoned():
+            assert torch.empty(1000).isnan().all() and torch.empty(1000, dtype=torch.bfloat16).isnan().all()
+            assert (torch.empty(1000, dtype=torch.int64) == 2**63 - 1).all()
+        assert settings.fill_uninitialized_memory == was_on
+        assert torch.are_deterministic_algorithms_enabled() == before[0]
+    finally:
+        settings.fill_uninitialized_memory = before[1]
+
+
 def test_dtypes_have_names() -> None:
     bf16, fp32 = torch.bfloat16, torch.float32
     names = {(bf16, bf16): "bfloat16", (bf16, fp32): "bfloat16+float32", (fp32, fp32): "float32"}
