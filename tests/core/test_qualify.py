@@ -83,9 +83,12 @@ def _key(part: str) -> str:
     return verdicts.key(CHECKED[0][1].qualification.family.operator, "triton", part)
 
 
-def test_only_what_is_touched_and_unknown_is_checked(toy: list[list[str]]) -> None:
+def test_only_what_is_touched_and_unknown_is_checked(toy: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     assert _why_not("a", "b") is None
     assert _why_not("b", "c") is None
+    # What is known takes no lock and reads no file.
+    monkeypatch.setattr(verdicts, "obtain", lambda *arguments: pytest.fail("looked again"))
+    monkeypatch.setattr(records, "read", lambda machine: pytest.fail("read again"))
     assert _why_not("c", "a") is None
     assert toy == [[_key("a"), _key("b")], [_key("c")]]
 
