@@ -167,7 +167,7 @@ def test_on_a_cpu_nothing_is_asked(toy: list[list[str]]) -> None:
     assert not toy
 
 
-def test_a_busy_lock_is_no_verdict(toy: list[list[str]], tmp_path: Path) -> None:
+def test_a_busy_lock_is_no_verdict(toy: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(start_s=0.1, problem_s=1.0, total_s=0.1)
     wanted = [Wanted(_key("a"), "x", "triton", "a", "peft_kernels", False)]
     with records.locked(verdicts.lock_path(tmp_path / "cache", MACHINE), 5.0) as refusal:
@@ -175,6 +175,7 @@ def test_a_busy_lock_is_no_verdict(toy: list[list[str]], tmp_path: Path) -> None
         reason = verdicts.why_not_parts(MACHINE, wanted, CUDA, limits)
     assert "could not be checked on this machine: another process has held" in str(reason)
     # It holds for the process: no later call waits once more.
+    monkeypatch.setattr(verdicts, "obtain", lambda *arguments: pytest.fail("waits again"))
     assert verdicts.why_not_parts(MACHINE, wanted, CUDA, limits) == reason
     assert not toy
 
