@@ -137,6 +137,7 @@ gpu_end_to_end = $(GPU_PYTHON) -m benchmarks.end_to_end --out $(GPU_RECORDS) --r
 
 ## gpu      on a machine with a GPU: build, test and benchmark with PYTHON (else python3) as it is, without a network
 gpu: $(GPU_STAMP)
+	-$(GPU_PYTHON) -m peft_kernels.qualify # what fails, the tests show too
 	@status=75; while [ $$status -eq 75 ]; do $(gpu_pytest); status=$$?; done; exit $$status
 	$(MAKE) gpu-sanitize
 	$(GPU_PYTHON) -m benchmarks --out $(GPU_RECORDS) --resume

@@ -16,7 +16,8 @@ Map:
     environment.py   device, versions, commit
     harness.py       one problem: check, time, weigh, record
     tables.py        comparisons between the providers of one problem; Markdown
-    report.py        README.md's part and docs/benchmarks.md
+    report.py        README.md's parts and docs/benchmarks.md
+    gpus.py          which GPUs are on record
     aot.py           compile for a GPU that is not there, and read the machine code
     candidates.py    what else a config could be
     tune.py          which candidates fit (no GPU needed), and which is fastest

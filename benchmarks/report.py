@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pictures, record, tables
+from benchmarks import gpus, pictures, record, tables
 from benchmarks.family import Family, discover
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
     parser.add_argument("--images", action="store_true", help=f"also draw {IMAGES}")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the records")
+    parser.add_argument("--checks", type=Path, default=gpus.SHIPPED, help="folder of the records of checks")
     parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of {README} and {DETAILS}")
     options = parser.parse_args(arguments)
 
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in pictures.draw(results, families, options.root / IMAGES):
             print(path)
     try:
-        written = {readme: replace_part(readme.read_text(), render_summary(results, families))}
+        text = replace_part(readme.read_text(), render_summary(results, families))
+        said = gpus.render(results, gpus.load(options.checks))
+        written = {readme: replace_part(text, said, gpus.BEGIN, gpus.END)}
     except ValueError as error:
         print(f"{readme}: {error}", file=sys.stderr)
         return 1
@@ -63,17 +66,17 @@ def load_results(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return dict(sorted(found.items(), key=lambda item: (not _is_cuda(item[1]), item[0])))
 
 
-def replace_part(text: str, part: str) -> str:
+def replace_part(text: str, part: str, begin: str = BEGIN, end: str = END) -> str:
     """Put a part between the two marks of a text.
 
     Raises:
         ValueError: the marks are not there once each, in this order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"needs {BEGIN} and, after it, {END}, once each")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{part.strip()}\n{END}{tail}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"needs {begin} and, after it, {end}, once each")
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{part.strip()}\n{end}{tail}"
 
 
 def render_summary(results: Results, families: Mapping[str, Family]) -> str:

@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
         "triton_import": _attempt(_import, "triton"),
         "extension": _attempt(_extension),
         "operators": _attempt(_operators),
+        "checks": _attempt(_checks),
     }
 
 
@@ -170,6 +171,37 @@ def _implementation(implementation: Any) -> str:
     if implementation.borrows:
         status += f"; what it has no kernels for is done by {', '.join(implementation.borrows)}"
     return status
+
+
+def _checks() -> dict[str, Any]:
+    """For each machine in here what its record says of the kernels, and where the record is."""
+    import torch
+
+    from peft_kernels._core import triton_tools, verdicts
+
+    devices = [torch.device("cuda", index) for index in range(len(_gpus()))]
+    if not devices and triton_tools.why_not_environment() is None:
+        devices = [torch.device("cpu")]
+    return {
+        "policy": f"{verdicts.POLICY_VARIABLE}={verdicts.policy()}",
+        "machines": [_attempt(_machine, device) for device in devices],
+    }
+
+
+def _machine(device: Any) -> dict[str, Any]:
+    from peft_kernels._core import records, verdicts
+
+    machine = records.signature(device)
+    record = records.read(machine)
+    return {
+        "machine": machine.gpu,
+        "driver": machine.driver,
+        "sources": machine.sources,
+        "record": str(record.path) if record.path else None,
+        "from": record.source,
+        "remark": record.reason,
+        "verdicts": {key: str(verdict) for key, verdict in sorted(verdicts.of(machine).items())} or None,
+    }
 
 
 def _append(lines: list[str], value: dict[str, Any], depth: int) -> None:

@@ -108,7 +108,8 @@ def _expected(operator: Operator, family: Family, call: Any, dy: Tensor, ours: R
     names = [name for name in operator.needs._fields if getattr(call, name) is not None]
     leaves = call._replace(**{name: getattr(call, name).detach().requires_grad_() for name in names})
     y = family.eager(leaves)
-    gradients = torch.autograd.grad(y, [getattr(leaves, name) for name in names], dy)
+    # At y it is dy. Handing dy over would make torch import its compiler, which takes longer than the problems.
+    gradients = torch.autograd.grad((y.double() * dy.double()).sum(), [getattr(leaves, name) for name in names])
     reference = operator.implementations[-1]
     oracle = _run(operator, reference, family.exact(call), dy.double())
     # What is kept has no eager form; the torch backend keeps the same in these dtypes, or something else altogether.
@@ -145,14 +146,15 @@ def _poisoned() -> Iterator[None]:
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     filled = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch's public function for it imports the compiler, which takes longer than the problems.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+        torch._C._set_deterministic_algorithms(was_on, warn_only=only_warned)
         settings.fill_uninitialized_memory = filled
 
 

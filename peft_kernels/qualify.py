@@ -1,6 +1,6 @@
 """``python -m peft_kernels.qualify``: check the kernels on this machine, and put what is found on record.
 
-With TRITON_INTERPRET=1 and no GPU the machine is Triton's interpreter on CPU tensors. The exit status is 1 if a kernel
+With TRITON_INTERPRET=1 the machine is Triton's interpreter on CPU tensors. The exit status is 1 if a kernel
 failed, and 3 if none did but some could not be checked. The backend ``auto`` does the same for what a call needs.
 """
 
@@ -60,13 +60,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _device(index: int | None) -> torch.device | str:
     """The device to check on, or why there is none."""
+    if triton_tools.why_not_installed() is None and triton_tools.interpreting():
+        return torch.device("cpu")
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if index is not None and not 0 <= index < count:
             return f"--device must be below {count}, the number of CUDA devices, got {index}"
         return torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    reason = triton_tools.why_not_environment()
-    return torch.device("cpu") if reason is None else reason
+    return triton_tools.why_not_environment() or "torch sees no CUDA device"
 
 
 def _chosen(options: argparse.Namespace, machine: records.Signature, device: torch.device) -> Iterator[Wanted]:

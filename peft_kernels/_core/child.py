@@ -164,8 +164,10 @@ class _Run:
             # Who has closed its output is ending, which takes a while where a core is dumped.
             status = _end(process, patience_s=_LEAVE_S if ended is None else 0.5)
         finally:
-            for reader in readers:
+            for reader, stream in zip(readers, (process.stdout, process.stderr), strict=True):
                 reader.join(_LEAVE_S)
+                if not reader.is_alive() and stream is not None:
+                    stream.close()
         return self._conclude(ended, status)
 
     def _ask(self, process: subprocess.Popen[str]) -> None:
@@ -295,8 +297,9 @@ def _visible_name(device: torch.device) -> str:
     index = torch.cuda.current_device() if device.index is None else device.index
     given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if index < len(given) and not given[index].isdigit():
-        return given[index]  # a part of a GPU has no name but this one
-    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+        return given[index]
+    properties = torch.cuda.get_device_properties(index)
+    uuid = getattr(properties, "uuid", None)
     if uuid is not None:
-        return f"GPU-{uuid}"
+        return f"{'MIG' if ' MIG ' in properties.name else 'GPU'}-{uuid}"
     return given[index] if index < len(given) else str(index)

@@ -336,7 +336,8 @@ def _driver() -> str:
         found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text())
         if found is not None:
             return found[1]
-    return f"CUDA {torch.cuda.driver_version()}" if hasattr(torch.cuda, "driver_version") else "unknown"
+    interface = getattr(torch._C, "_cuda_getDriverVersion", None)  # builds for CUDA have it
+    return "unknown" if interface is None else f"CUDA {interface()}"
 
 
 def _triton_version() -> str:

@@ -102,9 +102,8 @@ def why_not(implementation: str, qualification: Qualification, problem: Any) -> 
     if device.type != "cuda":
         where = "Triton's interpreter" if implementation == "triton" else "an emulator"
         return f"on a CPU it runs in {where}, which is for tests"
-    machine = records.signature(device)
-    wanted = [wanted_of(implementation, qualification, part) for part in qualification.touched(problem)]
-    return why_not_parts(machine, wanted, device)
+    machine, parts = records.signature(device), qualification.touched(problem)
+    return why_not_parts(machine, [wanted_of(implementation, qualification, part) for part in parts], device)
 
 
 def wanted_of(implementation: str, qualification: Qualification, part: str) -> Wanted:
@@ -129,7 +128,7 @@ def why_not_parts(
         known = _known[machine]
     failed = (known[each.key] for each in wanted if known[each.key].kind != RIGHT)
     verdict = next(failed, None)
-    return None if verdict is None else f"it {verdict} (on this machine)"
+    return None if verdict is None else f"it {verdict} (on this machine; {COMMAND[:-1]} --full` checks it again)"
 
 
 def _why_unknown(machine: records.Signature, missing: list[Wanted], device: torch.device, limits: Limits) -> str | None:
@@ -155,8 +154,7 @@ def obtain(machine: records.Signature, wanted: list[Wanted], device: torch.devic
     if folder is None:
         _check(machine, wanted, device, limits)
         return
-    wait = limits.total_s + limits.start_s
-    with records.locked(lock_path(folder, machine), wait) as refusal:
+    with records.locked(lock_path(folder, machine), limits.total_s + limits.start_s) as refusal:
         if refusal is not None and refusal.is_busy:
             unanswered.update({each.key: refusal.reason for each in wanted})
             return

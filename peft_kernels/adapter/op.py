@@ -58,7 +58,7 @@ def bottleneck_adapter(
 
     Numerics: products accumulate in float32 (float64 for float64). Against a float64 oracle the relative error is at
     most 1.1 times that of eager torch in the same dtypes plus one epsilon of float32, or a quarter of half precision's,
-    over enough values that chance evens out (python_ref/compare.py).
+    over enough values that chance evens out (``peft_kernels.testing``).
     Gradients of x, weights, biases and residual are computed only where asked for, the residual's without a copy, and
     two runs give the same bits. Besides x, which is kept only for down_weight's gradient, an (M, r) tensor is saved.
 

@@ -64,9 +64,9 @@ def prefix_attention(
 
     Numerics: scores, softmax and sums are float32 (float64 for float64). Against a float64 oracle the relative error is
     at most 1.1 times that of torch's math attention in the same dtypes plus one epsilon of float32, or a quarter of
-    half precision's, over enough values that chance evens out (python_ref/compare.py). Gradients of q, k, v, prefix_k
-    and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in float32. Two runs give
-    the same bits; but dq of the torch backend on CUDA in half precision does so only under
+    half precision's, over enough values that chance evens out (``peft_kernels.testing``). Gradients of q, k, v,
+    prefix_k and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in float32. Two
+    runs give the same bits; but dq of the torch backend on CUDA in half precision does so only under
     torch.use_deterministic_algorithms(True), as torch's own attention.
 
     Memory: saved besides the arguments are, by Triton, y and two numbers a query and head; by torch, nothing. Triton

@@ -47,7 +47,7 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     blocks and more where one rounding is 0.2, and took 0.9 to 10 times as long. In float32 it is 1.3 times as wrong as
     torch's math path with scores of variance one, within the budget, and twice with a scale half as large again.
 
-    CUDA, which no GPU has run yet: fused in half precision, where torch documents a flash kernel for up to 256
+    CUDA, an assumption: fused in half precision, where torch documents a flash kernel for up to 256
     dimensions and grouped heads, and blocks would multiply in float32. In float32 torch's fused kernel takes no grouped
     heads and no mask aligned at the lower right: blocks.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import pictures, record, report, tables
+from benchmarks import gpus, pictures, record, report, tables
 from benchmarks.family import discover
 
 FIRST, SECOND = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
@@ -149,8 +149,8 @@ def _write(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     record.append(record.path(folder / "results", "toy", "lora_linear"), records)
     readme = folder / "README.md"
     if not readme.exists():
-        readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\n")
-    return ["--results", str(folder / "results"), "--root", str(folder)]
+        readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\n{gpus.BEGIN}\n{gpus.END}\n")
+    return ["--results", str(folder / "results"), "--checks", str(folder / "checks"), "--root", str(folder)]
 
 
 def test_check_fails_until_both_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

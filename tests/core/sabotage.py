@@ -61,9 +61,9 @@ def _at_second(what: Callable[[], object]) -> Callable[..., Forward]:
     return forward
 
 
-def _raising(error: Exception) -> Callable[[], None]:
+def _raising(make: Callable[[], Exception]) -> Callable[[], None]:
     def what() -> None:
-        raise error
+        raise make()
 
     return what
 
@@ -134,11 +134,11 @@ _declare("sabotaged_input", _writes_input)
 _declare("sabotaged_unsteady", _unsteady)
 _declare("sabotaged_da", backward=_wrong_da)
 _declare("sabotaged_db", backward=_no_db)
-_declare("sabotaged_compile", _at_second(_raising(_compile_error())))
-_declare("sabotaged_passes", _at_second(_raising(RuntimeError("PassManager::run failed"))))
-_declare("sabotaged_memory", _at_second(_raising(torch.OutOfMemoryError("CUDA out of memory"))))
-_declare("sabotaged_raise", _at_second(_raising(LookupError("no tile"))))
-_declare("sabotaged_device", _at_second(_raising(RuntimeError("CUDA error: an illegal memory access was encountered"))))
+_declare("sabotaged_compile", _at_second(_raising(_compile_error)))
+_declare("sabotaged_passes", _at_second(_raising(lambda: RuntimeError("PassManager::run failed"))))
+_declare("sabotaged_memory", _at_second(_raising(lambda: torch.OutOfMemoryError("CUDA out of memory"))))
+_declare("sabotaged_raise", _at_second(_raising(lambda: LookupError("no tile"))))
+_declare("sabotaged_device", _at_second(_raising(lambda: RuntimeError("CUDA error: an illegal memory access"))))
 _declare("sabotaged_abort", _at_second(os.abort))
 _declare("sabotaged_segfault", _at_second(lambda: ctypes.string_at(0)))
 _declare("sabotaged_exit", _at_second(lambda: os._exit(7)))

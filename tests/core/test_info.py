@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from peft_kernels import info
+from peft_kernels._core import records, verdicts
+from peft_kernels._core.triton_tools import why_not_environment
 
 SOURCE = Path(info.__file__)
 
@@ -35,6 +39,33 @@ def test_json_names_every_family_and_backend() -> None:
         assert backends["torch"] == info.AVAILABLE
         assert all(isinstance(answer, str) and answer for answer in backends.values())
     assert report["operators"]["lora_linear"]["cuda"].endswith("; what it has no kernels for is done by torch")
+
+
+def test_verdicts_and_where_they_come_from(tmp_path: Path) -> None:
+    if reason := why_not_environment():
+        pytest.skip(reason)
+    name, gpu = "prompt_tuning/triton/float32", os.environ.get("TRITON_INTERPRET") != "1"
+    machine = records.signature(torch.device("cuda" if gpu else "cpu"))
+    given = {"PEFT_KERNELS_CACHE_DIR": str(tmp_path), "PEFT_KERNELS_QUALIFY": "never"}
+
+    def checks() -> dict[str, Any]:
+        result = _run("-m", "peft_kernels.info", "--json", **given)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)["checks"]
+
+    empty = checks()
+    assert empty["policy"] == "PEFT_KERNELS_QUALIFY=never"
+    assert empty["machines"][0]["machine"] == machine.gpu and empty["machines"][0]["verdicts"] is None
+    assert empty["machines"][0]["from"] == "none"
+    path = tmp_path / machine.file_name
+    verdict = verdicts.as_entry(verdicts.Verdict("hung", 1, 0.5, 300.0, "n1 b9", "not ready after 300 s"))
+    content = {"schema": 1, "signature": machine._asdict(), "verdicts": {name: verdict}, "winners": {}}
+    path.write_text(json.dumps(content))
+    found = checks()["machines"][0]
+    assert found["verdicts"] == {name: "hung: n1 b9: not ready after 300 s"}
+    assert found["from"] == f"file {path}" and found["record"] == str(path) and found["remark"] is None
+    path.write_text("{")
+    assert "is passed over" in checks()["machines"][0]["remark"]
 
 
 def test_text_shows_reasons() -> None:

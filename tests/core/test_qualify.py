@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from peft_kernels import judge, qualify
-from peft_kernels._core import child, dispatch, records, verdicts
+from peft_kernels._core import child, dispatch, records, triton_tools, verdicts
 from peft_kernels._core.child import NOT_HERE, Limits, Outcome, Wanted
 from peft_kernels._core.device import INTERPRETER, Hardware
 from peft_kernels._core.dispatch import Implementation
@@ -83,9 +83,12 @@ def _key(part: str) -> str:
     return verdicts.key(CHECKED[0][1].qualification.family.operator, "triton", part)
 
 
-def test_only_what_is_touched_and_unknown_is_checked(toy: list[list[str]]) -> None:
+def test_only_what_is_touched_and_unknown_is_checked(toy: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     assert _why_not("a", "b") is None
     assert _why_not("b", "c") is None
+    # What is known takes no lock and reads no file.
+    monkeypatch.setattr(verdicts, "obtain", lambda *arguments: pytest.fail("looked again"))
+    monkeypatch.setattr(records, "read", lambda machine: pytest.fail("read again"))
     assert _why_not("c", "a") is None
     assert toy == [[_key("a"), _key("b")], [_key("c")]]
 
@@ -96,7 +99,8 @@ def test_a_record_answers_in_another_process(toy: list[list[str]], monkeypatch: 
     verdicts.store(MACHINE, {_key("b"): verdicts.as_entry(wrong)})
     monkeypatch.setattr(verdicts, "_known", {})
     assert _why_not("a") is None
-    assert _why_not("a", "b") == "it was wrong: m37: dlora_a: too large (on this machine)"
+    expected = "it was wrong: m37: dlora_a: too large (on this machine; `python -m peft_kernels.qualify --full` checks"
+    assert str(_why_not("a", "b")).startswith(expected)
     assert not toy
 
 
@@ -147,13 +151,23 @@ def test_nothing_waits_in_a_capture(toy: list[list[str]], monkeypatch: pytest.Mo
     assert _why_not("a") is None
 
 
+def test_a_traced_call_is_checked_too(toy: list[list[str]]) -> None:
+    """The shapes of what is kept depend on the choice, and a graph's run must make the one with which it was traced."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert _why_not("a") is None
+    assert _why_not("a") is None
+    assert toy == [[_key("a")]]
+
+
 def test_on_a_cpu_nothing_is_asked(toy: list[list[str]]) -> None:
     verdicts.store(MACHINE, {_key("a"): verdicts.as_entry(Verdict(RIGHT))})
     assert _why_not("a", device=CPU) == "on a CPU it runs in Triton's interpreter, which is for tests"
     assert not toy
 
 
-def test_a_busy_lock_is_no_verdict(toy: list[list[str]], tmp_path: Path) -> None:
+def test_a_busy_lock_is_no_verdict(toy: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(start_s=0.1, problem_s=1.0, total_s=0.1)
     wanted = [Wanted(_key("a"), "x", "triton", "a", "peft_kernels", False)]
     with records.locked(verdicts.lock_path(tmp_path / "cache", MACHINE), 5.0) as refusal:
@@ -161,6 +175,7 @@ def test_a_busy_lock_is_no_verdict(toy: list[list[str]], tmp_path: Path) -> None
         reason = verdicts.why_not_parts(MACHINE, wanted, CUDA, limits)
     assert "could not be checked on this machine: another process has held" in str(reason)
     # It holds for the process: no later call waits once more.
+    monkeypatch.setattr(verdicts, "obtain", lambda *arguments: pytest.fail("waits again"))
     assert verdicts.why_not_parts(MACHINE, wanted, CUDA, limits) == reason
     assert not toy
 
@@ -212,6 +227,7 @@ def test_child_takes_no_place_in_a_launch(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (None, 1, "GPU-uuid-1"),
         ("3,5", 1, "GPU-uuid-1"),
+        (None, 2, "MIG-uuid-2"),
         ("MIG-a, MIG-b", 1, "MIG-b"),
         ("GPU-x", 0, "GPU-x"),
     ],
@@ -225,8 +241,25 @@ def test_child_has_the_device_of_its_parent(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid-{index}"))
+    properties = [SimpleNamespace(uuid=f"uuid-{i}", name=f"A100{' MIG 1g.5gb' * (i == 2)}") for i in range(3)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
     assert child._environment(torch.device("cuda", index))["CUDA_VISIBLE_DEVICES"] == name
+
+
+@pytest.mark.parametrize("was_on", [False, True])
+def test_allocations_are_filled_and_settings_put_back(was_on: bool) -> None:
+    """Memory that nobody wrote may hold what a right result holds."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    try:
+        settings.fill_uninitialized_memory = was_on
+        with judge._poisoned():
+            assert torch.empty(1000).isnan().all() and torch.empty(1000, dtype=torch.bfloat16).isnan().all()
+            assert (torch.empty(1000, dtype=torch.int64) == 2**63 - 1).all()
+        assert settings.fill_uninitialized_memory == was_on
+        assert torch.are_deterministic_algorithms_enabled() == before[0]
+    finally:
+        settings.fill_uninitialized_memory = before[1]
 
 
 def test_dtypes_have_names() -> None:
@@ -282,6 +315,7 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
         assert total <= LARGEST_BYTES, (part, str(case), total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "implementation", "part"),
     [
@@ -291,13 +325,13 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
         ("prompt_tuning", "triton", "bfloat16+float32"),
     ],
 )
-def test_triton_qualifies_in_its_interpreter(name: str, implementation: str, part: str) -> None:
-    """In bfloat16, which the interpreter has to be mended for; the command has the other dtypes."""
+def test_triton_qualifies(name: str, implementation: str, part: str, device: torch.device) -> None:
+    """In bfloat16, for which tests mend Triton's interpreter; the command has the other dtypes there."""
     if reason := why_not_environment():
         pytest.skip(reason)
     operator = OPERATORS[name]
     chosen = next(each for each in operator.implementations if each.name == implementation)
-    *_, (event, content) = judge.check_part(operator, chosen, part, CPU)
+    *_, (event, content) = judge.check_part(operator, chosen, part, device)
     assert event == "verdict"
     assert content["verdict"]["kind"] == RIGHT, content
     assert 0.0 < content["verdict"]["error"] < 1.0
@@ -306,9 +340,9 @@ def test_triton_qualifies_in_its_interpreter(name: str, implementation: str, par
 @pytest.fixture
 def on_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's machine, whatever this one has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if reason := why_not_environment():
         pytest.skip(reason)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.usefixtures("on_interpreter")
@@ -356,7 +390,8 @@ def test_command_s_status(
 
 def test_command_without_anything_to_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("peft_kernels._core.triton_tools.why_not_environment", lambda: "torch sees no CUDA device")
+    monkeypatch.setattr(triton_tools, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_tools, "why_not_environment", lambda: "torch sees no CUDA device")
     assert qualify.main([]) == qualify.UNKNOWN
     assert "there is nothing to check: torch sees no CUDA device" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

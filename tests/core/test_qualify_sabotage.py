@@ -21,10 +21,12 @@ from peft_kernels._core.qualification import Family, Qualification
 from peft_kernels._core.records import Signature
 from peft_kernels._core.verdicts import CRASHED, HUNG, RIGHT, UNCOMPILED, WRONG
 
+pytestmark = [pytest.mark.slow, pytest.mark.cpu_only]
+
 MACHINE = Signature("Toy GPU", 90, 132, "1.0", "2.0", "3.0", "0" * 16)
 CPU = torch.device("cpu")
 # A problem takes a hundredth of a second, and a child some seconds to start beside others.
-LIMITS = Limits(start_s=120.0, problem_s=6.0, total_s=300.0)
+LIMITS = Limits(start_s=120.0, problem_s=12.0, total_s=300.0)
 SECOND = "37x40x24 r8 float32"
 
 EXPECTED = {
@@ -44,7 +46,7 @@ EXPECTED = {
     "abort": (CRASHED, SECOND, "SIGABRT"),
     "segfault": (CRASHED, SECOND, "SIGSEGV"),
     "exit": (CRASHED, SECOND, "the child ended with status 7"),
-    "hang": (HUNG, SECOND, "not ready after 6 s"),
+    "hang": (HUNG, SECOND, "not ready after 12 s"),
 }
 UNANSWERED = {
     "memory": "OutOfMemoryError: CUDA out of memory",

@@ -1,6 +1,6 @@
 """Tile sizes and paths of the bottleneck adapter kernels: frozen values from pure functions of problem and hardware.
 
-No branch here has been measured on a GPU yet. Each says what it assumes; docs/design/adapter.md has the
+Each branch says what it assumes, which is a model where no measurement is named; docs/design/adapter.md has the
 arithmetic.
 """
 

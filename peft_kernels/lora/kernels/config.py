@@ -1,6 +1,7 @@
 """Tile sizes and paths of the LoRA linear kernels: frozen values from pure functions of the problem and the hardware.
 
-No branch here has been measured on a GPU yet. Each says what it assumes; docs/design/lora.md has the arithmetic.
+Each branch says what it assumes, which is a model where no measurement is named; docs/design/lora.md has the
+arithmetic.
 """
 
 from __future__ import annotations

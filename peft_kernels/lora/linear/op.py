@@ -56,7 +56,7 @@ def lora_linear(
 
     Numerics: products accumulate in float32 (float64 for float64). Against a float64 oracle the relative error is at
     most 1.1 times that of eager torch in the same dtypes plus one epsilon of float32, or a quarter of half precision's,
-    over enough values that chance evens out (python_ref/compare.py).
+    over enough values that chance evens out (``peft_kernels.testing``).
     Gradients of x, weight, lora_a, lora_b and bias are computed only where asked for, and two runs give the same bits.
 
     Example:

@@ -1,7 +1,7 @@
 """Block sizes of the kernels: frozen values from pure functions of the attention and the hardware.
 
-No branch here has been measured on a GPU. Kernels have the sizes that compile without spills and fit the shared memory
-of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix.md has the arithmetic.
+All of it is assumed where no measurement is named. Kernels have the sizes that compile without spills and fit the
+shared memory of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix.md has the arithmetic.
 """
 
 from __future__ import annotations
