@@ -35,7 +35,7 @@ _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 def bottleneck_grad_kernel(
     # pointers
     dy_ptr, wu_ptr, wd_ptr, z_ptr, dz_ptr, dx_ptr, factor,
-    # specialized, but for M where dy is stored by rows
+    # specialized; M, which varies, only on request
     M, N, K, R, stride_ym, stride_yn, stride_wun, stride_wur, stride_wdr, stride_wdk,
     # constexprs
     ACTIVATION: tl.constexpr, SERIAL: tl.constexpr, NEEDS_DX: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
@@ -109,7 +109,7 @@ def reduce_rows_kernel(
 # As in triton_fwd.py.
 _GRAD_FLAGS = ("ACTIVATION", "SERIAL", "NEEDS_DX", "FACTOR_IS_TENSOR", "EXACT", "PRECISION", "OUT_PRECISION")
 _launch_bottleneck_grad = Launcher(bottleneck_grad_kernel, _GRAD_FLAGS)
-_launch_bottleneck_grad_by_columns = Launcher(triton.jit(bottleneck_grad_kernel.fn), _GRAD_FLAGS)
+_launch_bottleneck_grad_knowing_m = Launcher(triton.jit(bottleneck_grad_kernel.fn), _GRAD_FLAGS)
 _launch_reduce_rows = Launcher(
     reduce_rows_kernel,
     flags=("ACTIVATION", "NEEDS_PRODUCT", "NEEDS_SUMS", "FACTOR_IS_TENSOR", "OPERAND", "EXACT", "PRECISION"),
@@ -139,7 +139,7 @@ def bottleneck_grad(
     dz = torch.empty_like(z)
     dx = torch.empty(m, k, dtype=dx_dtype, device=dy.device) if wd is not None else None
 
-    launch = _launch_bottleneck_grad_by_columns if is_stored_by_columns(dy) else _launch_bottleneck_grad
+    launch = _launch_bottleneck_grad_knowing_m if is_stored_by_columns(dy) else _launch_bottleneck_grad
     launch(
         (cdiv(m, config.BLOCK_M), 1, 1),
         (dy, wu, wd, z, dz, dx, factor),

@@ -35,7 +35,7 @@ from peft_kernels.adapter.kernels.triton_products import (
 def bottleneck_kernel(
     # pointers
     x_ptr, wd_ptr, bd_ptr, wu_ptr, bu_ptr, residual_ptr, z_ptr, y_ptr, factor,
-    # specialized, but for M where the activations are stored by rows
+    # specialized; M, which varies, only on request
     M, N, K, R, stride_xm, stride_xk, stride_wdr, stride_wdk, stride_wun, stride_wur, stride_rm, stride_rn,
     # constexprs
     ACTIVATION: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -101,7 +101,7 @@ def narrow_product_kernel(
 def wide_product_kernel(
     # pointers
     u_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, factor,
-    # specialized, but for M where the activations are stored by rows
+    # specialized; M, which varies, only on request
     M, C, R, stride_wr, stride_wc, stride_rm, stride_rc,
     # constexprs
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
@@ -130,13 +130,13 @@ _BOTTLENECK_FLAGS = (
     "EXACT", "PRECISION", "OUT_PRECISION",
 )  # fmt: skip
 _launch_bottleneck = Launcher(bottleneck_kernel, _BOTTLENECK_FLAGS)
-_launch_bottleneck_by_columns = Launcher(triton.jit(bottleneck_kernel.fn), _BOTTLENECK_FLAGS)
+_launch_bottleneck_knowing_m = Launcher(triton.jit(bottleneck_kernel.fn), _BOTTLENECK_FLAGS)
 _launch_narrow_product = Launcher(
     narrow_product_kernel, flags=("GRAD_OF", "HAS_BIAS", "FACTOR_IS_TENSOR", "EXACT", "PRECISION")
 )
 _WIDE_PRODUCT_FLAGS = ("ACTIVATION", "HAS_BIAS", "HAS_RESIDUAL", "FACTOR_IS_TENSOR", "OUT_PRECISION")
 _launch_wide_product = Launcher(wide_product_kernel, _WIDE_PRODUCT_FLAGS)
-_launch_wide_product_by_columns = Launcher(triton.jit(wide_product_kernel.fn), _WIDE_PRODUCT_FLAGS)
+_launch_wide_product_knowing_m = Launcher(triton.jit(wide_product_kernel.fn), _WIDE_PRODUCT_FLAGS)
 
 
 def bottleneck(
@@ -167,7 +167,7 @@ def bottleneck(
         activation, bd is not None, bu is not None, residual is not None, isinstance(factor, Tensor),
         exact, precision, out_precision,
     )  # fmt: skip
-    launch = _launch_bottleneck_by_columns if is_stored_by_columns(x, residual) else _launch_bottleneck
+    launch = _launch_bottleneck_knowing_m if is_stored_by_columns(x, residual) else _launch_bottleneck
     launch(
         (cdiv(m, config.BLOCK_M), 1, 1),
         (x, wd, bd, wu, bu, residual, z, y, factor),
@@ -229,7 +229,9 @@ def wide_product(
     (m, r), c = u.shape, w.shape[1]
     out = torch.empty(m, c, dtype=out_dtype, device=u.device)
 
-    launch = _launch_wide_product_by_columns if is_stored_by_columns(residual) else _launch_wide_product
+    # Without tensor cores the widest spill on sm_100 beside masks whose width is not known.
+    knows_m = u.dtype == w.dtype or is_stored_by_columns(residual)
+    launch = _launch_wide_product_knowing_m if knows_m else _launch_wide_product
     launch(
         (cdiv(m, config.BLOCK_M), cdiv(c, config.BLOCK_C), 1),
         (u, w, bias, residual, out, factor),

@@ -105,16 +105,16 @@ def _rank_product(
     return acc
 
 
-@triton.jit(do_not_specialize=("dropout_threshold",))
+@triton.jit(do_not_specialize=("M", "dropout_threshold"))
 def product_kernel(
     # pointers, or tensor descriptors of (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K) | (BLOCK_K, BLOCK_N), (BLOCK_M, BLOCK_N)
     x_ptr, w_ptr, y_ptr,
     # pointers
     s_ptr, b_ptr, bias_ptr, seed_ptr, factor,
     # free
-    dropout_threshold, keep_scale,
+    M, dropout_threshold, keep_scale,
     # specialized
-    M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
+    N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
     # constexprs
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     PRECISION: tl.constexpr, RANK_PRECISION: tl.constexpr,
@@ -256,8 +256,8 @@ def product(
     _launch_product(
         (min(sm_count, cdiv(m, config.BLOCK_M) * cdiv(n, config.BLOCK_N)), 1, 1),
         (*operands, s, b, bias, dropout.seed, factor),
-        (dropout.threshold, dropout.keep_scale),
-        (m, n, k, b.shape[1], *x.stride(), *w.stride(), *b.stride()),
+        (m, dropout.threshold, dropout.keep_scale),
+        (n, k, b.shape[1], *x.stride(), *w.stride(), *b.stride()),
         flags,
         config,
     )
