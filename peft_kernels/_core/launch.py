@@ -1,9 +1,9 @@
 """Launches of Triton kernels that do not ask Triton's binder again for what an earlier launch was told.
 
-``kernel[grid](...)`` specializes each argument, makes a key of all of them and of the options, and looks the compiled
-kernel up, in some 15 us of Python for 30 arguments. A `Launcher` keeps the compiled kernels that such launches
-returned, by a key that is cheap to make, and calls them as `JITFunction.run` does. What it does not know goes through
-``kernel[grid](...)``, and so does everything while somebody watches launches.
+``kernel[grid](...)`` specializes each argument, makes a text of all of them and of the options, and looks the compiled
+kernel up by that, which takes most of a launch's time on the host. A `Launcher` keeps the compiled kernels that such
+launches returned, by a key that is cheaper to make, and calls them as `JITFunction.run` does. What it does not know goes
+through ``kernel[grid](...)``, and so does everything while somebody watches launches.
 """
 
 from __future__ import annotations

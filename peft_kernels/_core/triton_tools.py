@@ -130,6 +130,12 @@ def chosen(choose: Callable[..., T], *facts: Any) -> T:
     return choose(*facts)
 
 
+def is_stored_by_columns(*matrices: Tensor | None) -> bool:
+    """Whether some matrix has contiguous columns, and no contiguous rows."""
+    strides = (matrix.stride() for matrix in matrices if matrix is not None)
+    return any(outer == 1 and inner != 1 for outer, inner in strides)
+
+
 def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 

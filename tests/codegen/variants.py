@@ -21,6 +21,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from torch import Tensor
 
 from benchmarks import aot
 
@@ -63,12 +64,16 @@ def prompt() -> Iterator[Callable[[], object]]:
 FAMILIES = {"lora": lora, "adapter": adapter, "prefix": prefix, "prompt": prompt}
 
 
-def _lora(m: int, n: int, k: int, r: int) -> None:
+def _matrix(rows: int, cols: int, by_columns: bool) -> Tensor:
+    return make(cols, rows, dtype=BF16).t() if by_columns else make(rows, cols, dtype=BF16)
+
+
+def _lora(m: int, n: int, k: int, r: int, by_columns: bool = False) -> None:
     from peft_kernels.lora.linear import problem as lora_linear
     from peft_kernels.lora.linear import triton_impl
 
     inputs = lora_linear.Inputs(
-        x=make(m, k, dtype=BF16),
+        x=_matrix(m, k, by_columns),
         weight=make(n, k, dtype=BF16),
         lora_a=make(r, k, dtype=BF16),
         lora_b=make(n, r, dtype=BF16),
@@ -80,15 +85,15 @@ def _lora(m: int, n: int, k: int, r: int) -> None:
     problem = lora_linear.make_problem(inputs)
     _, s = triton_impl.forward(problem, inputs)
     needs = lora_linear.Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=False)
-    triton_impl.backward(problem, inputs, s, make(m, n, dtype=BF16), needs)
+    triton_impl.backward(problem, inputs, s, _matrix(m, n, by_columns), needs)
 
 
-def _adapter(m: int, width: int, r: int) -> None:
+def _adapter(m: int, width: int, r: int, by_columns: bool = False) -> None:
     from peft_kernels.adapter import problem as bottleneck_adapter
     from peft_kernels.adapter import triton_impl
 
     inputs = bottleneck_adapter.Inputs(
-        x=make(m, width, dtype=BF16),
+        x=_matrix(m, width, by_columns),
         down_weight=make(r, width, dtype=BF16),
         up_weight=make(width, r, dtype=BF16),
         down_bias=make(r, dtype=BF16),
@@ -101,7 +106,7 @@ def _adapter(m: int, width: int, r: int) -> None:
     problem = bottleneck_adapter.make_problem(inputs)
     _, z = triton_impl.forward(problem, inputs)
     needs = bottleneck_adapter.Needs(*[True] * len(bottleneck_adapter.Needs._fields))
-    triton_impl.backward(problem, inputs, z, make(m, width, dtype=BF16), needs)
+    triton_impl.backward(problem, inputs, z, _matrix(m, width, by_columns), needs)
 
 
 def _prefix(b: int, s: int, length: int) -> None:
@@ -172,8 +177,19 @@ def differing(variants: Variants) -> dict[str, dict[str, Any]]:
     return found
 
 
+def by_columns() -> Iterator[Callable[[], object]]:
+    """Activations and gradients stored by columns: masks over M are then as wide as vectors of them."""
+    for m in (16, 8192):
+        yield functools.partial(_lora, m, 4096, 4096, r=16, by_columns=True)
+        yield functools.partial(_adapter, m, width=4096, r=64, by_columns=True)
+
+
 def main(family: str) -> None:
     aot.target(90)
+    if family == "by_columns":
+        variants = record(by_columns())
+        print(json.dumps({kernel: sorted({dict(key)["M"] for key in keys}) for kernel, keys in variants.items()}))
+        return
     print(json.dumps(differing(record(FAMILIES[family]()))))
 
 

@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,23 +222,11 @@ def fresh_tile() -> Launcher:
 def streams_and_devices_are_those_of_the_moment() -> None:
     launcher = fresh()
     assert [run(launcher).stream for _ in range(2)] == [1000, 1000]
-    DRIVER.device = 1
-    try:
+    with mock.patch.object(DRIVER, "device", 1):
         first, second = run(launcher), run(launcher)
         assert (first.is_direct, second.is_direct, second.stream) == (False, True, 1001)
-    finally:
-        DRIVER.device = 0
     with mock.patch.object(DRIVER, "get_current_stream", lambda device: 7):
         assert (run(launcher).is_direct, run(launcher).stream) == (True, 7)
-
-
-@contextmanager
-def _chained(chain: Any, hook: Callable[..., None]) -> Iterator[None]:
-    chain.add(hook)
-    try:
-        yield
-    finally:
-        chain.remove(hook)
 
 
 def hooks_see_every_launch() -> None:
@@ -246,18 +234,14 @@ def hooks_see_every_launch() -> None:
     run(launcher)
     for name in ("launch_enter_hook", "launch_exit_hook"):
         chain = getattr(knobs.runtime, name)
-        with _chained(chain, lambda metadata: None):
+        with mock.patch.object(chain, "calls", [lambda metadata: None]):
             launched = run(launcher)
             assert not launched.is_direct and chain in launched.hooks
         assert run(launcher).is_direct
         with mock.patch.object(knobs.runtime, name, seen.append):
             assert not run(launcher).is_direct
-    hook = lambda *_, **__: seen.append("before")  # noqa: E731
-    copy_kernel.pre_run_hooks.append(hook)
-    try:
+    with mock.patch.object(copy_kernel, "pre_run_hooks", [lambda *_, **__: seen.append("before")]):
         assert not run(launcher).is_direct and seen == ["before"]
-    finally:
-        copy_kernel.pre_run_hooks.remove(hook)
 
 
 def debugging_goes_through_triton() -> None:
@@ -414,7 +398,7 @@ def main() -> None:
         try:
             scenario()
             failures[scenario.__name__] = None
-        except Exception:  # whatever it is, the test that reads this fails with it
+        except Exception:  # the test that reads this fails with it
             failures[scenario.__name__] = traceback.format_exc()
     print(json.dumps(failures))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot, load_scalar, split_range
-from peft_kernels._core.triton_tools import blocks_of_range, cdiv, shape_of_partials, sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, is_stored_by_columns, shape_of_partials, sum_partials
 from peft_kernels.adapter.kernels.config import BottleneckConfig, ReduceRowsConfig
 from peft_kernels.adapter.kernels.triton_activations import activate, activation_grad
 from peft_kernels.adapter.kernels.triton_products import into_bottleneck, write_rows
@@ -35,10 +35,8 @@ _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 def bottleneck_grad_kernel(
     # pointers
     dy_ptr, wu_ptr, wd_ptr, z_ptr, dz_ptr, dx_ptr, factor,
-    # free
-    M,
-    # specialized
-    N, K, R, stride_ym, stride_yn, stride_wun, stride_wur, stride_wdr, stride_wdk,
+    # specialized; M, which varies, only on request
+    M, N, K, R, stride_ym, stride_yn, stride_wun, stride_wur, stride_wdr, stride_wdk,
     # constexprs
     ACTIVATION: tl.constexpr, SERIAL: tl.constexpr, NEEDS_DX: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, OUT_PRECISION: tl.constexpr,
@@ -108,10 +106,10 @@ def reduce_rows_kernel(
         tl.store(sums_ptr + pid_split.to(tl.int64) * C + offs_c, sums * scale, mask=mask_c & (pid_r == 0))
 
 
-_launch_bottleneck_grad = Launcher(
-    bottleneck_grad_kernel,
-    flags=("ACTIVATION", "SERIAL", "NEEDS_DX", "FACTOR_IS_TENSOR", "EXACT", "PRECISION", "OUT_PRECISION"),
-)
+# As in triton_fwd.py.
+_GRAD_FLAGS = ("ACTIVATION", "SERIAL", "NEEDS_DX", "FACTOR_IS_TENSOR", "EXACT", "PRECISION", "OUT_PRECISION")
+_launch_bottleneck_grad = Launcher(bottleneck_grad_kernel, _GRAD_FLAGS)
+_launch_bottleneck_grad_knowing_m = Launcher(triton.jit(bottleneck_grad_kernel.fn), _GRAD_FLAGS)
 _launch_reduce_rows = Launcher(
     reduce_rows_kernel,
     flags=("ACTIVATION", "NEEDS_PRODUCT", "NEEDS_SUMS", "FACTOR_IS_TENSOR", "OPERAND", "EXACT", "PRECISION"),
@@ -141,11 +139,12 @@ def bottleneck_grad(
     dz = torch.empty_like(z)
     dx = torch.empty(m, k, dtype=dx_dtype, device=dy.device) if wd is not None else None
 
-    _launch_bottleneck_grad(
+    launch = _launch_bottleneck_grad_knowing_m if is_stored_by_columns(dy) else _launch_bottleneck_grad
+    launch(
         (cdiv(m, config.BLOCK_M), 1, 1),
         (dy, wu, wd, z, dz, dx, factor),
-        (m,),
-        (n, k, r, *dy.stride(), *wu.stride(), *wd_strides),
+        (),
+        (m, n, k, r, *dy.stride(), *wu.stride(), *wd_strides),
         (activation, serial, wd is not None, isinstance(factor, Tensor), exact, precision, out_precision),
         config,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import load_scalar, split_range
-from peft_kernels._core.triton_tools import blocks_of_range, cdiv, shape_of_partials, sum_partials
+from peft_kernels._core.triton_tools import blocks_of_range, cdiv, is_stored_by_columns, shape_of_partials, sum_partials
 from peft_kernels.adapter.kernels.config import BottleneckConfig, NarrowProductConfig, WideProductConfig
 from peft_kernels.adapter.kernels.triton_activations import activate, activation_grad
 from peft_kernels.adapter.kernels.triton_products import (
@@ -35,10 +35,8 @@ from peft_kernels.adapter.kernels.triton_products import (
 def bottleneck_kernel(
     # pointers
     x_ptr, wd_ptr, bd_ptr, wu_ptr, bu_ptr, residual_ptr, z_ptr, y_ptr, factor,
-    # free
-    M,
-    # specialized
-    N, K, R, stride_xm, stride_xk, stride_wdr, stride_wdk, stride_wun, stride_wur, stride_rm, stride_rn,
+    # specialized; M, which varies, only on request
+    M, N, K, R, stride_xm, stride_xk, stride_wdr, stride_wdk, stride_wun, stride_wur, stride_rm, stride_rn,
     # constexprs
     ACTIVATION: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, OUT_PRECISION: tl.constexpr,
@@ -103,10 +101,8 @@ def narrow_product_kernel(
 def wide_product_kernel(
     # pointers
     u_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, factor,
-    # free
-    M,
-    # specialized
-    C, R, stride_wr, stride_wc, stride_rm, stride_rc,
+    # specialized; M, which varies, only on request
+    M, C, R, stride_wr, stride_wc, stride_rm, stride_rc,
     # constexprs
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     OUT_PRECISION: tl.constexpr,
@@ -128,19 +124,19 @@ def wide_product_kernel(
     store_sum(out_ptr, acc, bias, residual, load_scalar(factor, FACTOR_IS_TENSOR), offs_m, offs_c, M, C)
 
 
-_launch_bottleneck = Launcher(
-    bottleneck_kernel,
-    flags=(
-        "ACTIVATION", "HAS_DOWN_BIAS", "HAS_UP_BIAS", "HAS_RESIDUAL", "FACTOR_IS_TENSOR",
-        "EXACT", "PRECISION", "OUT_PRECISION",
-    ),
+# Masks over M cut the vectors of activations that are stored by columns, unless M is known to be a multiple of 16.
+_BOTTLENECK_FLAGS = (
+    "ACTIVATION", "HAS_DOWN_BIAS", "HAS_UP_BIAS", "HAS_RESIDUAL", "FACTOR_IS_TENSOR",
+    "EXACT", "PRECISION", "OUT_PRECISION",
 )  # fmt: skip
+_launch_bottleneck = Launcher(bottleneck_kernel, _BOTTLENECK_FLAGS)
+_launch_bottleneck_knowing_m = Launcher(triton.jit(bottleneck_kernel.fn), _BOTTLENECK_FLAGS)
 _launch_narrow_product = Launcher(
     narrow_product_kernel, flags=("GRAD_OF", "HAS_BIAS", "FACTOR_IS_TENSOR", "EXACT", "PRECISION")
 )
-_launch_wide_product = Launcher(
-    wide_product_kernel, flags=("ACTIVATION", "HAS_BIAS", "HAS_RESIDUAL", "FACTOR_IS_TENSOR", "OUT_PRECISION")
-)
+_WIDE_PRODUCT_FLAGS = ("ACTIVATION", "HAS_BIAS", "HAS_RESIDUAL", "FACTOR_IS_TENSOR", "OUT_PRECISION")
+_launch_wide_product = Launcher(wide_product_kernel, _WIDE_PRODUCT_FLAGS)
+_launch_wide_product_knowing_m = Launcher(triton.jit(wide_product_kernel.fn), _WIDE_PRODUCT_FLAGS)
 
 
 def bottleneck(
@@ -171,11 +167,12 @@ def bottleneck(
         activation, bd is not None, bu is not None, residual is not None, isinstance(factor, Tensor),
         exact, precision, out_precision,
     )  # fmt: skip
-    _launch_bottleneck(
+    launch = _launch_bottleneck_knowing_m if is_stored_by_columns(x, residual) else _launch_bottleneck
+    launch(
         (cdiv(m, config.BLOCK_M), 1, 1),
         (x, wd, bd, wu, bu, residual, z, y, factor),
-        (m,),
-        (n, k, r, *x.stride(), *wd.stride(), *wu.stride(), *_strides(residual)),
+        (),
+        (m, n, k, r, *x.stride(), *wd.stride(), *wu.stride(), *_strides(residual)),
         flags,
         config,
     )
@@ -232,11 +229,14 @@ def wide_product(
     (m, r), c = u.shape, w.shape[1]
     out = torch.empty(m, c, dtype=out_dtype, device=u.device)
 
-    _launch_wide_product(
+    # Without tensor cores the widest spill on sm_100 beside masks whose width is not known.
+    knows_m = u.dtype == w.dtype or is_stored_by_columns(residual)
+    launch = _launch_wide_product_knowing_m if knows_m else _launch_wide_product
+    launch(
         (cdiv(m, config.BLOCK_M), cdiv(c, config.BLOCK_C), 1),
         (u, w, bias, residual, out, factor),
-        (m,),
-        (c, r, *w.stride(), *_strides(residual)),
+        (),
+        (m, c, r, *w.stride(), *_strides(residual)),
         (activation, bias is not None, residual is not None, isinstance(factor, Tensor), precisions[2]),
         config,
     )

@@ -30,14 +30,14 @@ from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
 
 
-@triton.jit(do_not_specialize=("M", "blocks"))
+@triton.jit(do_not_specialize=("blocks",))
 def narrow_and_reduce_kernel(
     # pointers
     dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, dbias_ptr, factor,
     # free
-    M, blocks,
+    blocks,
     # specialized
-    N, R, stride_ym, stride_yn, stride_bn, stride_br,
+    M, N, R, stride_ym, stride_yn, stride_bn, stride_br,
     # constexprs
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, NEEDS_DBIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,8 +149,8 @@ def narrow_and_reduce(
     _launch_narrow_and_reduce(
         (tiles_n, config.splits, 1),
         (dy, s, b, ds, db, dbias, factor),
-        (m, blocks_of_range(m, config.BLOCK_M, config.splits)),
-        (n, r, *dy.stride(), *((0, 0) if b is None else b.stride())),
+        (blocks_of_range(m, config.BLOCK_M, config.splits),),
+        (m, n, r, *dy.stride(), *((0, 0) if b is None else b.stride())),
         (*needs, isinstance(factor, Tensor), exact, dot_precision(dy.dtype)),
         config,
     )

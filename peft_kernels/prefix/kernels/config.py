@@ -120,9 +120,13 @@ def _splits(attention: Attention, block_m: int, block_n: int, sm_count: int) -> 
 
 
 def merge_config(d: int, splits: int) -> MergeConfig:
-    """All parts of a row at once up to 8192 elements, 64 a thread: one wait for memory, not one for each part."""
+    """All parts of a row at once up to 8192 elements, 64 a thread: one wait for memory, not one for each part.
+
+    Fewer than eight are masked off: a cache that grows goes through all counts, and should not compile for each.
+    """
     block_d = _block_d(d)
-    return MergeConfig(BLOCK_S=min(next_power_of_2(splits), max(2, 8192 // block_d)), BLOCK_D=block_d, num_warps=4)
+    block_s = min(max(8, next_power_of_2(splits)), max(2, 8192 // block_d))
+    return MergeConfig(BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4)
 
 
 def _forward_warps(attention: Attention, elements: int) -> int:

@@ -44,14 +44,14 @@ class Rows(NamedTuple):
     delta: Tensor
 
 
-@triton.jit(do_not_specialize=("H", "S"))
+@triton.jit(do_not_specialize=("S",))
 def delta_kernel(
     # pointers
     y_ptr, dy_ptr, delta_ptr,
     # free
-    H, S,
+    S,
     # specialized
-    stride_yb, stride_yh, stride_ys, stride_dyb, stride_dyh, stride_dys,
+    H, stride_yb, stride_yh, stride_ys, stride_dyb, stride_dyh, stride_dys,
     # constexprs
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -90,13 +90,14 @@ def _grad_q_over(
     return dq
 
 
-@triton.jit(do_not_specialize=("H_KV", "S", "L", "P", "shift", "stride_validb"))
+@triton.jit(do_not_specialize=("L", "shift", "stride_validb"))
 def grad_q_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dq_ptr,
     # free
-    H_KV, S, L, P, shift, scale, scale_log2,
+    L, shift, scale, scale_log2,
     # specialized, but for the mask's rows, which begin anywhere
+    H_KV, S, P,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_validb: tl.int64, stride_validl,
     stride_dyb, stride_dyh, stride_dys,
@@ -181,13 +182,14 @@ def _add_block(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=("H_KV", "S", "L", "shift", "stride_validb"))
+@triton.jit(do_not_specialize=("L", "shift", "stride_validb"))
 def grad_kv_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, valid_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dk_ptr, dv_ptr,
     # free
-    H_KV, S, L, shift, scale, scale_log2,
+    L, shift, scale, scale_log2,
     # specialized, but for the mask's rows, which begin anywhere
+    H_KV, S,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_validb: tl.int64, stride_validl, stride_dyb, stride_dyh, stride_dys,
     # constexprs
@@ -234,13 +236,14 @@ def grad_kv_kernel(
     store_rows(dv_ptr + start, offs_n, dv.to(dv_ptr.dtype.element_ty), offs_n < L, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=("H_KV", "S", "P", "OWNERS", "BATCHES", "span"))
+@triton.jit(do_not_specialize=("span",))
 def grad_prefix_kernel(
     # pointers
     q_ptr, prefix_k_ptr, prefix_v_ptr, dy_ptr, top_ptr, total_ptr, delta_ptr, dk_ptr, dv_ptr,
     # free
-    H_KV, S, P, OWNERS, BATCHES, span, scale, scale_log2,
+    span, scale, scale_log2,
     # specialized
+    H_KV, S, P, OWNERS, BATCHES,
     stride_qb, stride_qh, stride_qs, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp,
     stride_dyb, stride_dyh, stride_dys,
     # constexprs
@@ -290,7 +293,7 @@ def delta(y: Tensor, dy: Tensor, config: DeltaConfig) -> Tensor:
     out = torch.empty(b, h, s, dtype=torch.float32, device=y.device)
 
     programs = cdiv(s, config.BLOCK_M) * b * h
-    _launch_delta((programs, 1, 1), (y, dy, out), (h, s), (*y.stride()[:3], *dy.stride()[:3]), (d,), config)
+    _launch_delta((programs, 1, 1), (y, dy, out), (s,), (h, *y.stride()[:3], *dy.stride()[:3]), (d,), config)
     return out
 
 
@@ -304,8 +307,8 @@ def grad_q(attention: Attention, rows: Rows, prefix: Segment, sequence: Segment,
     _launch_grad_q(
         (cdiv(attention.group * s, config.BLOCK_M) * attention.b * h_kv, 1, 1),
         (q, sequence.k, sequence.v, prefix.k, prefix.v, valid, rows.dy, *rows.stats, rows.delta, dq),
-        (h_kv, s, length, p, attention.shift, float(attention.scale), attention.scale_log2),
-        (*q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides, *rows.dy.stride()[:3]),
+        (length, attention.shift, float(attention.scale), attention.scale_log2),
+        (h_kv, s, p, *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides, *rows.dy.stride()[:3]),
         (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d),
         config,
     )
@@ -322,8 +325,8 @@ def grad_kv(attention: Attention, rows: Rows, sequence: Segment, config: GradKVC
     _launch_grad_kv(
         (cdiv(length, config.BLOCK_N) * attention.b * h_kv, 1, 1),
         (q, k, v, valid, rows.dy, *rows.stats, rows.delta, dk, dv),
-        (h_kv, attention.s, length, attention.shift, float(attention.scale), attention.scale_log2),
-        (*q.stride()[:3], *sequence.strides(), *valid_strides, *rows.dy.stride()[:3]),
+        (length, attention.shift, float(attention.scale), attention.scale_log2),
+        (h_kv, attention.s, *q.stride()[:3], *sequence.strides(), *valid_strides, *rows.dy.stride()[:3]),
         (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d),
         config,
     )
@@ -342,8 +345,8 @@ def grad_prefix(attention: Attention, rows: Rows, prefix: Segment, config: GradP
     _launch_grad_prefix(
         (cdiv(p, config.BLOCK_N) * h_kv * owners * config.splits, 1, 1),
         (q, prefix.k, prefix.v, rows.dy, *rows.stats, rows.delta, dk, dv),
-        (h_kv, s, p, owners, batches, span, float(attention.scale), attention.scale_log2),
-        (*q.stride()[:3], *prefix.strides(), *rows.dy.stride()[:3]),
+        (span, float(attention.scale), attention.scale_log2),
+        (h_kv, s, p, owners, batches, *q.stride()[:3], *prefix.strides(), *rows.dy.stride()[:3]),
         (dtype != q.dtype, dot_precision(q.dtype), attention.group, attention.d),
         config,
     )

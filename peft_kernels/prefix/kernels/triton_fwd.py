@@ -64,13 +64,14 @@ def _attend_to(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=("H_KV", "S", "L", "P", "shift", "splits", "span", "stride_validb"))
+@triton.jit(do_not_specialize=("L", "shift", "splits", "span", "stride_validb"))
 def attention_kernel(
     # pointers
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, y_ptr, top_ptr, total_ptr,
     # free
-    H_KV, S, L, P, shift, scale_log2, splits, span,
+    L, shift, scale_log2, splits, span,
     # specialized, but for the mask's rows, which begin anywhere
+    H_KV, S, P,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_validb: tl.int64, stride_validl,
     # constexprs
@@ -217,8 +218,8 @@ def _attend(
     _launch_attention(
         (cdiv(attention.group * s, config.BLOCK_M) * attention.b * h_kv * splits, 1, 1),
         (q, sequence.k, sequence.v, prefix.k, prefix.v, valid, y, *stats),
-        (h_kv, s, length, p, attention.shift, attention.scale_log2, splits, span),
-        (*q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides),
+        (length, attention.shift, attention.scale_log2, splits, span),
+        (h_kv, s, p, *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides),
         (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d, splits > 1),
         config,
     )

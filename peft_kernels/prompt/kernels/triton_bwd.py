@@ -20,14 +20,14 @@ from peft_kernels._core.triton_tools import cdiv
 from peft_kernels.prompt.kernels.config import SumConfig
 
 
-@triton.jit(do_not_specialize=("TERMS", "T"))
+@triton.jit(do_not_specialize=("TERMS",))
 def sum_terms_kernel(
     # pointers
     dy_ptr, out_ptr,
     # free
-    TERMS, T,
+    TERMS,
     # specialized
-    D, stride_owner, stride_term, stride_t, stride_d,
+    T, D, stride_owner, stride_term, stride_t, stride_d,
     # constexprs
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -62,5 +62,5 @@ def sum_terms(part: Tensor, dtype: torch.dtype, config: SumConfig) -> Tensor:
         return out
 
     programs = cdiv(d, config.BLOCK_D) * cdiv(positions, config.BLOCK_T) * owners
-    _launch_sum_terms((programs, 1, 1), (part, out), (terms, positions), (d, *part.stride()), (), config)
+    _launch_sum_terms((programs, 1, 1), (part, out), (terms,), (positions, d, *part.stride()), (), config)
     return out

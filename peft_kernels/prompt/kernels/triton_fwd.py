@@ -19,14 +19,14 @@ from peft_kernels._core.triton_tools import cdiv
 from peft_kernels.prompt.kernels.config import ConcatenateConfig
 
 
-@triton.jit(do_not_specialize=("B", "P", "T"))
+@triton.jit(do_not_specialize=("B",))
 def concatenate_kernel(
     # pointers
     prompts_ptr, tokens_ptr, y_ptr,
     # free
-    B, P, T,
+    B,
     # specialized
-    D, stride_pn, stride_pp, stride_pd, stride_tb, stride_tl, stride_td,
+    P, T, D, stride_pn, stride_pp, stride_pd, stride_tb, stride_tl, stride_td,
     # constexprs
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -60,8 +60,8 @@ def concatenate(prompts: Tensor, tokens: Tensor, config: ConcatenateConfig) -> T
     _launch_concatenate(
         (cdiv(positions, config.BLOCK_T) * rows, 1, 1),
         (prompts, tokens, y),
-        (b, p, positions),
-        (d, *prompts.stride(), *tokens.stride()),
+        (b,),
+        (p, positions, d, *prompts.stride(), *tokens.stride()),
         (),
         config,
     )
