@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product
+from peft_kernels._core.torch_products import add_product, gains_by_float32, product_in_float32
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.config import torch_rows_per_block
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
+_FEW_ROWS = 16  # for which torch reads a float16 W once, as it is
+
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r)."""
-    y = F.linear(inputs.x, inputs.weight, inputs.bias)
+    y = _base(inputs)
     s = _down(problem, inputs)
     _add_product(problem, y, s, inputs.lora_b.t(), inputs.scale)
     return y, s.to(problem.wide_dtype)
@@ -34,7 +36,9 @@ def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
     x, weight = inputs.x, inputs.weight
-    dx = dy @ weight if needs.x else None
+    dx: Tensor | None = None
+    if needs.x:
+        dx = product_in_float32(dy, weight) if gains_by_float32(dy) else dy @ weight
     da = db = None
     if needs.x or needs.lora_a or needs.lora_b:
         ds, db = _grad_up(problem, inputs, s, dy, needs)
@@ -47,6 +51,13 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
         lora_b=db,
         bias=dy.sum(0) if needs.bias else None,
     )
+
+
+def _base(inputs: Inputs) -> Tensor:
+    """x W^T + bias."""
+    if gains_by_float32(inputs.x) and inputs.x.shape[0] > _FEW_ROWS:
+        return product_in_float32(inputs.x, inputs.weight.t(), inputs.bias)
+    return F.linear(inputs.x, inputs.weight, inputs.bias)
 
 
 def _is_uniform(problem: LoraLinearProblem) -> bool:
