@@ -52,3 +52,9 @@ def _casts_float16() -> bool:
     is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     has_instructions = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return is_x86 and not has_instructions
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices on this processor."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

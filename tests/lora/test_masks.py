@@ -298,7 +298,7 @@ def test_a_kernel_where_nobody_looks(unreachable: None) -> None:
         _published(3)
 
 
-BY_TORCH = [case for case in GRID if case.p and case.m > 16 and case.r < 40]
+BY_TORCH = [case for case in GRID if case.p and case.m == 37]
 
 
 @pytest.mark.parametrize("rows", [7, 1 << 20])

@@ -17,29 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product, gains_by_float32, product_in_float32
+from peft_kernels._core.torch_products import add_product, gains_by_float32, has_bfloat16_products, product_in_float32
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.config import torch_rows_per_block
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
-_FEW_ROWS = 16  # for which torch reads a float16 W once, as it is
+_FEW_ROWS = 16  # up to here, torch reads a float16 W once, as it is, and may sum bfloat16 without oneDNN
 
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r)."""
-    y = _base(inputs)
     s = _down(problem, inputs)
-    _add_product(problem, y, s, inputs.lora_b.t(), inputs.scale)
+    if _adds_base_last(problem):
+        y = _product(problem, s, inputs.lora_b.t(), inputs.scale, inputs.bias).addmm_(inputs.x, inputs.weight.t())
+    else:
+        y = _base(inputs)
+        _add_product(problem, y, s, inputs.lora_b.t(), inputs.scale)
     return y, s.to(problem.wide_dtype)
 
 
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
     x, weight = inputs.x, inputs.weight
-    dx: Tensor | None = None
+    dx = da = db = None
     if needs.x:
         dx = product_in_float32(dy, weight) if gains_by_float32(dy) else dy @ weight
-    da = db = None
     if needs.x or needs.lora_a or needs.lora_b:
         ds, db = _grad_up(problem, inputs, s, dy, needs)
         if ds is not None:
@@ -58,6 +60,32 @@ def _base(inputs: Inputs) -> Tensor:
     if gains_by_float32(inputs.x) and inputs.x.shape[0] > _FEW_ROWS:
         return product_in_float32(inputs.x, inputs.weight.t(), inputs.bias)
     return F.linear(inputs.x, inputs.weight, inputs.bias)
+
+
+def _adds_base_last(problem: LoraLinearProblem) -> bool:
+    """Whether the base product is added to the update: where oneDNN sums in float32 and reads what it adds to but once.
+
+    With few rows another BLAS may run, which adds term by term, each with the sum's rounding.
+    """
+    return (
+        problem.device.type == "cpu"
+        and problem.dtype == problem.adapter_dtype == torch.bfloat16
+        and problem.m > _FEW_ROWS
+        and has_bfloat16_products()
+    )
+
+
+def _product(
+    problem: LoraLinearProblem, left: Tensor, right: Tensor, scale: float | Tensor, bias: Tensor | None
+) -> Tensor:
+    """scale left right + bias in x's dtype."""
+    if isinstance(scale, Tensor):
+        left, scale = left.to(problem.wide_dtype) * scale, 1.0
+    left = left.to(right.dtype)
+    if bias is not None:
+        return torch.addmm(bias, left, right, alpha=scale)
+    out = torch.empty(left.shape[0], right.shape[1], dtype=right.dtype, device=right.device)
+    return out.addmm_(left, right, beta=0, alpha=scale)
 
 
 def _is_uniform(problem: LoraLinearProblem) -> bool:
