@@ -4,7 +4,8 @@ Forward   y = x W^T + bias;  S = drop(x) A^T;  y += scale S B^T, in place
 Backward  dS = scale dY B;  dB = scale dY^T S;  dX = dY W + drop'(dS A);  dA = dS^T drop(x)
 Tensors   as problem.Inputs; S (M, r) float32, or float64 with x
 Saved     x, S and the seed; never a mask, never a dropped or cast copy of x
-Temporary what dropout or float32 adapters on a half-precision x need is made for a block of rows at a time
+Temporary what dropout or float32 adapters on a half-precision x need is made for a block of rows at a time; on a CPU
+          without products of float16, blocks of the base product's factors are cast
 Refused   nothing
 """
 
