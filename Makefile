@@ -29,13 +29,13 @@ CSRC := $(shell find csrc -type f)
 EMULATOR := $(shell find tests/simt -name '*.h' -o -name '*.cuh')
 # Where a compiler is, a failure to compile must be seen; elsewhere the package works without the extension.
 ifneq ($(NVCC),)
-ifneq ($(value PEFT_KERNELS_NO_CUDA),1)
+ifeq ($(filter 1,$(value PEFT_KERNELS_NO_CUDA) $(value PEFT_KERNELS_NO_EXTENSION)),)
   export PEFT_KERNELS_REQUIRE_CUDA := 1
 endif
 endif
 
 # The stamp's name holds what the built file depends on besides the sources, so that a change of it builds again.
-depends = $(1) $(NVCC) $(value PEFT_KERNELS_CUDA_ARCHS) $(value PEFT_KERNELS_NO_CUDA)
+depends = $(1) $(NVCC) $(value CXX) $(value PEFT_KERNELS_CUDA_ARCHS) $(value PEFT_KERNELS_NO_CUDA) $(value PEFT_KERNELS_NO_EXTENSION)
 stamp_for = build/extension-$(shell echo '$(subst ','\'',$(depends))' | cksum | cut -d' ' -f1).stamp
 STAMP := $(call stamp_for,$(PYTHON))
 GPU_STAMP := $(call stamp_for,$(GPU_PYTHON))
@@ -67,7 +67,7 @@ $(ADAPTERHUB_VENV)/.stamp: requirements/torch.txt requirements/adapterhub.txt re
 	$(ADAPTERHUB_VENV)/bin/python -m pip install --quiet -r requirements/adapterhub.txt -c requirements/adapterhub-constraints.txt
 	touch $@
 
-## build    compile the CUDA extension in place where there is an nvcc; elsewhere record why not
+## build    compile the extension in place: with CUDA where there is an nvcc; else what a CPU runs, and a record why
 build: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml $(CSRC) $(VENV_STAMP)

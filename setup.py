@@ -287,30 +287,14 @@ def ninja_text(
         f"nvcc = {command(nvcc)}",
         f"flags = {command(*flags)}",
         f"targets = {command(*targets)}",
-        "",
-        "rule device",
-        "  command = $nvcc $flags $targets -MD -MF $out.d -c $in -o $out",
-        "  description = nvcc $in",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "",
-        "rule host",
-        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
-        "  description = host compiler $in",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "",
-        "rule link",
-        f"  command = $nvcc {command(*link_flags)} $in -o $out",
-        "  description = link $out",
-        "",
+        *rule("device", "$nvcc $flags $targets"),
+        *rule("host", "$nvcc $flags"),
+        *link_rule("$nvcc", *link_flags),
     ]
-    objects = []
-    for rule, pattern in (("device", "*.cu"), ("host", "*.cpp")):
+    objects: list[str] = []
+    for kind, pattern in (("device", "*.cu"), ("host", "*.cpp")):
         for source in sorted(csrc.rglob(pattern)):
-            name = escaped_path(f"{source.relative_to(csrc).as_posix()}.o")
-            objects.append(name)
-            lines.append(f"build {name}: {rule} {escaped_path(str(source))}")
+            lines.append(compilation(kind, source, csrc, objects))
             # Kernels for Hopper alone, whose launchers refuse every other device: elsewhere they would be traps.
             if source.stem.endswith("_sm90") and "90a" in machine_code:
                 lines.append(f"  targets = {command(machine_code['90a'])}")
@@ -324,24 +308,31 @@ def host_ninja_text(compiler: tuple[str, ...], csrc: Path, includes: list[str], 
         NINJA_VERSION,
         f"cxx = {command(*compiler)}",
         f"flags = {command(*flags)}",
-        "",
-        "rule host",
-        "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
-        "  description = C++ compiler $in",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "",
-        "rule link",
-        "  command = $cxx -shared -pthread $in -o $out",
-        "  description = link $out",
-        "",
+        *rule("host", "$cxx $flags"),
+        *link_rule("$cxx", "-shared", "-pthread"),
     ]
-    objects = []
+    objects: list[str] = []
     for source in sorted(path for pattern in HOST_SOURCES for path in csrc.rglob(pattern)):
-        objects.append(escaped_path(f"{source.relative_to(csrc).as_posix()}.o"))
-        lines.append(f"build {objects[-1]}: host {escaped_path(str(source))}")
+        lines.append(compilation("host", source, csrc, objects))
     lines.append(f"build {escaped_path(str(extension))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def rule(kind: str, compiler: str) -> tuple[str, ...]:
+    """How a source becomes an object, and which headers it was made of."""
+    compiling = f"  command = {compiler} -MD -MF $out.d -c $in -o $out"
+    return "", f"rule {kind}", compiling, f"  description = {kind} $in", "  depfile = $out.d", "  deps = gcc"
+
+
+def link_rule(compiler: str, *flags: str) -> tuple[str, ...]:
+    linking = f"  command = {compiler} {command(*flags)} $in -o $out"
+    return "", "rule link", linking, "  description = link $out", ""
+
+
+def compilation(kind: str, source: Path, csrc: Path, objects: list[str]) -> str:
+    """The statement that makes a source's object, which joins the others."""
+    objects.append(escaped_path(f"{source.relative_to(csrc).as_posix()}.o"))
+    return f"build {objects[-1]}: {kind} {escaped_path(str(source))}"
 
 
 def is_plain(path: str | Path) -> bool:

@@ -151,6 +151,7 @@ def _extension() -> dict[str, Any]:
     from peft_kernels._core import extension
 
     report: dict[str, Any] = {"status": extension.why_not() or AVAILABLE, "record": _attempt(extension.build_record)}
+    report["host_code"] = extension.why_no_host() or AVAILABLE
     if extension.why_not_importable() is None:
         report["binary"] = extension.load().build_info()
     return report

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from peft_kernels.lora.kernels import config
+from peft_kernels.lora.kernels import config, masks
+from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear import triton_impl
 from peft_kernels.lora.linear.problem import Inputs, Needs, make_problem
 
@@ -27,6 +28,8 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield _case(FP16, FP32, 16, 0.1, "fused", 4096)
     yield _case(FP16, FP32, 64, 0.0, "fused", 4096)
     yield _case(FP32, FP32, 16, 0.1, "fused", 4096)
+    for dtype, adapter, k in ((BF16, FP32, 4096), (BF16, BF16, 4096), (FP16, FP16, 4096), (FP32, FP32, 4095)):
+        yield _mask_case(dtype, adapter, k)
     # Rows that are no multiple of 16 bytes keep TMA out.
     yield _case(BF16, FP32, 16, 0.1, "fused", 4095)
 
@@ -37,6 +40,20 @@ def _case(
     short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
     name = f"{short[dtype]}/{short[adapter]}/r{r}/p{p}/{path}/K{k}"
     return name, functools.partial(_launch, dtype, adapter, r, p, path, k)
+
+
+def _mask_case(dtype: torch.dtype, adapter: torch.dtype, k: int) -> tuple[str, Callable[[], None]]:
+    """What the torch backend launches."""
+    name, _ = _case(dtype, adapter, 0, 0.1, "torch", k)
+    return name, functools.partial(_launch_mask, dtype, adapter, k)
+
+
+def _launch_mask(dtype: torch.dtype, adapter: torch.dtype, k: int) -> None:
+    make = functools.partial(torch.empty, device="meta")
+    part = Rows(make((), dtype=torch.int64), 0, 8192, k, 6554)
+    mask = masks.TritonMask(part)
+    mask.drop(make(8192, k, dtype=dtype), adapter, 1.0)
+    mask.add_dropped(make(8192, k, dtype=dtype), make(8192, k, dtype=adapter), 1.25)
 
 
 def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: config.Path, k: int) -> None:
@@ -66,6 +83,8 @@ def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: co
 def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
     dtype, _, _, _, _, k = launch.split("/")
+    if kernel == "dropout_kernel":
+        return ("LDG", "STG")
     if dtype == "fp32":
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -20,7 +21,9 @@ from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.triton_tools import why_not_installed
 from peft_kernels.lora.kernels import dropout, masks
 from peft_kernels.lora.kernels.dropout import Rows
+from peft_kernels.lora.linear import torch_impl
 from tests.compiled import host_extension
+from tests.lora.cases import GRID, OPERATOR, Case
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("poison")]
 
@@ -293,3 +296,31 @@ def test_a_kernel_where_nobody_looks(unreachable: None) -> None:
     """Else the test above could not fail."""
     with pytest.raises(AssertionError, match="a kernel was reached"):
         _published(3)
+
+
+BY_TORCH = [case for case in GRID if case.p and case.m == 37]
+
+
+@pytest.mark.parametrize("rows", [7, 1 << 20])
+@pytest.mark.parametrize("name", ["HostMask", "TritonMask", "TorchMask", "ByteMask"])
+@pytest.mark.parametrize("case", BY_TORCH, ids=str)
+def test_torch_backend_by_each(
+    case: Case, name: str, rows: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error budget, in one block of rows and in several."""
+    if name == "HostMask":
+        host_extension()
+    made = request.getfixturevalue("byte_mask") if name == "ByteMask" else getattr(masks, name)
+    if name == "TritonMask":
+        interpreted()
+    monkeypatch.setattr(masks, "provider", lambda device: made)
+    monkeypatch.setattr(torch_impl, "torch_rows_per_block", lambda width, device_type: rows)
+    OPERATOR.check_budget(case, torch.device("cpu"), functools.partial(OPERATOR.run_ours, variant="torch"))
+
+
+def test_without_a_compiler_the_backend_is_as_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "why_no_host", lambda: "no compiler")
+    monkeypatch.setattr(extension, "load_host", lambda: pytest.fail("it was loaded"))
+    for case in (Case(dtype=BF16, adapter_dtype=FP32), Case(dtype=BF16, adapter_dtype=FP32, p=0.3), Case(p=0.3)):
+        OPERATOR.check_budget(case, torch.device("cpu"), functools.partial(OPERATOR.run_ours, variant="torch"))
+    assert pk.lora_linear_dropout_mask(3, 4, 5, 0.0).all()

@@ -101,7 +101,7 @@ def lora_linear_dropout_mask(
 
 
 def add(out: Tensor, product: Tensor, factor: float) -> None:
-    """out += factor * product, in place, rounded once. torch on a CPU casts in passes of its own where dtypes differ."""
+    """out += factor * product, in place, rounded once; torch on a CPU casts by passes of its own if dtypes differ."""
     if out.device.type != "cpu" or out.dtype == product.dtype or not _has_memory(out) or extension.why_no_host():
         out.add_(product, alpha=factor)
     else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peft_kernels.lora.kernels.dropout import Rows
 
-BLOCK_M, BLOCK_K = 4, 512  # 16 elements a thread: every dtype within 38 registers on sm_90, all warps resident
+BLOCK_M, BLOCK_K = 4, 512  # 16 elements a thread; compiled for aligned rows, 28 to 38 registers
 
 
 @triton.jit

@@ -4,7 +4,8 @@ Forward   y = x W^T + bias;  S = drop(x) A^T;  y += scale S B^T, in place
 Backward  dS = scale dY B;  dB = scale dY^T S;  dX = dY W + drop'(dS A);  dA = dS^T drop(x)
 Tensors   as problem.Inputs; S (M, r) float32, or float64 with x
 Saved     x, S and the seed; never a mask, never a dropped or cast copy of x
-Temporary what dropout or float32 adapters on a half-precision x need is made for a block of rows at a time
+Temporary what dropout or float32 adapters on a half-precision x need is made for a block of rows at a time; on a CPU
+          without products of float16, blocks of the base product's factors are cast
 Refused   nothing
 """
 
@@ -17,25 +18,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product
+from peft_kernels._core.torch_products import add_product, gains_by_float32, has_bfloat16_products, product_in_float32
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.config import torch_rows_per_block
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
+_FEW_ROWS = 16  # up to here, torch reads a float16 W once, as it is, and may sum bfloat16 without oneDNN
+
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r)."""
-    y = F.linear(inputs.x, inputs.weight, inputs.bias)
     s = _down(problem, inputs)
-    _add_product(problem, y, s, inputs.lora_b.t(), inputs.scale)
+    if _adds_base_last(problem):
+        y = _product(problem, s, inputs.lora_b.t(), inputs.scale, inputs.bias).addmm_(inputs.x, inputs.weight.t())
+    else:
+        y = _base(inputs)
+        _add_product(problem, y, s, inputs.lora_b.t(), inputs.scale)
     return y, s.to(problem.wide_dtype)
 
 
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
     x, weight = inputs.x, inputs.weight
-    dx = dy @ weight if needs.x else None
-    da = db = None
+    dx = da = db = None
+    if needs.x:
+        dx = product_in_float32(dy, weight) if gains_by_float32(dy) else dy @ weight
     if needs.x or needs.lora_a or needs.lora_b:
         ds, db = _grad_up(problem, inputs, s, dy, needs)
         if ds is not None:
@@ -47,6 +54,39 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
         lora_b=db,
         bias=dy.sum(0) if needs.bias else None,
     )
+
+
+def _base(inputs: Inputs) -> Tensor:
+    """x W^T + bias."""
+    if gains_by_float32(inputs.x) and inputs.x.shape[0] > _FEW_ROWS:
+        return product_in_float32(inputs.x, inputs.weight.t(), inputs.bias)
+    return F.linear(inputs.x, inputs.weight, inputs.bias)
+
+
+def _adds_base_last(problem: LoraLinearProblem) -> bool:
+    """Whether the base product is added to the update: where oneDNN sums in float32 and reads what it adds to but once.
+
+    With few rows another BLAS may run, which adds term by term, each with the sum's rounding.
+    """
+    return (
+        problem.device.type == "cpu"
+        and problem.dtype == problem.adapter_dtype == torch.bfloat16
+        and problem.m > _FEW_ROWS
+        and has_bfloat16_products()
+    )
+
+
+def _product(
+    problem: LoraLinearProblem, left: Tensor, right: Tensor, scale: float | Tensor, bias: Tensor | None
+) -> Tensor:
+    """scale left right + bias in x's dtype."""
+    if isinstance(scale, Tensor):
+        left, scale = left.to(problem.wide_dtype) * scale, 1.0
+    left = left.to(right.dtype)
+    if bias is not None:
+        return torch.addmm(bias, left, right, alpha=scale)
+    out = torch.empty(left.shape[0], right.shape[1], dtype=right.dtype, device=right.device)
+    return out.addmm_(left, right, beta=0, alpha=scale)
 
 
 def _is_uniform(problem: LoraLinearProblem) -> bool:
