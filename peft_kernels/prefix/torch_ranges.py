@@ -187,9 +187,7 @@ def _ranges(problem: PrefixAttentionProblem) -> list[_Range]:
     ]
 
 
-def _joined(
-    problem: PrefixAttentionProblem, inputs: Inputs, part: _Part, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _joined(problem: PrefixAttentionProblem, inputs: Inputs, part: _Part, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[prefix_k; k] and [prefix_v; v] of a part, (batch rows, heads, P + L, D)."""
     return (
         _join(problem, part.of_prefix(inputs.prefix_k, problem.shared), part.of_keys(inputs.k), dtype),
