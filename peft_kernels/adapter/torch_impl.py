@@ -68,8 +68,8 @@ def _is_wide(problem: BottleneckAdapterProblem) -> bool:
 def _narrow(problem: BottleneckAdapterProblem, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """rows weight + bias, (M, r), a new tensor."""
     if torch_turns(problem.m, problem.r, problem.dtype, problem.device.type):
-        product = (weight.t() @ rows.t()).t()
-        return product if bias is None else product.add_(bias)
+        left, right = weight.t(), rows.t()
+        return (left @ right if bias is None else torch.addmm(bias[:, None], left, right)).t()
     return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
 
 
