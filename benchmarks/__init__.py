@@ -1,6 +1,7 @@
 """Every provider of a kernel family timed side by side, in one process, on the shapes of real models.
 
     python -m benchmarks [family] [--quick] [--out DIR]    time, print tables, append records
+    python -m benchmarks --device cpu --out benchmarks/results    the CPU's records, of all families
     python -m benchmarks.report --images                   write tables and pictures from the records
     python -m benchmarks.tune FAMILY FUNCTION              search the values near those of a config.py
     pytest benchmarks --benchmark-only                     host overhead of one call

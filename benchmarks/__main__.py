@@ -1,4 +1,4 @@
-"""``python -m benchmarks [family] [--quick] [--out DIR] [--resume] [--budget-s N]``: time, print, record."""
+"""``python -m benchmarks [family] [--device D] [--quick] [--out DIR] [--resume] [--budget-s N]``: time and record."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.resume and options.out is None:
         raise SystemExit("--resume goes by the records in --out DIR")
     chosen = [families[options.family]] if options.family else list(families.values())
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        print("torch sees no CUDA device: the torch backend against the unfused baselines, on a reduced grid")
+    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    if kind == "cpu":
+        print("on a CPU: the torch backend against the unfused baselines, on a reduced grid")
+        # Records of two machines, and of one that others use, are compared by a core's time.
+        torch.set_num_threads(options.threads)
     session = harness.start_session(device, options.quick, options.commit, options.without)
     _print_header(session)
 
@@ -51,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(families: dict[str, Family]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time every provider side by side.")
     parser.add_argument("family", nargs="?", choices=sorted(families), help="one family; all if not given")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="CUDA if not given, and where there is none a CPU")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads on a CPU; 1 if not given")
     parser.add_argument("--quick", action="store_true", help="a few problems, fewer repetitions")
     parser.add_argument("--out", type=Path, metavar="DIR", help="append records to DIR/<device>/<family>.jsonl")
     parser.add_argument("--resume", action="store_true", help="leave out what DIR has for this commit and versions")

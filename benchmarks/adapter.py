@@ -279,16 +279,15 @@ def _quick_gpu_problems() -> list[Problem]:
 
 
 def _cpu_problems() -> list[Problem]:
+    """One factor at a time around 512 tokens at 1024 features."""
     grid = []
     for dtype in ("float32", "bfloat16"):
-        middle = _problem(2048, 1024, 64, dtype)
-        grid += [middle, replace(middle, form="parallel")]
-        grid += [replace(middle, k=k) for k in (768, 2048)]
-        grid += [replace(middle, r=r) for r in WIDTHS]
-        grid += [replace(middle, m=m) for m in (16, 512)]
-        grid += [replace(middle, activation="gelu")]
-    grid += [replace(_problem(2048, 1024, 64), adapter_dtype="float32")]
-    return list(dict.fromkeys(grid))
+        middle = _problem(512, 1024, 64, dtype)
+        grid += [replace(middle, form=form, r=r) for form in ("serial", "parallel") for r in (64, 16)]
+        grid += [replace(middle, activation=activation, form="parallel") for activation in ("gelu", "silu")]
+        grid += [replace(middle, m=2048), replace(middle, k=2048), replace(middle, m=16)]
+    masters = replace(_problem(512, 1024, 64), adapter_dtype="float32")
+    return [*grid, masters, replace(masters, form="parallel"), _problem(512, 1024, 16, "float16")]
 
 
 def _quick_cpu_problems() -> list[Problem]:

@@ -22,7 +22,7 @@ from benchmarks.timing import Timing, set_count, time_on_cuda, time_on_host
 
 # Microseconds that one provider's measurement in one mode should last, and repetitions that it must have.
 TARGET_US = {"cuda": 150_000.0, "cpu": 500_000.0}
-LEAST_REPETITIONS = {"cuda": 20, "cpu": 7}
+LEAST_REPETITIONS = {"cuda": 20, "cpu": 15}
 QUICK_SHARE = 0.4
 
 # A product of torch's own has about this error in bfloat16 by a factor of four; anything above is another function.

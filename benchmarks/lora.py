@@ -312,21 +312,24 @@ def _quick_gpu_problems() -> list[Problem]:
     return grid + [_problem(attention, m) for m in (1, 16, 512)]
 
 
+def _halved(attention: shapes.Projection) -> shapes.Projection:
+    return replace(attention, name="q,o halved", k=attention.k // 2, n=attention.n // 2)
+
+
 def _cpu_problems() -> list[Problem]:
-    attention, *others = shapes.projections(shapes.LLAMA_32_1B)
+    """With and without dropout: one layer of a model, and a smaller one in other ranks, token counts and dtypes."""
+    attention = shapes.projections(shapes.LLAMA_32_1B)[0]
+    small = _halved(attention)
     grid = []
     for dtype in ("float32", "bfloat16"):
-        grid += [_problem(attention, 512, p=p, dtype=dtype) for p in shapes.DROPOUTS]
-        grid += [_problem(layer, 512, p=p, dtype=dtype) for layer in others for p in shapes.DROPOUTS]
-        grid += [_problem(attention, 512, r=r, p=p, dtype=dtype) for r in (8, 64) for p in shapes.DROPOUTS]
-        grid += [_problem(attention, m, dtype=dtype) for m in shapes.TOKENS_DECODE]
-    grid += [_with_master_adapters(_problem(attention, 512, p=p)) for p in shapes.DROPOUTS]
-    return grid
+        grid += [_problem(layer, 512, p=p, dtype=dtype) for layer in (small, attention) for p in shapes.DROPOUTS]
+        grid += [_problem(small, 512, r=64, p=p, dtype=dtype) for p in shapes.DROPOUTS]
+        grid += [_problem(small, m, dtype=dtype) for m in shapes.TOKENS_DECODE]
+    return grid + [_with_master_adapters(_problem(small, 512, p=p)) for p in shapes.DROPOUTS]
 
 
 def _quick_cpu_problems() -> list[Problem]:
-    attention = shapes.projections(shapes.LLAMA_32_1B)[0]
-    small = replace(attention, name="q,o halved", k=attention.k // 2, n=attention.n // 2)
+    small = _halved(shapes.projections(shapes.LLAMA_32_1B)[0])
     grid = [_problem(small, 512, p=p, dtype=dtype) for dtype in ("float32", "bfloat16") for p in shapes.DROPOUTS]
     grid += [_with_master_adapters(_problem(small, 512, p=p)) for p in shapes.DROPOUTS]
     return [*grid, _problem(small, 16)]

@@ -1,6 +1,6 @@
 """Prefix attention: PEFT's path, two ways of joining by hand, and this package's backends.
 
-Each provider computes causal attention to a shared prefix and a sequence, y = softmax(scale q [prefix_k; k]^T + mask)
+Each provider computes attention to a shared prefix and a sequence, y = softmax(scale q [prefix_k; k]^T + mask)
 [prefix_v; v], and the gradients of q, k, v and the prefix.
 """
 
@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,10 @@ _DECODE = 1
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer's attention: q (b, h, s, d), k and v (b, h_kv, l, d), a prefix of p keys shared by the batch."""
+    """One layer's attention: q (b, h, s, d), k and v (b, h_kv, l, d), a prefix of p keys shared by the batch.
+
+    ``mask``: "causal", "full", or "padded": causal, and a batch row's last keys are padding, none of the first row's.
+    """
 
     model: str
     b: int
@@ -44,6 +47,7 @@ class Problem:
     p: int
     d: int
     dtype: str
+    mask: str = "causal"
 
 
 class Inputs(NamedTuple):
@@ -53,6 +57,12 @@ class Inputs(NamedTuple):
     prefix_k: Tensor
     prefix_v: Tensor
     dy: Tensor
+    kept: Tensor | None
+    causal: bool
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        return {"causal": self.causal, "key_padding_mask": self.kept}
 
 
 def problems(grid: Grid) -> list[Problem]:
@@ -80,7 +90,13 @@ def make_inputs(problem: Problem, device: torch.device, seed: int) -> Inputs:
     k, v = (draw(problem.b, problem.l, problem.h_kv, problem.d).transpose(1, 2) for _ in range(2))
     prefix_k, prefix_v = (draw(problem.h_kv, problem.p, problem.d) for _ in range(2))
     leaves = (tensor.requires_grad_() for tensor in (q, k, v, prefix_k, prefix_v))
-    return Inputs(*leaves, draw(problem.b, problem.h, problem.s, problem.d))
+    kept = None
+    if problem.mask == "padded":
+        padding = torch.arange(problem.b, device=device) * problem.l // (2 * problem.b)
+        kept = torch.arange(problem.l, device=device) < problem.l - padding[:, None]
+    # One query sees all keys, with or without a causal mask; without it every provider takes its shortest path.
+    causal = problem.mask != "full" and problem.s > _DECODE
+    return Inputs(*leaves, draw(problem.b, problem.h, problem.s, problem.d), kept, causal)
 
 
 def input_bytes(problem: Problem) -> int:
@@ -94,7 +110,7 @@ def work(problem: Problem, mode: Mode, provider: Provider) -> Work:
     dy and writes five gradients: five products.
     """
     visible = problem.l * problem.s
-    if problem.s > _DECODE:
+    if problem.s > _DECODE and problem.mask != "full":
         visible -= problem.s * (problem.s - 1) // 2
     product = 2 * problem.b * problem.h * problem.d * (visible + problem.p * problem.s)
     size, queries, keys = _size(problem), _queries(problem), _keys(problem)
@@ -138,21 +154,19 @@ def _head(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
     k, v = inputs.k.detach()[:1, :1], inputs.v.detach()[:1, :1]
     prefix_k, prefix_v = inputs.prefix_k.detach()[:1], inputs.prefix_v.detach()[:1]
     leaves = (tensor.clone().requires_grad_() for tensor in (q, k, v, prefix_k, prefix_v))
-    return replace(problem, b=1, h=group, h_kv=1), Inputs(*leaves, dy)
+    kept = None if inputs.kept is None else inputs.kept[:1]
+    return replace(problem, b=1, h=group, h_kv=1), inputs._replace(
+        **dict(zip(Inputs._fields, (*leaves, dy, kept), strict=False))
+    )
 
 
 def _expected(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    leaves, causal = inputs[:5], _is_causal(inputs)
+    leaves, masks = inputs[:5], inputs.masks
     wide = [tensor.detach().double() for tensor in leaves]
-    exact = (oracle.forward(*wide, causal=causal), *oracle.backward(inputs.dy.double(), *wide, causal=causal))
-    y = oracle.eager(*leaves, causal=causal)
+    exact = (oracle.forward(*wide, **masks), *oracle.backward(inputs.dy.double(), *wide, **masks))
+    y = oracle.eager(*leaves, **masks)
     eager = (y.detach(), *torch.autograd.grad(y, leaves, inputs.dy))
     return dict(zip(NAMES, exact, strict=True)), dict(zip(NAMES, eager, strict=True))
-
-
-def _is_causal(inputs: Inputs) -> bool:
-    """One query sees all keys, with or without a causal mask; without it every provider takes its shortest path."""
-    return inputs.q.shape[2] > _DECODE
 
 
 def _joined(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -165,15 +179,24 @@ def _joined(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _peft(problem: Problem, inputs: Inputs) -> Call:
-    """PEFT's prefix as a cache: joined, and a dense mask, because there are more keys than queries."""
+    """PEFT's prefix as a cache: joined, and a dense mask, because there are more keys than queries.
+
+    As transformers 5 has it: one mask serves all layers, so that it is not timed, and beside a mask key heads are
+    repeated; without one torch does that.
+    """
+    length, group, mask = problem.p + problem.l, problem.h // problem.h_kv, None
+    if inputs.causal or inputs.kept is not None:
+        mask = oracle.allowed(*inputs[:2], inputs.prefix_k, inputs.causal, inputs.kept)[:, 0]
 
     def apply() -> Tensor:
         keys, values = _joined(inputs)
-        mask = None
-        if _is_causal(inputs):
-            ones = torch.ones(problem.b, 1, problem.s, keys.shape[2], dtype=torch.bool, device=keys.device)
-            mask = ones.tril_(keys.shape[2] - problem.s)
-        return F.scaled_dot_product_attention(inputs.q, keys, values, attn_mask=mask, enable_gqa=_is_grouped(problem))
+        if mask is not None and group > 1:
+            keys, values = (
+                x[:, :, None].expand(-1, -1, group, -1, -1).reshape(problem.b, problem.h, length, problem.d)
+                for x in (keys, values)
+            )
+        grouped = mask is None and group > 1
+        return F.scaled_dot_product_attention(inputs.q, keys, values, attn_mask=mask, enable_gqa=grouped)
 
     return _call(inputs, apply)
 
@@ -183,7 +206,7 @@ def _lower_right(problem: Problem, inputs: Inputs) -> Call:
 
     def apply() -> Tensor:
         keys, values = _joined(inputs)
-        mask = causal_lower_right(problem.s, keys.shape[2]) if _is_causal(inputs) else None
+        mask = causal_lower_right(problem.s, keys.shape[2]) if inputs.causal else None
         return F.scaled_dot_product_attention(inputs.q, keys, values, attn_mask=mask, enable_gqa=_is_grouped(problem))
 
     return _call(inputs, apply)
@@ -201,7 +224,7 @@ def _cudnn(problem: Problem, inputs: Inputs) -> Call:
 
 
 def _ours(problem: Problem, inputs: Inputs, backend: str) -> Call:
-    return _call(inputs, lambda: pk.prefix_attention(*inputs[:5], causal=_is_causal(inputs), backend=backend))
+    return _call(inputs, lambda: pk.prefix_attention(*inputs[:5], **inputs.masks, backend=backend))
 
 
 def _call(inputs: Inputs, apply: Callable[[], Tensor]) -> Call:
@@ -214,6 +237,10 @@ def _is_grouped(problem: Problem) -> bool:
 
 def _runs(problem: Problem, device: torch.device) -> str | None:
     return None
+
+
+def _lower_right_why_not(problem: Problem, device: torch.device) -> str | None:
+    return "its mask has no padding" if problem.mask == "padded" else None
 
 
 def _cudnn_why_not(problem: Problem, device: torch.device) -> str | None:
@@ -273,14 +300,18 @@ def _quick_gpu_problems() -> list[Problem]:
 
 
 def _cpu_problems() -> list[Problem]:
-    model = shapes.LLAMA_32_1B
+    """Training steps of every mask and dtype; head counts, batches and prefixes one at a time; decoding."""
+    grouped = replace(shapes.LLAMA_32_1B, name="Llama-3.2-1B, half of the heads", heads=16, kv_heads=4)
+    wide = replace(_multi_head(grouped), name="8 heads of 128", heads=8, kv_heads=8, head_dim=128)
     grid = []
     for dtype in ("float32", "bfloat16"):
-        grid += [_problem(model, s, 64, 1, dtype=dtype) for s in (128, 512, 1024)]
-        grid += [_problem(model, 512, p, 1, dtype=dtype) for p in (16, 256)]
-        grid += [_problem(_multi_head(model), 512, 64, 1, dtype=dtype), _problem(model, 128, 64, 4, dtype=dtype)]
-        grid += [_problem(model, 1, 64, 1, l=4096, dtype=dtype)]
-    return grid
+        middle = _problem(grouped, 512, 30, 1, dtype=dtype)
+        grid += [middle, replace(middle, mask="full"), replace(middle, b=4, mask="padded")]
+        grid += [_problem(wide, 512, 16, 1, dtype=dtype), _problem(shapes.LLAMA_32_1B, 64, 30, 1, dtype=dtype)]
+        grid += [_problem(wide, 64, 16, b, dtype=dtype) for b in (1, 4)]
+        grid += [replace(_problem(wide, 64, 16, 4, dtype=dtype), mask="full")]
+        grid += [_problem(grouped, 1, 30, 1, l=keys, dtype=dtype) for keys in (128, 2048)]
+    return [*grid, _problem(wide, 64, 16, 1, dtype="float16"), _problem(grouped, 1, 30, 1, l=2048, dtype="float16")]
 
 
 def _quick_cpu_problems() -> list[Problem]:
@@ -305,11 +336,11 @@ FAMILY = Family(
     dtype=lambda problem: getattr(torch, problem.dtype),
     providers=(
         Provider("peft", "baseline", _runs, _peft),
-        Provider("cat_lower_right", "baseline", _runs, _lower_right),
+        Provider("cat_lower_right", "baseline", _lower_right_why_not, _lower_right),
         Provider("cat_cudnn", "baseline", _cudnn_why_not, _cudnn, (RuntimeError,)),
         _our_provider("torch", _runs),
         _our_provider("triton", _kernels_why_not),
     ),
-    summarize_by=("dtype", "p"),
+    summarize_by=("dtype", "mask"),
     checker=checker,
 )

@@ -24,6 +24,7 @@ Map, bottom to top:
         triton_bwd.py          `bottleneck_grad`, `reduce_rows`                                 (dz, dx; dW, db)
         cuda_bottleneck.py     the launch of csrc/adapter/forward_sm90.cuh                      (z, y)
     problem.py                 the arguments of a call, the facts that backends decide on, every check
+    torch_wide.py              torch's products in a wider dtype than x's
     torch_impl.py              the torch backend
     native.py                  the same by torch's operators, recorded one by one, where a call is tiny
     composite.py               the same by torch's differentiable operations, where torch must see inside

@@ -4,75 +4,73 @@ Forward   z = x Wd^T + bd;  h = act(z);  y = residual + scale bu;  y += scale h 
 Backward  dz = scale (dy Wu) * act'(z);  dx = dz Wd, and dy where x is the residual;  dWd = dz^T x;  dWu = scale dy^T h
 Tensors   as problem.Inputs; z (M, r) float32, or float64 with x
 Saved     x and z; h and act'(z) are made again from z, which gives every activation's derivative exactly
-Temporary what float32 weights on a half-precision x need is made for a block of rows at a time
-Refused   nothing
+Temporary h and an up_weight with the bias as a column, of half precision on a CPU
+Refused   nothing; what is multiplied in a wider dtype than x's is torch_wide.py's
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product
+from peft_kernels._core.torch_products import add_product, is_slow
+from peft_kernels.adapter import torch_wide
 from peft_kernels.adapter.kernels.activations import ACTIVATIONS
-from peft_kernels.adapter.kernels.config import torch_rows_per_block
+from peft_kernels.adapter.kernels.config import torch_turns
 from peft_kernels.adapter.problem import BottleneckAdapterProblem, Gradients, Inputs, Needs
 
 
 def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and z (M, r)."""
-    act = ACTIVATIONS[problem.activation].value
+    if _is_wide(problem):
+        return torch_wide.forward(problem, inputs)
     residual = inputs.x if problem.serial else inputs.residual
     y = torch.empty(problem.m, problem.n, dtype=problem.out_dtype, device=problem.device)
-    if not problem.is_mixed:
-        z = F.linear(inputs.x, inputs.down_weight, inputs.down_bias)
-        _up(act(z), inputs, residual, out=y)
-        return y, z.to(problem.wide_dtype)
-    z = torch.empty(problem.m, problem.r, dtype=problem.wide_dtype, device=problem.device)
-    for rows in _blocks(problem):
-        z[rows] = F.linear(inputs.x[rows].to(z.dtype), inputs.down_weight, inputs.down_bias)
-        base = None if residual is None else residual[rows].to(z.dtype)
-        if y.dtype == z.dtype:
-            _up(act(z[rows]), inputs, base, out=y[rows])
-        else:
-            block = torch.empty_like(y[rows], dtype=z.dtype)
-            _up(act(z[rows]), inputs, base, out=block)
-            y[rows] = block
-    return y, z
+    z = _narrow(problem, inputs.x, inputs.down_weight.t(), inputs.down_bias)
+    _up(ACTIVATIONS[problem.activation].value(z), inputs, residual, out=y)
+    return y, z.to(problem.wide_dtype)
 
 
 def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
+    if _is_wide(problem):
+        return torch_wide.backward(problem, inputs, z, dy, needs)
     act = ACTIVATIONS[problem.activation]
     # A sum's gradient has the sum's dtype, the branch's the branch's: autograd casts there too.
-    dy = dy if problem.is_mixed else dy.to(problem.dtype)
+    dy = dy.to(problem.dtype)
     scaled, scale = dy, inputs.scale
-    if dy.dtype == torch.float16 and not problem.is_mixed:
+    if dy.dtype == torch.float16:
         # As eager does: between other factors the scale would meet what has left float16's range.
         scaled, scale = dy * scale, 1.0
     h = act.value(z) if needs.dz or needs.up_weight else z
     dx = dwd = dbd = dwu = dbu = None
     if needs.dz:
-        dz = act.backward(_up_transposed(problem, inputs, scaled), z, h).mul_(scale)
+        dh = _narrow(problem, scaled, inputs.up_weight, None).to(problem.wide_dtype)
+        dz = act.backward(dh, z, h).mul_(scale)
         dbd = dz.sum(0).to(problem.adapter_dtype) if needs.down_bias else None
         dz = dz.to(problem.adapter_dtype)
         dx = _input_gradient(problem, inputs, dz, dy) if needs.x else None
-        dwd = _summed_over_rows(problem, dz, inputs.x) if needs.down_weight else None
+        dwd = dz.t() @ inputs.x if needs.down_weight else None
     if needs.up_weight:
         # The (r, N) product is the faster one; what is turned afterwards is only of the weight's size.
-        dwu = _summed_over_rows(problem, h * scale, scaled).t().contiguous()
-    dbu = _column_sums(problem, scaled).mul_(scale) if needs.up_bias else None
+        dwu = ((h * scale).to(scaled.dtype).t() @ scaled).t().contiguous()
+    # torch accumulates half precision in float32.
+    dbu = scaled.sum(0).mul_(scale) if needs.up_bias else None
     return Gradients(x=dx, down_weight=dwd, up_weight=dwu, down_bias=dbd, up_bias=dbu)
 
 
-def _blocks(problem: BottleneckAdapterProblem) -> Iterator[slice]:
-    rows = torch_rows_per_block(max(problem.k, problem.n), problem.device.type)
-    for start in range(0, problem.m, rows):
-        yield slice(start, min(start + rows, problem.m))
+def _is_wide(problem: BottleneckAdapterProblem) -> bool:
+    return problem.is_mixed or is_slow(problem.dtype, problem.device.type)
+
+
+def _narrow(problem: BottleneckAdapterProblem, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows weight + bias, (M, r), a new tensor."""
+    if torch_turns(problem.m, problem.r, problem.dtype, problem.device.type):
+        left, right = weight.t(), rows.t()
+        return (left @ right if bias is None else torch.addmm(bias[:, None], left, right)).t()
+    return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
 
 
 def _up(h: Tensor, inputs: Inputs, base: Tensor | None, out: Tensor) -> None:
@@ -83,6 +81,10 @@ def _up(h: Tensor, inputs: Inputs, base: Tensor | None, out: Tensor) -> None:
         branch = F.linear(h, weight, bias).mul_(scale)
         torch.add(branch, 0.0 if base is None else base, out=out)
         return
+    if base is not None and bias is not None and h.dtype == torch.bfloat16 and h.device.type == "cpu":
+        # A sum with a row costs torch as much as the product there; a column more of the product costs next to nothing.
+        weight, bias = torch.cat((weight, bias[:, None]), dim=1), None
+        h = F.pad(h, (0, 1), value=1.0)
     weight = weight.t()
     if isinstance(scale, Tensor):
         h, bias, scale = h * scale, None if bias is None else bias * scale, 1.0
@@ -99,46 +101,9 @@ def _up(h: Tensor, inputs: Inputs, base: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, h, weight, alpha=scale, out=out)
 
 
-def _up_transposed(problem: BottleneckAdapterProblem, inputs: Inputs, dy: Tensor) -> Tensor:
-    """dy Wu (M, r), a new tensor in the wide dtype."""
-    if not problem.is_mixed:
-        return (dy @ inputs.up_weight).to(problem.wide_dtype)
-    product = torch.empty(problem.m, problem.r, dtype=problem.wide_dtype, device=problem.device)
-    for rows in _blocks(problem):
-        torch.mm(dy[rows].to(product.dtype), inputs.up_weight, out=product[rows])
-    return product
-
-
 def _input_gradient(problem: BottleneckAdapterProblem, inputs: Inputs, dz: Tensor, dy: Tensor) -> Tensor:
     """dz Wd, with dy where x is the residual."""
-    if not problem.is_mixed:
-        return add_product(dy.clone(), dz, inputs.down_weight) if problem.serial else dz @ inputs.down_weight
-    dx = torch.empty(problem.m, problem.k, dtype=problem.dtype, device=problem.device)
-    for rows in _blocks(problem):
-        block = dz[rows] @ inputs.down_weight
-        dx[rows] = block.add_(dy[rows]) if problem.serial else block
-    return dx
-
-
-def _summed_over_rows(problem: BottleneckAdapterProblem, left: Tensor, right: Tensor) -> Tensor:
-    """left^T right in the adapter's dtype; left (M, r) in the wide dtype, right (M, N or K)."""
-    if not problem.is_mixed:
-        return left.to(right.dtype).t() @ right
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=left.dtype, device=left.device)
-    for rows in _blocks(problem):
-        total.addmm_(left[rows].t(), right[rows].to(left.dtype))
-    return total
-
-
-def _column_sums(problem: BottleneckAdapterProblem, dy: Tensor) -> Tensor:
-    """Sum of dy over rows in the adapter's dtype; torch accumulates half precision in float32."""
-    if not problem.is_mixed:
-        return dy.sum(0)
-    # A sum into another dtype would copy all of dy first on a CPU.
-    total = torch.zeros(problem.n, dtype=problem.adapter_dtype, device=dy.device)
-    for rows in _blocks(problem):
-        total += dy[rows].to(total.dtype).sum(0)
-    return total
+    return add_product(dy.clone(), dz, inputs.down_weight) if problem.serial else dz @ inputs.down_weight
 
 
 IMPLEMENTATION = Implementation("torch", forward, backward)

@@ -23,7 +23,8 @@ Map, bottom to top:
     problem.py          the arguments of a call, the facts that backends decide on, every check
     torch_config.py     what the torch backend runs, and in which blocks; chosen by pure functions
     torch_blocks.py     exact softmax by blocks of queries
-    torch_fused.py      torch's fused attention behind a concatenation
+    torch_fused.py      torch's fused attention behind a concatenation, in one call: a GPU's
+    torch_ranges.py     the same over ranges of queries: a CPU's
     torch_impl.py       the torch backend: one of these for each pass
     composite.py        the same by torch's differentiable operations, where torch must see inside
     triton_impl.py      what Triton can run, and the order of its launches

@@ -130,8 +130,10 @@ def _backward(
     implementation: Implementation,
 ) -> Gradients:
     with without_autocast(problem.device.type):
-        taken = _as_backends_take(problem, call)
-        gradients: Gradients = implementation.backward(problem, taken, *kept, _contiguous_rows(dy), needs)
+        taken, dy, (y, stats) = _as_backends_take(problem, call), _contiguous_rows(dy), kept
+        # y stands in delta alone, which no gradient of values depends on.
+        y = dy if y is None else y
+        gradients: Gradients = implementation.backward(problem, taken, y, stats, dy, needs)
     return gradients
 
 
@@ -152,7 +154,7 @@ OPERATOR = Operator(
     backward=_backward,
     results=_results,
     composite=composite,
-    reads=lambda needs: (*Inputs._fields, "y", "stats"),
+    reads=lambda needs: (*Inputs._fields, *(("y",) if needs.q or needs.k or needs.prefix_k else ()), "stats"),
     varying=("b", "s", "l"),
     kept=("y", "stats"),
     keep=lambda y, stats: (y if stats.dim() > 1 else None, stats),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
 
+from peft_kernels._core.torch_products import is_slow
 from peft_kernels.prefix.problem import PrefixAttentionProblem
 
 
@@ -57,7 +57,7 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     if problem.is_empty or unlike:
         return TorchConfig("blocks", "blocks", problem.wide_dtype)
     if problem.device.type == "cpu":
-        own = problem.dtype != torch.float16 or _has_float16()
+        own = not is_slow(problem.dtype, problem.device.type)
         # Exact to a few units in float32's last place while scores are small, its exponential is not beyond; and sums
         # of few terms have too little error of their own to hide that.
         exact = problem.dtype.itemsize == 2 or (problem.d >= 32 and abs(problem.scale) <= 1.25 * problem.d**-0.5)
@@ -70,13 +70,6 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
     if takes_flash and problem.scale >= LEAST_SCALE:
         return TorchConfig("fused", "fused", problem.dtype)
     return TorchConfig("blocks", "blocks", problem.wide_dtype)
-
-
-@cache
-def _has_float16() -> bool:
-    """Whether torch knows that this machine's CPU multiplies float16 itself."""
-    supported = getattr(torch.cpu, "_is_amx_fp16_supported", None)
-    return supported is not None and bool(supported())
 
 
 def torch_range_rows(problem: PrefixAttentionProblem) -> int:

@@ -30,12 +30,12 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Te
 
 
 def backward(
-    problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor | None, stats: Tensor, dy: Tensor, needs: Needs
+    problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor, stats: Tensor, dy: Tensor, needs: Needs
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
-    if y is not None:
+    if stats.dim() > 1:
         return torch_ranges.backward(problem, inputs, y, stats, dy, needs)
-    run = {"blocks": torch_blocks.backward, "fused": torch_fused.backward}[torch_config(problem).backward]
+    run = torch_fused.backward if torch_config(problem).backward == "fused" else torch_blocks.backward
     return run(problem, inputs, dy, needs)
 
 

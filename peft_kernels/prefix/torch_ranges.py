@@ -1,7 +1,7 @@
 """Prefix attention on a CPU: torch's fused kernels over ranges of queries, with the log-sum-exp that they keep.
 
 Equation  as torch_blocks.py; in the backward pass p = exp(scale q k'^T - lse), and no other product is made again
-Tensors   as problem.Inputs; y, lse, dq, dk and dv (B, heads, tokens, ...) lie in memory as (B, tokens, heads, ...)
+Tensors   as problem.Inputs; y and gradients have the strides that torch's kernels give them, y those of empty_like(q)
 Saved     y and lse (B, H, S) in the wide dtype
 Temporary of one part, which are all heads where no tensor is cast: [prefix_k; k] and [prefix_v; v], their gradients in
           the backward pass, what is cast; and the mask of one range
@@ -86,7 +86,7 @@ def backward(
             break
         if not into:
             # Sums of a prefix's gradients are wide, over the batch too where it is shared.
-            into = [_empty_tokens(x) for x in inputs[:3]]
+            into = [torch.empty_like(x) for x in inputs[:3]]
             into += [torch.zeros(x.shape, dtype=problem.wide_dtype, device=x.device) for x in inputs[3:5]]
         part.of_queries(into[0]).copy_(found[0])
         for place in (1, 2):
@@ -97,10 +97,9 @@ def backward(
 
 
 def empty_results(problem: PrefixAttentionProblem, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Unwritten y and lse on the device of ``like``, laid out as the kernels do it."""
-    tokens = problem.b, problem.s, problem.h
-    y = like.new_empty((*tokens, problem.d), dtype=problem.dtype)
-    return y.transpose(1, 2), like.new_empty(tokens, dtype=problem.wide_dtype).transpose(1, 2)
+    """Unwritten y and lse beside a q, with the strides that the kernels give them."""
+    lse = like.new_empty((problem.b, problem.s, problem.h), dtype=problem.wide_dtype)
+    return torch.empty_like(like, dtype=problem.dtype), lse.transpose(1, 2)
 
 
 def _attend_part(
@@ -111,7 +110,8 @@ def _attend_part(
     keys, values = _joined(problem, inputs, part, dtype)
     ranges = _ranges(problem)
     if len(ranges) > 1:
-        y, lse = _empty_tokens(q), _empty_tokens(q[..., 0], problem.wide_dtype)
+        y = torch.empty_like(q)
+        lse = q.new_empty((y.shape[0], y.shape[2], y.shape[1]), dtype=problem.wide_dtype).transpose(1, 2)
     for each in ranges:
         attended, sums = _attend(
             _rows(problem, q, each),
@@ -121,7 +121,7 @@ def _attend_part(
             scale=problem.scale,
         )
         if len(ranges) == 1:
-            return attended.view(q.shape), sums.view(q.shape[:-1])
+            return attended.reshape(q.shape), sums.reshape(q.shape[:-1])
         y[:, :, each.first : each.last] = attended
         lse[:, :, each.first : each.last] = sums
     return y, lse
@@ -136,7 +136,7 @@ def _grad_part(
     y, lse, dy = (part.of_queries(x).to(dtype) for x in results)
     keys, values = _joined(problem, inputs, part, dtype)
     ranges = _ranges(problem)
-    dq = _empty_tokens(q) if len(ranges) > 1 else q
+    dq = torch.empty_like(q) if len(ranges) > 1 else q
     # The last range sees all keys: the others' gradients are added to its.
     for each in reversed(ranges):
         dq_rows, *seen = _attend_backward(
@@ -187,9 +187,7 @@ def _ranges(problem: PrefixAttentionProblem) -> list[_Range]:
     ]
 
 
-def _joined(
-    problem: PrefixAttentionProblem, inputs: Inputs, part: _Part, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _joined(problem: PrefixAttentionProblem, inputs: Inputs, part: _Part, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[prefix_k; k] and [prefix_v; v] of a part, (batch rows, heads, P + L, D)."""
     return (
         _join(problem, part.of_prefix(inputs.prefix_k, problem.shared), part.of_keys(inputs.k), dtype),
@@ -242,8 +240,3 @@ def _seen(problem: PrefixAttentionProblem, x: Tensor, each: _Range) -> Tensor:
 def _has_heads_of_keys(problem: PrefixAttentionProblem) -> bool:
     """Whether the kernels get, and give gradients of, the key heads that there are."""
     return TAKES_GROUPS or problem.group == 1 or problem.s == 1
-
-
-def _empty_tokens(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Unwritten, (B, heads, tokens, ...) in shape, (B, tokens, heads, ...) in memory."""
-    return torch.empty_like(like.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)

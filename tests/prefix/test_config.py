@@ -14,7 +14,14 @@ from peft_kernels._core.device import Hardware
 from peft_kernels.prefix import torch_fused
 from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.problem import PrefixAttentionProblem
-from peft_kernels.prefix.torch_config import LEAST_SCALE, PADDING_COLUMNS, torch_block, torch_config, torch_part, torch_range_rows
+from peft_kernels.prefix.torch_config import (
+    LEAST_SCALE,
+    PADDING_COLUMNS,
+    torch_block,
+    torch_config,
+    torch_part,
+    torch_range_rows,
+)
 
 HARDWARE = [
     Hardware(arch=80, sm_count=108),

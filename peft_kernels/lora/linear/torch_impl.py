@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product, gains_by_float32, has_bfloat16_products, product_in_float32
+from peft_kernels._core.torch_products import add_product, has_bfloat16_products, is_slow, product_in_float32
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.config import torch_rows_per_block
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
@@ -42,7 +42,7 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
     x, weight = inputs.x, inputs.weight
     dx = da = db = None
     if needs.x:
-        dx = product_in_float32(dy, weight) if gains_by_float32(dy) else dy @ weight
+        dx = product_in_float32(dy, weight) if is_slow(dy.dtype, dy.device.type) else dy @ weight
     if needs.x or needs.lora_a or needs.lora_b:
         ds, db = _grad_up(problem, inputs, s, dy, needs)
         if ds is not None:
@@ -58,7 +58,7 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
 
 def _base(inputs: Inputs) -> Tensor:
     """x W^T + bias."""
-    if gains_by_float32(inputs.x) and inputs.x.shape[0] > _FEW_ROWS:
+    if is_slow(inputs.x.dtype, inputs.x.device.type) and inputs.x.shape[0] > _FEW_ROWS:
         return product_in_float32(inputs.x, inputs.weight.t(), inputs.bias)
     return F.linear(inputs.x, inputs.weight, inputs.bias)
 
