@@ -114,6 +114,9 @@ def check(
                 reason = _Run(left, device, limits, deadline, outcome, len(wanted), progress, on_verdict).run()
             if reason is not None:
                 outcome.unanswered.update({each.key: reason for each in left if not outcome.has(each.key)})
+            settled = [each for each in left if outcome.has(each.key)]
+            if not settled:
+                outcome.unanswered.update({each.key: "the child said nothing of it" for each in left})
             left = [each for each in left if not outcome.has(each.key)]
     return outcome
 
