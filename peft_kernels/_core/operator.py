@@ -70,6 +70,7 @@ class Operator:
             autocast, where something is to be computed. It owes what they owe: error, bits, bytes that are kept,
             results that are no views.
         addressed: arguments whose strides and addresses ``make_problem`` reads on CUDA.
+        checked: what is checked on a machine as implementations are, and not chosen: kernels that these use.
         varying: the problem's sizes that change from call to call, as the number of tokens does.
         linear: whether no gradient depends on any argument, and the torch implementation's ``backward`` is made of
             differentiable operations: then it has derivatives of its own.
@@ -94,6 +95,7 @@ class Operator:
     linear: bool = False
     native: Callable[[Any, Any, bool], Callable[[Any], Any] | None] = lambda problem, call, records: None
     addressed: tuple[str, ...] = ()
+    checked: tuple[Implementation, ...] = ()
     varying: tuple[str, ...] = ()
     plans: Cache[Plan] = field(init=False, default_factory=Cache)
     signature: Signature = field(init=False)

@@ -23,9 +23,9 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) ->
 def is_slow(dtype: torch.dtype, device_type: str) -> bool:
     """Whether products of ``dtype`` take longer than casts to float32, and products of that.
 
-    That is float16 on an x86 processor without instructions for it. There torch multiplies it by loops of its own, which
-    take 4 times as long from 16 rows on, and 90 times where the second factor is stored by the rows of the sum (one
-    core, AVX-512, M = 512, K = N = 1024, torch 2.13).
+    That is float16 on an x86 processor without instructions for it. There torch multiplies it by loops of its own,
+    which take 4 times as long from 16 rows on, and 90 times where the second factor is stored by the rows of the sum
+    (one core, AVX-512, M = 512, K = N = 1024, torch 2.13).
     """
     return dtype == torch.float16 and device_type == "cpu" and _casts_float16()
 

@@ -30,6 +30,7 @@ Map, bottom to top:
     linear/                the operator `lora_linear`
         problem.py         the arguments of a call, the facts that backends decide on, every check
         torch_impl.py      the torch backend
+        mask_choice.py     who computes its masks: on a GPU a kernel that is right there
         native.py          the same by torch's operators, recorded one by one, where a call is tiny
         composite.py       the same by torch's differentiable operations, where torch must see inside
         triton_impl.py     what Triton can run, and the order of its launches
@@ -42,7 +43,7 @@ Map, bottom to top:
 """
 
 from peft_kernels.lora.injection import inject_lora
-from peft_kernels.lora.kernels.masks import lora_linear_dropout_mask
+from peft_kernels.lora.linear.mask_choice import lora_linear_dropout_mask
 from peft_kernels.lora.linear.op import lora_linear
 from peft_kernels.lora.module import FusedLoRALinear
 

@@ -106,6 +106,19 @@ TRITON = Qualification(
     quick=("float32 r16", "float16+float32 r16 dropout", "bfloat16 r16", "bfloat16+float32 r16 dropout"),
 )
 
+_MASKED = {pair: dtypes_of(pair) for pair in PAIRS if pair != "tf32"}
+
+
+def _mask_cases(part: str, hardware: Hardware) -> Sequence[Case]:
+    dtype, adapter = _MASKED[part]
+    # Rows that fall into whole words of the recipe, and rows that do not.
+    return Case(264, 72, 512, 16, dtype, adapter, _P), Case(45, 151, 603, 11, dtype, adapter, _P, is_plain=True)
+
+
+MASKS = Qualification(
+    FAMILY, tuple(_MASKED), lambda problem: tuple(_MASKED), _mask_cases, quick=("float32", "float16+float32")
+)
+
 _DECODED = ("bfloat16", "bfloat16+float32", "float16", "float16+float32")
 _GEMM_RANKS = {"16": (16, 8), "32": (32, 24), "64": (64, 40), "128": (128, 72)}
 _CUDA = {

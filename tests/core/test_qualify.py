@@ -31,7 +31,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 CHECKED = [
     (operator, implementation)
     for operator in OPERATORS.values()
-    for implementation in operator.implementations
+    for implementation in (*operator.implementations, *operator.checked)
     if implementation.qualification is not None
 ]
 each_checked = pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_kernels as pk
-from peft_kernels._core import cuda_tools, extension
+from peft_kernels._core import cuda_tools, dispatch, extension
 from peft_kernels._core.triton_tools import why_not_installed
 from peft_kernels.lora.kernels import dropout, masks
 from peft_kernels.lora.kernels.dropout import Rows
-from peft_kernels.lora.linear import torch_impl
+from peft_kernels.lora.linear import mask_choice, torch_impl
+from peft_kernels.lora.qualification import MASKS
 from tests.compiled import host_extension
 from tests.lora.cases import GRID, OPERATOR, Case
 
@@ -240,27 +241,67 @@ def test_written_mask_is_torch_s(byte_mask: type[masks.Mask], dtype: torch.dtype
 @pytest.mark.parametrize(
     ("device", "triton", "cuda", "host", "expected"),
     [
-        ("cpu", None, None, None, masks.HostMask),
-        ("cpu", None, None, "no compiler", masks.TorchMask),
-        ("cuda", None, None, None, masks.TritonMask),
-        ("cuda", "no triton", None, None, masks.ByteMask),
-        ("cuda", "no triton", "no nvcc", None, masks.TorchMask),
-        ("meta", None, None, None, masks.TorchMask),
-        ("mps", None, None, None, masks.TorchMask),
+        ("cpu", None, None, None, (masks.HostMask, masks.TorchMask)),
+        ("cpu", None, None, "no compiler", (masks.TorchMask,)),
+        ("cuda", None, None, None, (masks.TritonMask, masks.ByteMask, masks.TorchMask)),
+        ("cuda", "no triton", None, None, (masks.ByteMask, masks.TorchMask)),
+        ("cuda", "no triton", "no nvcc", None, (masks.TorchMask,)),
+        ("meta", None, None, None, (masks.TorchMask,)),
+        ("mps", None, None, None, (masks.TorchMask,)),
     ],
 )
-def test_provider(
+def test_kinds(
     device: str,
     triton: str | None,
     cuda: str | None,
     host: str | None,
-    expected: type[masks.Mask],
+    expected: tuple[type[masks.Mask], ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(masks.triton_tools, "why_not_device", lambda device: triton)
     monkeypatch.setattr(masks.cuda_tools, "why_not_device", lambda device, arch: cuda)
     monkeypatch.setattr(masks.extension, "why_no_host", lambda: host)
-    assert masks.provider(torch.device(device)) is expected
+    assert masks.kinds(torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ((), masks.TritonMask),
+        (("triton masks",), masks.ByteMask),
+        (("triton masks", "cuda masks"), masks.TorchMask),
+        (("cuda masks",), masks.TritonMask),
+    ],
+)
+def test_a_gpu_takes_the_first_kind_that_is_right_there(
+    wrong: tuple[str, ...], expected: type[masks.Mask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind is asked for by all of its parts, and once, until what is right may have changed."""
+    asked: list[str] = []
+
+    def why_not(machine: object, wanted: list[Any], device: torch.device) -> str | None:
+        asked.append(wanted[0].implementation)
+        assert [each.part for each in wanted] == list(MASKS.parts)
+        return "it was wrong" if wanted[0].implementation in wrong else None
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(masks.triton_tools, "why_not_device", lambda device: None)
+    monkeypatch.setattr(masks.cuda_tools, "why_not_device", lambda device, arch: None)
+    monkeypatch.setattr(mask_choice.records, "signature", lambda device: None)
+    monkeypatch.setattr(mask_choice.verdicts, "why_not_parts", why_not)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    dispatch.choices_changed()
+    assert mask_choice.provider(device) is expected
+    known = asked.copy()
+    assert mask_choice.provider(device) is expected and asked == known
+    dispatch.choices_changed()
+    assert mask_choice.provider(device) is expected and asked == 2 * known
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert mask_choice.provider(device) is expected and asked == 3 * known
+    with mask_choice.bound_to(masks.ByteMask):
+        assert mask_choice.provider(device) is masks.ByteMask
+        assert mask_choice.provider(torch.device("cpu")) in (masks.HostMask, masks.TorchMask)
+    dispatch.choices_changed()
 
 
 @pytest.fixture
@@ -313,7 +354,7 @@ def test_torch_backend_by_each(
     made = request.getfixturevalue("byte_mask") if name == "ByteMask" else getattr(masks, name)
     if name == "TritonMask":
         interpreted()
-    monkeypatch.setattr(masks, "provider", lambda device: made)
+    monkeypatch.setattr(mask_choice, "provider", lambda device: made)
     monkeypatch.setattr(torch_impl, "torch_rows_per_block", lambda width, device_type: rows)
     OPERATOR.check_budget(case, torch.device("cpu"), functools.partial(OPERATOR.run_ours, variant="torch"))
 

@@ -132,10 +132,10 @@ def of_torch_backend(
     problem = make_problem(inputs)
     dy = torch.empty_like(inputs.x)
     forward, backward = Traffic(), Traffic()
-    monkeypatch.setattr(masks, "mask_of", lambda part, device: mask(forward)(part))
+    monkeypatch.setattr(torch_impl, "mask_of", lambda part, device: mask(forward)(part))
     with forward:
         _, s = torch_impl.forward(problem, inputs)
-    monkeypatch.setattr(masks, "mask_of", lambda part, device: mask(backward)(part))
+    monkeypatch.setattr(torch_impl, "mask_of", lambda part, device: mask(backward)(part))
     with backward:
         torch_impl.backward(problem, inputs, s, dy, ALL)
     return forward, backward

@@ -42,67 +42,33 @@ class Mask(Protocol):
         """Return the mask as bool."""
 
 
-def mask_of(part: Rows, device: torch.device) -> Mask:
-    """The mask of some rows by the best that can run here."""
-    if not _has_memory(part.seed):
-        return TorchMask(part)
-    return provider(device)(part)
-
-
-def provider(device: torch.device) -> type[Mask]:
-    """Who computes masks for tensors with memory on a device."""
+def kinds(device: torch.device) -> tuple[type[Mask], ...]:
+    """Who could compute masks for tensors with memory on a device, the best first; torch, which always can, last."""
     if device.type == "cpu":
-        return HostMask if extension.why_no_host() is None else TorchMask
-    if why_not_mask_kernel(device) is None:
-        return TritonMask
-    if device.type == "cuda" and cuda_tools.why_not_device(device, _CUDA_ARCH) is None:
-        return ByteMask
-    return TorchMask
+        return (TorchMask,) if extension.why_no_host() else (HostMask, TorchMask)
+    able: list[type[Mask]] = [TritonMask] if why_not_triton(device) is None else []
+    if why_not_bytes(device) is None:
+        able.append(ByteMask)
+    return (*able, TorchMask)
 
 
-def why_not_mask_kernel(device: torch.device) -> str | None:
-    """Reason why Triton's mask kernel does not serve the torch backend on this device, or None."""
+def why_not_triton(device: torch.device) -> str | None:
+    """Reason why Triton's mask kernels cannot run on this device, or None."""
     if device.type != "cuda":
-        return f"the kernel is for NVIDIA GPUs, these tensors are on {device}"
+        return f"the kernels are for NVIDIA GPUs, these tensors are on {device}"
     return triton_tools.why_not_device(device)
 
 
-def lora_linear_dropout_mask(
-    seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Return the keep-mask that ``lora_linear`` uses for a seed, on every backend.
-
-    Semantics: ``drop(x) = where(mask, x, 0) / (1 - q)`` with ``q = round(p * 65536) / 65536``.
-
-    Args:
-        seed: int, or 0-d int64 tensor.
-        rows, cols: M and K of the flattened x.
-        p: dropout probability in [0, 1).
-        device: where the mask is made.
-
-    Returns:
-        (rows, cols) bool tensor, True where the element is kept.
-
-    Raises:
-        ValueError: p outside [0, 1), a seed that is no 64-bit integer, a negative size.
-
-    Example:
-        >>> lora_linear_dropout_mask(seed=0, rows=2, cols=3, p=0.0)
-        tensor([[True, True, True],
-                [True, True, True]])
-    """
-    if rows < 0 or cols < 0:
-        raise ValueError(f"lora_linear_dropout_mask: rows and cols must not be negative, got ({rows}, {cols})")
-    limit = dropout.threshold(p)
-    seed_tensor = dropout.as_seed(seed, torch.device(device)).to(device)
-    if not _has_memory(seed_tensor):
-        return dropout.keep_mask(seed_tensor, rows, cols, limit)
-    return provider(seed_tensor.device)(Rows(seed_tensor, 0, rows, cols, limit)).keep()
+def why_not_bytes(device: torch.device) -> str | None:
+    """Reason why the extension's mask kernel cannot run on this device, or None."""
+    if device.type != "cuda":
+        return f"the kernel is for NVIDIA GPUs, these tensors are on {device}"
+    return cuda_tools.why_not_device(device, _CUDA_ARCH)
 
 
 def add(out: Tensor, product: Tensor, factor: float) -> None:
     """out += factor * product, in place, rounded once; torch on a CPU casts by passes of its own if dtypes differ."""
-    if out.device.type != "cpu" or out.dtype == product.dtype or not _has_memory(out) or extension.why_no_host():
+    if out.device.type != "cpu" or out.dtype == product.dtype or not has_memory(out) or extension.why_no_host():
         out.add_(product, alpha=factor)
     else:
         # Nothing is below the threshold 0, so no seed is read.
@@ -248,7 +214,7 @@ def _with_plain_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
-def _has_memory(seed: Tensor) -> bool:
+def has_memory(seed: Tensor) -> bool:
     """Whether a call is on real tensors and nobody watches its operations, who would miss what a kernel does."""
     return (
         type(seed) in (Tensor, torch.nn.Parameter)

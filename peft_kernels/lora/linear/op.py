@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
-from peft_kernels.lora.kernels import dropout
-from peft_kernels.lora.linear import cuda_impl, torch_impl, triton_impl
+from peft_kernels.lora.kernels import dropout, masks
+from peft_kernels.lora.kernels.masks import Mask
+from peft_kernels.lora.linear import cuda_impl, mask_choice, torch_impl, triton_impl
 from peft_kernels.lora.linear.composite import composite
 from peft_kernels.lora.linear.native import native
 from peft_kernels.lora.linear.problem import NAME, Gradients, Inputs, LoraLinearProblem, Needs, make_problem
+from peft_kernels.lora.qualification import MASKS
 
 
 def lora_linear(
@@ -127,6 +130,25 @@ def _reads(needs: Needs) -> Iterable[str]:
         yield "s"
 
 
+def _on_masks(name: str, kind: type[Mask], why_not: Callable[[torch.device], str | None]) -> Implementation:
+    """The torch backend on one kind of masks, for a machine to check."""
+
+    def bound(run: Callable[..., Any]) -> Callable[..., Any]:
+        def on_kind(*arguments: Any) -> Any:
+            with mask_choice.bound_to(kind):
+                return run(*arguments)
+
+        return on_kind
+
+    return Implementation(
+        name,
+        bound(torch_impl.forward),
+        bound(torch_impl.backward),
+        why_not=lambda problem: why_not(problem.device),
+        qualification=MASKS,
+    )
+
+
 OPERATOR = Operator(
     name=NAME,
     call=Inputs,
@@ -138,6 +160,10 @@ OPERATOR = Operator(
     results=_results,
     composite=composite,
     reads=_reads,
+    checked=(
+        _on_masks("triton masks", masks.TritonMask, masks.why_not_triton),
+        _on_masks("cuda masks", masks.ByteMask, masks.why_not_bytes),
+    ),
     varying=("m",),
     kept=("s",),
     activations=("x",),

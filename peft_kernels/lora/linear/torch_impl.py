@@ -21,6 +21,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.torch_products import add_product, has_bfloat16_products, is_slow, product_in_float32
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.config import torch_rows_per_block
+from peft_kernels.lora.linear.mask_choice import mask_of
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
 _FEW_ROWS = 16  # up to here, torch reads a float16 W once, as it is, and may sum bfloat16 without oneDNN
@@ -104,7 +105,7 @@ def _mask(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> masks.Mask
     if inputs.seed is None:
         return None
     part = masks.Rows(inputs.seed, rows.start, rows.stop - rows.start, problem.k, problem.dropout_threshold)
-    return masks.mask_of(part, problem.device)
+    return mask_of(part, problem.device)
 
 
 def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, mask: masks.Mask | None) -> Tensor:
