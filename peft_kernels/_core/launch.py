@@ -2,8 +2,8 @@
 
 ``kernel[grid](...)`` specializes each argument, makes a text of all of them and of the options, and looks the compiled
 kernel up by that, which takes most of a launch's time on the host. A `Launcher` keeps the compiled kernels that such
-launches returned, by a key that is cheaper to make, and calls them as `JITFunction.run` does. What it does not know goes
-through ``kernel[grid](...)``, and so does everything while somebody watches launches.
+launches returned, by a key that is cheaper to make, and calls them as `JITFunction.run` does. What it does not know
+goes through ``kernel[grid](...)``, and so does everything while somebody watches launches.
 """
 
 from __future__ import annotations

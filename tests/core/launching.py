@@ -206,17 +206,16 @@ def descriptors_are_launched_as_triton_makes_them() -> None:
             made = descriptor(x, block), descriptor(y, block)
             genuine = TensorDescriptor.from_tensor(x, block), TensorDescriptor.from_tensor(y, block)
             assert made == genuine
-            launched = [run(each, pair, (), (16,), ()) for each in (launcher, fresh_tile()) for pair in (made, genuine)]
+            launched = [
+                run(each, pair, (), (16,), ())
+                for each in (launcher, Launcher(tile_kernel, flags=()))
+                for pair in (made, genuine)
+            ]
             assert len({each.comparable() for each in launched}) == 1
     turned = torch.zeros(48, 64, dtype=torch.bfloat16)
     genuine_t = TensorDescriptor.from_tensor(turned, [16, 32])
-    made_t = descriptor(turned.t(), [16, 32], transposed=True)
-    assert _address(made_t) == _address(genuine_t)
+    assert _address(descriptor(turned.t(), [16, 32], transposed=True)) == _address(genuine_t)
     assert len(launcher._remembered) == 2
-
-
-def fresh_tile() -> Launcher:
-    return Launcher(tile_kernel, flags=())
 
 
 def streams_and_devices_are_those_of_the_moment() -> None:

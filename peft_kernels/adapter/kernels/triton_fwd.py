@@ -102,7 +102,7 @@ def wide_product_kernel(
     # pointers
     u_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, factor,
     # specialized; M, which varies, only on request
-    M, C, R, stride_wr, stride_wc, stride_rm, stride_rc,
+    M, C, R, stride_um, stride_wr, stride_wc, stride_rm, stride_rc,
     # constexprs
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     OUT_PRECISION: tl.constexpr,
@@ -110,7 +110,8 @@ def wide_product_kernel(
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    u_rows = u_ptr + offs_m.to(tl.int64)[:, None] * R
+    # A stride of its own, though it equals R: with R float32 products spill on sm_100.
+    u_rows = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um
     # Before the product, which hides their latency.
     bias, residual = load_addends(
         bias_ptr, residual_ptr, offs_m, offs_c, M, C, stride_rm, stride_rc, HAS_BIAS, HAS_RESIDUAL
@@ -229,14 +230,12 @@ def wide_product(
     (m, r), c = u.shape, w.shape[1]
     out = torch.empty(m, c, dtype=out_dtype, device=u.device)
 
-    # Without tensor cores the widest spill on sm_100 beside masks whose width is not known.
-    knows_m = u.dtype == w.dtype or is_stored_by_columns(residual)
-    launch = _launch_wide_product_knowing_m if knows_m else _launch_wide_product
+    launch = _launch_wide_product_knowing_m if is_stored_by_columns(residual) else _launch_wide_product
     launch(
         (cdiv(m, config.BLOCK_M), cdiv(c, config.BLOCK_C), 1),
         (u, w, bias, residual, out, factor),
         (),
-        (m, c, r, *w.stride(), *_strides(residual)),
+        (m, c, r, u.stride(0), *w.stride(), *_strides(residual)),
         (activation, bias is not None, residual is not None, isinstance(factor, Tensor), precisions[2]),
         config,
     )
