@@ -56,7 +56,8 @@ def prefix_attention(
             pass's.
 
     Returns:
-        y (B, H, S, D) in q's dtype and, by torch on a CPU, with q's strides as torch's own attention; under autocast in the dtype that F.scaled_dot_product_attention would give.
+        y (B, H, S, D) in q's dtype and, by torch on a CPU, in q's strides, as torch's own attention; under autocast in
+        the dtype that F.scaled_dot_product_attention would give.
 
     Raises:
         ValueError: a shape, dtype, device, scale or backend name is wrong.
@@ -65,9 +66,9 @@ def prefix_attention(
     Numerics: scores, softmax and sums are float32 (float64 for float64). Against a float64 oracle the relative error is
     at most 1.1 times that of torch's math attention in the same dtypes plus one epsilon of float32, or a quarter of
     half precision's, over enough values that chance evens out (python_ref/compare.py). On a CPU in float32 that takes
-    scores of about normal size, beyond which gradients are as exact as torch's fused attention. Gradients of q, k, v, prefix_k
-    and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in float32. Two runs give
-    the same bits; but dq of the torch backend on CUDA in half precision does so only under
+    scores of about normal size, beyond which gradients are as exact as torch's fused attention. Gradients of q, k, v,
+    prefix_k and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in float32. Two
+    runs give the same bits; but dq of the torch backend on CUDA in half precision does so only under
     torch.use_deterministic_algorithms(True), as torch's own attention.
 
     Memory: saved besides the arguments are y and, for each query and head, two numbers by Triton and one by torch on a
