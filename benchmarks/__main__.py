@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session = harness.start_session(device, options.quick, options.commit, options.without)
     _print_header(session)
 
-    jobs = [(family, problem) for family in chosen for problem in _problems(family, session, options)]
+    # In turns, so that a budget cuts each family's last problems.
+    by_family = ([(family, problem) for problem in _problems(family, session, options)] for family in chosen)
+    jobs = [job for turn in itertools.zip_longest(*by_family) for job in turn if job is not None]
     done = 0
     failed = False
     for family, problem in harness.within_budget(jobs, options.budget_s):

@@ -160,6 +160,8 @@ def _provenance(line: Mapping[str, Any]) -> str:
         f"torch {versions['torch']}",
         *(f"{name} {versions[name]}" for name in ("triton", "peft") if versions[name] is not None),
     ]
+    if device["type"] == "cpu" and "processors" in device:
+        parts.append(f"{device['processors']} thread{'s' if device['processors'] > 1 else ''}")
     if device["driver"] is not None:
         parts.append(f"driver {device['driver']}")
     if device["sm_clock_mhz"] is not None:

@@ -31,6 +31,7 @@ from peft_kernels._core import dispatch
 from peft_kernels._core.autocast import is_any_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.signature import Signature
+from peft_kernels._core.triton_tools import dot_precision
 
 Key = tuple[Hashable, ...]
 Value = TypeVar("Value")
@@ -118,8 +119,8 @@ class Keys:
         except RuntimeError:  # a nested tensor has no shape
             return None
         if facts and _is_timed(facts[0][_DEVICE]):
-            # What is fastest depends on which gradients there are.
-            facts += tuple(tensor.requires_grad for tensor in tensors)
+            # What is fastest depends on which gradients there are, and what is right on what float32 products may do.
+            facts += (*(tensor.requires_grad for tensor in tensors), dot_precision(torch.float32))
             facts += tuple(_address(getattr(call, name)) for name in self._addressed)
         state = backend, dispatch.generation, is_grad_enabled(), is_any_autocast()
         # With the types, because 1, 1.0 and True are one key to a dict.

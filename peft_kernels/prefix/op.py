@@ -56,7 +56,8 @@ def prefix_attention(
             pass's.
 
     Returns:
-        y (B, H, S, D) in q's dtype; under autocast in the dtype that F.scaled_dot_product_attention would give.
+        y (B, H, S, D) in q's dtype and, by torch on a CPU, in q's strides, as torch's own attention; under autocast in
+        the dtype that F.scaled_dot_product_attention would give.
 
     Raises:
         ValueError: a shape, dtype, device, scale or backend name is wrong.
@@ -64,12 +65,14 @@ def prefix_attention(
 
     Numerics: scores, softmax and sums are float32 (float64 for float64). Against a float64 oracle the relative error is
     at most 1.1 times that of torch's math attention in the same dtypes plus one epsilon of float32, or a quarter of
-    half precision's, over enough values that chance evens out (``peft_kernels.testing``). Gradients of q, k, v,
+    half precision's, over enough values that chance evens out (``peft_kernels.testing``). On a CPU in float32 that takes
+    scores of about normal size, beyond which gradients are as exact as torch's fused attention. Gradients of q, k, v,
     prefix_k and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in float32. Two
     runs give the same bits; but dq of the torch backend on CUDA in half precision does so only under
     torch.use_deterministic_algorithms(True), as torch's own attention.
 
-    Memory: saved besides the arguments are, by Triton, y and two numbers a query and head; by torch, nothing. Triton
+    Memory: saved besides the arguments are y and, for each query and head, two numbers by Triton and one by torch on a
+    CPU, in most problems, as by torch's own attention; else, by torch, nothing. Triton
     joins nothing; torch joins keys and values for the length of a pass. Neither holds S (P + L) scores.
 
     Example:

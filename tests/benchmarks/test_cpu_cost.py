@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import gc
 import statistics
 import time
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import adapter, harness, prefix, prompt
+from benchmarks import adapter, harness, prefix, prompt, tables
 from benchmarks.family import Call, Family
 from peft_kernels._core import operator
 from tests.contract import observe
@@ -44,7 +44,7 @@ TRIES = 3
         (adapter.FAMILY, replace(ADAPTER, form="parallel")),
         (prompt.FAMILY, prompt.Problem("embeddings", 1, 4, 20, 512, 2048, "bfloat16")),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, Family) else tables.label(dataclasses.asdict(value)),
 )
 def test_takes_no_longer_than_what_it_replaces(family: Family, problem: Any) -> None:
     """Forward and backward, in turns, on one thread, in time of this process. Here ours takes 0.2 to 0.8 of the time.
@@ -52,7 +52,7 @@ def test_takes_no_longer_than_what_it_replaces(family: Family, problem: Any) -> 
     Where the two are within the noise of each other, what the other tests count says it instead.
     """
     theirs, ours = _calls(family, problem)
-    calls = [functools.partial(harness.closures(call, "both")) for call in (theirs, ours)]
+    calls = [harness.closures(call, "both") for call in (theirs, ours)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -109,7 +109,7 @@ def test_no_more_scores_than_one_masked_attention(
         with _Scores() as scores:
             harness.closures(call, "both")()
         passes.append(scores.passes)
-    (theirs, ours) = passes
+    theirs, ours = passes
     square = problem.b * problem.h * s * (problem.p + keys)
     assert theirs == [square, square]
     assert ours[0] == ours[1] <= (0.65 * square if s == keys == 512 and mask != "full" else square)

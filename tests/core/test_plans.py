@@ -146,7 +146,7 @@ def test_calls_of_one_key_are_one_problem(operator: Operator) -> None:
                 operator.call(case, operator.make(case, CPU, seed), variant)
         assert len(recorded) == len(op.plans)
         for call, problem in recorded:
-            assert seen.setdefault(op._key(call, "auto"), problem) == make_problem(call) == problem
+            assert seen.setdefault(op.key(call, "auto"), problem) == make_problem(call) == problem
     finally:
         op.make_problem, op.plans = make_problem, kept
     assert len(seen) > 2
@@ -182,8 +182,8 @@ def _within(context: Any, see: Callable[[Inputs], Any]) -> None:
 @pytest.mark.parametrize("name", UNPLAIN)
 def test_what_is_not_plain_has_no_key(name: str) -> None:
     keys: list[Any] = []
-    assert OPERATOR._key(_call(), "auto") is not None
-    UNPLAIN[name](lambda call: keys.append(OPERATOR._key(call, "auto")))
+    assert OPERATOR.key(_call(), "auto") is not None
+    UNPLAIN[name](lambda call: keys.append(OPERATOR.key(call, "auto")))
     assert keys and not any(keys)
 
 
@@ -206,7 +206,7 @@ def test_addresses_are_told_apart() -> None:
         assert seen.setdefault(plans._address(each), fits) == fits
     assert len(seen) == 6 and len(set(seen.values())) == 2
     assert plans._address(x.to_sparse()) is plans._address(None) is None
-    assert set(OPERATOR._key._addressed) == {"x", "weight", "lora_a"}
+    assert set(OPERATOR.key._addressed) == {"x", "weight", "lora_a"}
 
 
 def test_plans_are_few_and_hold_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
