@@ -9,7 +9,7 @@ checks.py        what arguments must be: a table of tensors whose letters bind s
 arguments.py     what modules may be made of
 encoder_layer.py torch's fused encoder layer, which calls no submodule
 dispatch.py      which backend runs, and why not another; use_backend
-timing.py        which of several candidates is fastest here, for a class of shapes
+candidates.py    what may run a call, made into something to time; timing.py, which of it is fastest here
 qualification.py what a family gives for a machine to check its kernels
 verdicts.py      which kernels are right on this machine, and when to find it out; child.py, the processes that do
 records.py       what was found out, in a file for each machine

@@ -65,9 +65,9 @@ def prefix_attention(
 
     Numerics: scores, softmax and sums are float32 (float64 for float64). Against a float64 oracle the relative error is
     at most 1.1 times that of torch's math attention in the same dtypes plus one epsilon of float32, or a quarter of
-    half precision's, over enough values that chance evens out (``peft_kernels.testing``). On a CPU in float32 that takes
-    scores of about normal size, beyond which gradients are as exact as torch's fused attention. Gradients of q, k, v,
-    prefix_k and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in float32. Two
+    half precision's, over enough values that chance evens out (``peft_kernels.testing``). On a CPU in float32 that
+    takes scores of about normal size, beyond which gradients are as exact as torch's fused attention. Gradients of q,
+    k, v, prefix_k and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in float32. Two
     runs give the same bits; but dq of the torch backend on CUDA in half precision does so only under
     torch.use_deterministic_algorithms(True), as torch's own attention.
 

@@ -169,7 +169,7 @@ def test_each_choice_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 
 def test_explain_names_backend_and_refusals() -> None:
     implementations = _implementation("cuda", "no GPU"), _implementation("triton"), _implementation("torch")
-    text = dispatch.explain_backend("family", implementations, Problem(torch.device("cpu")), "auto")
+    text = dispatch.explain_backend("family", implementations, Problem(torch.device("cpu")), "auto", implementations[1])
     assert text.splitlines() == ["family: triton", "  cuda: no GPU", "  torch: comes after"]
 
 

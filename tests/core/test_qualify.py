@@ -402,5 +402,5 @@ def test_command_without_anything_to_check(monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.usefixtures("on_interpreter")
 def test_unknown_family_is_named() -> None:
-    with pytest.raises(SystemExit, match=r"--family must be one of adapter, bottleneck_adapter, lora, .*got 'dora'"):
+    with pytest.raises(SystemExit, match=r"--family must be one of .*\badapter, .*\blora, .*got 'dora'"):
         qualify.main(["--family", "dora"])
