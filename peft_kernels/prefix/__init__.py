@@ -26,6 +26,7 @@ Map, bottom to top:
     torch_fused.py      torch's fused attention behind a concatenation, in one call: a GPU's
     torch_ranges.py     the same over ranges of queries: a CPU's
     torch_impl.py       the torch backend: one of these for each pass
+    native.py           the same by torch's operators, recorded one by one, where these cost less
     composite.py        the same by torch's differentiable operations, where torch must see inside
     triton_impl.py      what Triton can run, and the order of its launches
     op.py               the public function, and the declaration that makes it an operator

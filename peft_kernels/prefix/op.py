@@ -11,6 +11,7 @@ from peft_kernels._core.graph import as_symbol
 from peft_kernels._core.operator import Operator
 from peft_kernels.prefix import torch_impl, triton_impl
 from peft_kernels.prefix.composite import composite
+from peft_kernels.prefix.native import native
 from peft_kernels.prefix.problem import (
     NAME,
     Gradients,
@@ -67,8 +68,8 @@ def prefix_attention(
     at most 1.1 times that of torch's math attention in the same dtypes plus one epsilon of float32, or a quarter of
     half precision's, over enough values that chance evens out (``peft_kernels.testing``). On a CPU in float32 that
     takes scores of about normal size, beyond which gradients are as exact as torch's fused attention. Gradients of q,
-    k, v, prefix_k and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in float32. Two
-    runs give the same bits; but dq of the torch backend on CUDA in half precision does so only under
+    k, v, prefix_k and prefix_v are computed only where asked for; a shared prefix's is summed over the batch in
+    float32. Two runs give the same bits; but dq of the torch backend on CUDA in half precision does so only under
     torch.use_deterministic_algorithms(True), as torch's own attention.
 
     Memory: saved besides the arguments are y and, for each query and head, two numbers by Triton and one by torch on a
@@ -159,6 +160,7 @@ OPERATOR = Operator(
     composite=composite,
     reads=lambda needs: (*Inputs._fields, *(("y",) if needs.q or needs.k or needs.prefix_k else ()), "stats"),
     varying=("b", "s", "l"),
+    native=native,
     kept=("y", "stats"),
     keep=lambda y, stats: (y if stats.dim() > 1 else None, stats),
 )

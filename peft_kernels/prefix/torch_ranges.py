@@ -21,7 +21,7 @@ from peft_kernels.prefix.torch_config import torch_part, torch_range_rows
 
 # What F.scaled_dot_product_attention runs on a CPU. Called by name, because that returns lse, which its backward pass
 # takes as it is for one range of queries too.
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # Earlier kernels want as many key heads as query heads.
@@ -47,6 +47,9 @@ class _Part(NamedTuple):
     def of_prefix(self, x: Tensor, shared: bool) -> Tensor:
         """Of a prefix (H_kv, P, D), which the batch shares, or (B, H_kv, P, D)."""
         return x[self.keys] if shared else self.of_keys(x)
+
+
+_ALL = _Part(slice(None), slice(None), slice(None), True)
 
 
 class _Range(NamedTuple):
@@ -96,6 +99,11 @@ def backward(
     return Gradients(*(x.to(to) if need else None for x, to, need in zip(into, dtypes, needs, strict=True)))
 
 
+def mask_of_all(problem: PrefixAttentionProblem, inputs: Inputs) -> Tensor | None:
+    """What is added to the scores of all queries, as of one range."""
+    return _mask(problem, inputs, _ALL, _Range(0, problem.s, problem.p + problem.l), problem.dtype)
+
+
 def empty_results(problem: PrefixAttentionProblem, like: Tensor) -> tuple[Tensor, Tensor]:
     """Unwritten y and lse beside a q, with the strides that the kernels give them."""
     lse = like.new_empty((problem.b, problem.s, problem.h), dtype=problem.wide_dtype)
@@ -113,7 +121,7 @@ def _attend_part(
         y = torch.empty_like(q)
         lse = q.new_empty((y.shape[0], y.shape[2], y.shape[1]), dtype=problem.wide_dtype).transpose(1, 2)
     for each in ranges:
-        attended, sums = _attend(
+        attended, sums = attend(
             _rows(problem, q, each),
             _seen(problem, keys, each),
             _seen(problem, values, each),

@@ -17,6 +17,7 @@ Map, bottom to top:
         triton_bwd.py   `sum_terms`                                                          (both gradients)
     problem.py          the arguments of a call, the facts that backends decide on, every check
     torch_impl.py       the torch backend
+    native.py           the same by torch's operators, recorded one by one, where these cost less
     composite.py        the same by torch's differentiable operations, where torch must see inside
     triton_impl.py      what Triton can run, and the order of its launches
     op.py               the public function, and the declaration that makes it an operator

@@ -7,6 +7,7 @@ from torch import Tensor
 from peft_kernels._core.operator import Operator
 from peft_kernels.prompt import torch_impl, triton_impl
 from peft_kernels.prompt.composite import composite
+from peft_kernels.prompt.native import native
 from peft_kernels.prompt.problem import NAME, Inputs, Needs, make_problem
 
 
@@ -54,6 +55,7 @@ OPERATOR = Operator(
     composite=composite,
     reads=lambda needs: (),
     varying=("b", "l"),
+    native=native,
     activations=("token_embeddings",),
     linear=True,
 )

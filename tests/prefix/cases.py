@@ -280,6 +280,8 @@ OPERATOR = Operator(
     draws=lambda case: min(4, 64 // (case.b * case.h * case.s)),
     budget=(
         *itertools.product(GRID, ("torch", "triton")),
+        # What auto makes of small calls on a CPU: torch's own operators.
+        *((case, "auto") for case in GRID if case.prefix_dtype is None),
         *itertools.product(
             (replace(shape, dtype=dtype) for shape in (*SHAPES, *OTHER_SHAPES) for dtype in HALF_AND_FULL),
             ("torch-small", "triton-small", "triton-split"),
@@ -308,7 +310,7 @@ OPERATOR = Operator(
         (Case(b=3, h=2, h_kv=1, s=18, l=20, p=20, dtype=dtype, shared=shared, padding="random"), variant)
         for dtype in HALF_AND_FULL
         for shared in (False, True)
-        for variant in WITH_SPLIT
+        for variant in (*WITH_SPLIT, "auto")
     ),
     deterministic=True,
     typical=Case(h=2, h_kv=1, s=17, l=19, padding="random"),

@@ -104,7 +104,11 @@ OPERATOR = Operator(
     oracle=_oracle,
     draws=lambda case: min(8, 200 // (case.n * case.d)),
     unrounded=("y",),
-    budget=tuple(itertools.product(GRID, BACKENDS)),
+    budget=(
+        *itertools.product(GRID, BACKENDS),
+        # What auto makes of one prompt on a CPU: torch's own operators.
+        *((replace(case, n=1), "auto") for case in GRID if case.prompt_dtype is None),
+    ),
     exact=st.builds(
         lambda dtypes, **sizes: Case(dtype=dtypes[0], prompt_dtype=dtypes[1], **sizes),
         n=st.integers(1, 4),
@@ -117,7 +121,10 @@ OPERATOR = Operator(
     ),
     exact_draws=25,
     exact_examples=(Case(),),
-    repeated=tuple((Case(b=30, dtype=torch.bfloat16), backend) for backend in BACKENDS),
+    repeated=(
+        *((Case(b=30, dtype=torch.bfloat16), backend) for backend in BACKENDS),
+        (Case(n=1, b=30, dtype=torch.bfloat16), "auto"),
+    ),
     typical=Case(),
     kinds=(Case(), Case(dtype=torch.bfloat16, prompt_dtype=torch.float32)),
     gradcheck=(Case(d=3, dtype=torch.float64),),
