@@ -60,7 +60,8 @@ def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
         own = not is_slow(problem.dtype, problem.device.type)
         # Exact to a few units in float32's last place while scores are small, its exponential is not beyond; and sums
         # of few terms have too little error of their own to hide that.
-        exact = problem.dtype.itemsize == 2 or (problem.d >= 32 and abs(problem.scale) <= 1.25 * problem.d**-0.5)
+        halves = problem.dtype.itemsize == problem.prefix_dtype.itemsize == 2
+        exact = halves or (problem.d >= 32 and abs(problem.scale) <= 1.25 * problem.d**-0.5)
         backward: Literal["blocks", "ranges"] = "ranges" if exact else "blocks"
         return TorchConfig("ranges", backward, problem.dtype if own else problem.wide_dtype)
     columns = problem.d + (PADDING_COLUMNS if problem.padded else 0)

@@ -62,6 +62,7 @@ class Operator:
         scaled: cases whose scale may be a tensor.
         wrong_case: what ``wrong`` changes.
         wrong: changed arguments and the message that names them.
+        usual: (case, tensors) -> y as users run it today, where ``eager`` is on another path of torch.
         unsupported: a forced backend, the case that it cannot run, and its reason.
     """
 
@@ -93,6 +94,12 @@ class Operator:
     scaled: tuple[Case, ...] = ()
     unrounded: tuple[str, ...] = ()
     deterministic: bool = False
+    usual: Callable[[Case, Tensors], Tensor] | None = None
+
+    @property
+    def today(self) -> Callable[[Case, Tensors], Tensor]:
+        """What users run today."""
+        return self.usual or self.eager
 
     @property
     def name(self) -> str:

@@ -65,11 +65,11 @@ def test_second_derivatives_are_right_or_raise(operator: Operator, case: Any, li
 
 
 def _check_second(operator: Operator, loss: Tensor, leaf: Tensor, expected: Tensor) -> None:
-    """It raises; but calls that run by torch's own operators have the second derivatives that torch has."""
+    """It raises, here or in torch; or is right, as where operators run whose derivatives torch differentiates."""
     try:
         (second,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     except RuntimeError as error:
-        assert str(error).startswith(f"{operator.name}: no second derivatives")
+        assert str(error).startswith((f"{operator.name}: no second derivatives", "derivative for aten::"))
         return
     torch.testing.assert_close(second.float(), expected.float(), rtol=0.05, atol=0.05)
 
@@ -103,17 +103,17 @@ def _subsets(operator: Operator) -> list[tuple[tuple[str, ...]]]:
 
 @over("names", _subsets)
 def test_saves_no_more_than_eager(operator: Operator, names: tuple[str, ...]) -> None:
-    """Whatever alone wants a gradient; parameters exist anyway, activations do not."""
+    """Whatever alone wants a gradient; parameters exist anyway, activations do not. Eager is what users run today."""
     case, asked = operator.typical, replace(operator, differentiable=names)
     leaves = asked.leaves(operator.make(case, CPU))
     activations = {id(getattr(leaves, name)) for name in operator.op.OPERATOR.activations}
     held = {}
-    for call in (operator.call, operator.eager):
+    for call in (operator.call, operator.today):
         with observe.saved([tensor for tensor in leaves if id(tensor) not in activations]) as (added, _):
             call(case, leaves)
         held[call] = sum(added.values())
     # A seed's 8 bytes stand for a mask that eager may have put into what it keeps.
-    assert held[operator.call] <= held[operator.eager] + 8
+    assert held[operator.call] <= held[operator.today] + 8
 
 
 def _check_compiled(operator: Operator, case: Any, compiler: Any, **tolerances: float) -> None:

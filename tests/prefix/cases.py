@@ -275,6 +275,8 @@ OPERATOR = Operator(
     make_exact=make_exact,
     arguments=arguments,
     eager=eager,
+    # Whose fused kernel keeps the joined keys and values whatever wants a gradient.
+    usual=functools.partial(eager, backend=SDPBackend.FLASH_ATTENTION),
     oracle=_oracle,
     # A row's scores are one value for its D results.
     draws=lambda case: min(4, 64 // (case.b * case.h * case.s)),
