@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peft_kernels._core import candidates, plans, timing
+from peft_kernels._core import candidates, dispatch, plans, timing
 
 
 class Clock:
@@ -62,3 +62,5 @@ class Clock:
         monkeypatch.setattr(timing, "clock_of", lambda device: self)
         monkeypatch.setattr(plans, "_is_timed", lambda device: True)
         monkeypatch.setattr(candidates, "Recorded", lambda device: self)
+        # Plans that were made before know nothing of it.
+        dispatch.choices_changed()

@@ -145,13 +145,14 @@ class Operator:
         """Decide what a call does, and remember it under its key, if it has one."""
         generation, records = dispatch.generation, torch.is_grad_enabled()
         implementation = self.select(problem, backend)
-        if key is not None and backend == "auto" and not problem.is_empty and timing.may_decide(problem.device):
+        is_timed = backend == "auto" and not problem.is_empty and timing.may_decide(problem.device)
+        if key is not None and is_timed:
             implementation = candidates.fastest(self, problem, call)
         ends_on_torch = implementation is self.implementations[-1]
         native = None
         if key is not None and backend == "auto" and ends_on_torch and not problem.is_empty and not is_any_autocast():
             native = self.native(problem, call, records)
-        plan = Plan(problem, backend, implementation, native, records, generation)
+        plan = Plan(problem, backend, implementation, native, records, is_timed, generation)
         # While a CUDA graph is captured, auto may have to pass over what it takes elsewhere.
         if key is not None and not is_capturing(problem.device):
             self.plans.put(key, plan)

@@ -56,6 +56,7 @@ class Plan(NamedTuple):
         implementation: that runs it.
         native: runs a call by torch's own operators instead, under their own autograd; or None.
         records: whether gradients are recorded.
+        is_timed: whether the clock decides about such calls.
         generation: of what ``auto`` chooses.
     """
 
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
     implementation: Implementation
     native: Callable[[Any], Any] | None
     records: bool
+    is_timed: bool
     generation: int
 
     def __str__(self) -> str:

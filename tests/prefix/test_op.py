@@ -97,7 +97,7 @@ def test_saved_bytes(backend: str, prefix_dtype: torch.dtype | None) -> None:
     """Besides the arguments, y and two numbers a query and head by Triton, one by torch: no joined or cast keys."""
     if backend == "triton" and (reason := triton_impl.IMPLEMENTATION.why_not_environment()):
         pytest.skip(reason)
-    case = Case(b=3, h=4, h_kv=2, s=16, l=16, p=8, d=16, dtype=torch.bfloat16, prefix_dtype=prefix_dtype)
+    case = Case(b=3, h=4, h_kv=2, s=16, l=16, p=8, d=32, dtype=torch.bfloat16, prefix_dtype=prefix_dtype)
     leaves, _ = _leaves(case)
     device = CPU if not torch.cuda.is_available() or backend == "torch" else torch.device("cuda")
     leaves = [leaf.detach().to(device).requires_grad_() for leaf in leaves]

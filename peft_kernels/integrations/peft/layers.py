@@ -136,6 +136,8 @@ class FusedLoraLinear(Swapped, PeftLinear):
         # A tool may have kept this method, and call it after revert.
         if isinstance(self, FusedLoraLinear):
             known = None if args or kwargs or torch.compiler.is_compiling() else _known(self, x)
+            if known is not None and not known[1].is_timed:
+                return _fused(*known)
             call, plan = (_call(self, x, args, kwargs), None) if known is None else known
             if isinstance(call, tuple):
                 try:

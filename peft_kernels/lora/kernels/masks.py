@@ -99,7 +99,7 @@ class HostMask:
         self.arguments = _host_arguments(part.seed.data_ptr(), *part[1:])
 
     def drop(self, x: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
-        x, out = _with_plain_rows(x), torch.empty(x.shape, dtype=dtype)
+        x, out = _with_plain_rows(x), torch.empty(x.shape, dtype=dtype, device=x.device)
         extension.load_host().lora.host_drop(
             x=cuda_tools.strided(x),
             out=cuda_tools.strided(out),
