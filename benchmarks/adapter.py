@@ -309,6 +309,7 @@ FAMILY = Family(
     providers=(
         Provider("eager", "baseline", _runs, _eager),
         Provider("eager_compiled", "baseline", _compiled_why_not, _compiled, (TorchDynamoException,)),
+        _our_provider("auto", _runs),
         _our_provider("torch", _runs),
         _our_provider("triton", _kernels_why_not),
         _our_provider("cuda", _runs),

@@ -348,6 +348,7 @@ FAMILY = Family(
         Provider("peft", "baseline", _runs, _peft),
         Provider("peft_compiled", "baseline", _compiled_why_not, _peft_compiled, (TorchDynamoException,)),
         Provider("addmm", "baseline", _addmm_why_not, _addmm),
+        _our_provider("auto", _runs),
         _our_provider("torch", _runs),
         _our_provider("triton", _kernels_why_not),
         _our_provider("cuda", _runs),

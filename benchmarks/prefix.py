@@ -338,6 +338,7 @@ FAMILY = Family(
         Provider("peft", "baseline", _runs, _peft),
         Provider("cat_lower_right", "baseline", _lower_right_why_not, _lower_right),
         Provider("cat_cudnn", "baseline", _cudnn_why_not, _cudnn, (RuntimeError,)),
+        _our_provider("auto", _runs),
         _our_provider("torch", _runs),
         _our_provider("triton", _kernels_why_not),
     ),

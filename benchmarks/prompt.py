@@ -146,6 +146,7 @@ FAMILY = Family(
     dtype=lambda problem: getattr(torch, problem.dtype),
     providers=(
         Provider("peft", "baseline", _runs, _eager),
+        _our_provider("auto", _runs),
         _our_provider("torch", _runs),
         _our_provider("triton", _kernels_why_not),
     ),

@@ -143,3 +143,11 @@ def poison() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True)
+def plans_of_its_own() -> None:
+    """No test goes on with choices that another one made, perhaps on a device that was not there."""
+    from peft_kernels._core import dispatch
+
+    dispatch.choices_changed()

@@ -30,7 +30,8 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
     y = torch.empty(problem.m, problem.n, dtype=problem.out_dtype, device=problem.device)
     z = _narrow(problem, inputs.x, inputs.down_weight.t(), inputs.down_bias)
     _up(ACTIVATIONS[problem.activation].value(z), inputs, residual, out=y)
-    return y, z.to(problem.wide_dtype)
+    # As a compiled call has it, and every other backend.
+    return y, z.to(problem.wide_dtype, memory_format=torch.contiguous_format)
 
 
 def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:

@@ -136,5 +136,5 @@ def test_prefix_attention_saves_no_more_than_torch_does(h_kv: int, mask: str, dt
 def _calls(family: Family, problem: Any) -> tuple[Call, Call]:
     inputs = family.make_inputs(problem, CPU, 0)
     theirs = next(provider for provider in family.providers if provider.role == "baseline")
-    ours = next(provider for provider in family.providers if provider.name == "ours_torch")
+    ours = next(provider for provider in family.providers if provider.name == "ours_auto")
     return theirs.make(problem, inputs), ours.make(problem, inputs)

@@ -235,7 +235,7 @@ def test_plans_are_few_and_hold_no_tensor(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_was_asked_for_lately_is_known() -> None:
     cache = plans.Cache(size=4)
-    plan: Any = plans.Plan(None, "auto", None, None, False, 0)  # type: ignore[arg-type]
+    plan: Any = plans.Plan(None, "auto", None, None, False, False, 0)  # type: ignore[arg-type]
     for number in range(20):
         cache.put((number,), plan._replace(generation=number))
         assert cache.get((0,)) is not None

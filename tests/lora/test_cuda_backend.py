@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
-from peft_kernels._core import verdicts
+from peft_kernels._core import dispatch, verdicts
 from peft_kernels._core.device import Hardware
 from peft_kernels.lora.linear import cuda_impl, problem
 from tests.lora import emulated_extension
@@ -125,6 +125,7 @@ def test_auto_takes_what_is_known_to_be_right(emulated: EmulatedExtension, monke
     pk.lora_linear(*tensors[:4])
     assert not emulated.calls
     monkeypatch.setattr(verdicts, "why_not", lambda *_: None)
+    dispatch.choices_changed()
     pk.lora_linear(*tensors[:4])
     assert len(emulated.calls) == 1
 

@@ -150,7 +150,8 @@ def grad_q_config(attention: Attention, hardware: Hardware) -> GradQConfig:
         # With 32 keys it takes 100 KiB where sm_89 has 99.
         block_m, block_n = 64, 16 if hardware.arch == 89 else 32
     else:
-        block_m, block_n = 64, 64
+        # Beside a mask of bytes 64 keys spill on sm_100 (ahead-of-time compiles).
+        block_m, block_n = 64, 32 if attention.padded and block_d > 64 and hardware.arch >= 100 else 64
     # Four warps hold 64 rows of 128 dimensions in sm_90's registers alone.
     takes_four_warps = attention.dtype != torch.float32 and block_d <= (128 if hardware.arch == 90 else 64)
     return GradQConfig(
