@@ -8,13 +8,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_FEW_ROWS = 16
+FEW_ROWS = 16
 _CAST_ELEMENTS = 1 << 22  # of an operand that are in float32 at a time: 16 MB
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """out += scale left right, in place, for matrices of one dtype, and return out."""
-    if out.shape[0] <= _FEW_ROWS and out.device.type == "cpu":
+    if out.shape[0] <= FEW_ROWS and out.device.type == "cpu":
         # For one row, or factors of some strides, BLAS adds each term to out on its own, each with out's rounding.
         return out.add_(left @ right, alpha=scale)
     return out.addmm_(left, right, alpha=scale)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_kernels._core.torch_products import FEW_ROWS, is_slow
 from peft_kernels.lora.linear.problem import Inputs, LoraLinearProblem
 
 MOST_ELEMENTS = 1 << 17
@@ -22,10 +23,13 @@ MOST_ELEMENTS = 1 << 17
 def native(problem: LoraLinearProblem, call: Inputs, records: bool) -> Callable[[Inputs], Tensor] | None:
     """The form for calls like this, or None where the torch implementation is as fast, rounds less or keeps less.
 
-    Refused are dropout, float32 adapters beside half precision, and a scale that only the device knows.
+    Refused are dropout, float32 adapters beside half precision, a scale that only the device knows, and a dtype whose
+    products are slow.
     """
     is_uniform = problem.adapter_dtype == problem.dtype and not isinstance(call.scale, Tensor)
     if problem.has_dropout or not is_uniform or problem.device.type not in ("cpu", "cuda"):
+        return None
+    if is_slow(problem.dtype, problem.device.type) and problem.m > FEW_ROWS:
         return None
     if not is_host_bound(problem.m, problem.n, problem.k):
         return None
