@@ -183,7 +183,7 @@ OPERATOR = Operator(
     draws=lambda case: min(16, 256 // (case.m * case.r)),
     budget=(
         *itertools.product(GRID, VARIANTS),
-        *((case, "auto") for case in GRID if case.p == 0.0 and case.adapter_dtype is None),
+        *((case, "auto") for case in GRID if case.adapter_dtype is None),
     ),
     exact=st.builds(
         lambda dtypes, **rest: Case(dtype=dtypes[0], adapter_dtype=dtypes[1], scale=0.5, **rest),

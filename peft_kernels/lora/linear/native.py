@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.torch_products import FEW_ROWS, is_slow
+from peft_kernels.lora.kernels.dropout import Rows
+from peft_kernels.lora.linear.mask_choice import mask_of
 from peft_kernels.lora.linear.problem import Inputs, LoraLinearProblem
 
 MOST_ELEMENTS = 1 << 17
@@ -23,16 +25,20 @@ MOST_ELEMENTS = 1 << 17
 def native(problem: LoraLinearProblem, call: Inputs, records: bool) -> Callable[[Inputs], Tensor] | None:
     """The form for calls like this, or None where the torch implementation is as fast, rounds less or keeps less.
 
-    Refused are dropout, float32 adapters beside half precision, a scale that only the device knows, and a dtype whose
-    products are slow.
+    Refused are float32 adapters beside half precision, a scale that only the device knows, a dtype whose products are
+    slow, and dropout on a GPU.
     """
     is_uniform = problem.adapter_dtype == problem.dtype and not isinstance(call.scale, Tensor)
-    if problem.has_dropout or not is_uniform or problem.device.type not in ("cpu", "cuda"):
+    if not is_uniform or problem.device.type not in ("cpu", "cuda"):
+        return None
+    if problem.has_dropout and problem.device.type != "cpu":
         return None
     if is_slow(problem.dtype, problem.device.type) and problem.m > FEW_ROWS:
         return None
     if not is_host_bound(problem.m, problem.n, problem.k):
         return None
+    if problem.has_dropout:
+        return lambda call: _dropping(problem, call)
     return _recorded if records else _unrecorded
 
 
@@ -58,6 +64,19 @@ def is_host_bound(m: int, n: int, k: int) -> bool:
 def _recorded(call: Inputs) -> Tensor:
     x, weight, lora_a, lora_b, scale, bias, _, _ = call
     return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, lora_a), lora_b), alpha=scale)  # type: ignore[arg-type]
+
+
+def _dropping(problem: LoraLinearProblem, call: Inputs) -> Tensor:
+    """With a byte for each element that is dropped, as PEFT keeps one; 1 / (1 - p) is a factor of the update.
+
+    Without a graph too: reentrant checkpointing runs a call first without and then with one, and wants the same bits.
+    """
+    x, weight, lora_a, lora_b, scale, bias, _, seed = call
+    assert seed is not None
+    part = Rows(seed, 0, problem.m, problem.k, problem.dropout_threshold)
+    dropped = mask_of(part, problem.device).keep().logical_not_().view(x.shape)
+    update = F.linear(F.linear(x.masked_fill(dropped, 0.0), lora_a), lora_b)
+    return torch.add(F.linear(x, weight, bias), update, alpha=scale * problem.keep_scale)  # type: ignore[arg-type]
 
 
 def _unrecorded(call: Inputs) -> Tensor:
