@@ -95,6 +95,9 @@ def _autocast(
 
 
 def _forward(problem: LoraLinearProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
+    if call.x.dim() == 2:
+        with without_autocast(problem.device.type):
+            return implementation.forward(problem, call)  # type: ignore[no-any-return]
     with without_autocast(problem.device.type):
         y, s = implementation.forward(problem, call._replace(x=call.x.reshape(problem.m, problem.k)))
     return y.view(*call.x.shape[:-1], problem.n), s
