@@ -95,12 +95,10 @@ def _autocast(
 
 
 def _forward(problem: LoraLinearProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
-    if call.x.dim() == 2:
-        with without_autocast(problem.device.type):
-            return implementation.forward(problem, call)  # type: ignore[no-any-return]
+    flat = call if call.x.dim() == 2 else call._replace(x=call.x.reshape(problem.m, problem.k))
     with without_autocast(problem.device.type):
-        y, s = implementation.forward(problem, call._replace(x=call.x.reshape(problem.m, problem.k)))
-    return y.view(*call.x.shape[:-1], problem.n), s
+        y, s = implementation.forward(problem, flat)
+    return y if flat is call else y.view(*call.x.shape[:-1], problem.n), s
 
 
 def _backward(
