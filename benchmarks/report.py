@@ -106,13 +106,16 @@ def render_details(results: Results, families: Mapping[str, Family], images: Pat
 def _summary(records: Records, family: Family) -> str:
     comparisons = tables.compare(records)
     lost = len(tables.losses(comparisons))
+    # One table that is read: whole steps where there are any, beside those who were there.
+    shown = [comparison for comparison in comparisons if comparison.mode == "both"] or comparisons
+    names = [name for name in family.names("limit", "baseline") if any(each.microseconds(name) for each in shown)]
     return "\n\n".join(
         [
             _title(records, family),
             _provenances(records, comparisons),
             "Ours is the fastest backend of this package; a number above 1 means that ours takes less time. "
             "Medians over the problems; least and largest in brackets where there are several.",
-            tables.summary_table(comparisons, family.summarize_by, family.names("limit", "baseline")),
+            tables.summary_table(shown, family.summarize_by, names),
             f"A baseline is faster in {lost} of {len(comparisons)} measurements; [{DETAILS}]({DETAILS}) has them all.",
         ]
     )
