@@ -89,7 +89,7 @@ class BuildExtension(build_ext):
         extension.parent.mkdir(parents=True, exist_ok=True)
         record = build(extension, Path(self.build_temp).resolve())
         if record.cuda:
-            print(f"peft_kernels: built the extension, with CUDA kernels for {', '.join(record.archs)}")
+            print(f"peft_kernels: built the CUDA extension for {', '.join(record.archs)}")
         else:
             what = "the CUDA kernels" if record.built else "the extension"
             print(f"peft_kernels: installs without {what}: {record.reason}", file=sys.stderr)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -110,3 +111,32 @@ def test_mask_refuses_bad_arguments() -> None:
     for arguments in ((0, 2, 3, 1.0), (0, -1, 3, 0.5), ("seed", 2, 3, 0.5), (True, 2, 3, 0.5)):
         with pytest.raises(ValueError):
             pk.lora_linear_dropout_mask(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_float16_keeps_eagers_range_under_dropout(backend: str) -> None:
+    """dS / (1 - p) leaves float16, and dS does not: the factor belongs to x, as in eager torch."""
+    half, m, k = torch.float16, 4, 16
+    x, a = (torch.full((m, k), 1e-3, dtype=half), torch.full((1, k), 1e-2, dtype=half))
+    weight, b, dy = (
+        torch.zeros(1, k, dtype=half),
+        torch.full((1, 1), 4.0, dtype=half),
+        torch.full((m, 1), 1e4, dtype=half),
+    )
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+    y = pk.lora_linear(x, weight, a, b, dropout_p=0.5, seed=1, backend=backend)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y, leaves, dy))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_one_row_in_float32_rounds_as_eager_does_under_dropout(backend: str) -> None:
+    """No sum evens dB out there: S has to be eager's S, whose x was scaled before the product."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x, a = (torch.randn(*shape, generator=generator) for shape in ((1, 512), (16, 512)))
+        weight, b = torch.zeros(8, 512), torch.ones(8, 16, requires_grad=True)
+        kept = x * pk.lora_linear_dropout_mask(seed, 1, 512, 0.1) * dropout.keep_scale(dropout.threshold(0.1))
+        (got,) = torch.autograd.grad(
+            pk.lora_linear(x, weight, a, b, dropout_p=0.1, seed=seed, backend=backend).sum(), b
+        )
+        assert torch.equal(got, F.linear(kept, a).expand(8, -1))

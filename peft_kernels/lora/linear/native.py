@@ -18,6 +18,7 @@ from peft_kernels._core.torch_products import FEW_ROWS, is_slow
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear.mask_choice import mask_of
 from peft_kernels.lora.linear.problem import Inputs, LoraLinearProblem
+from peft_kernels.lora.linear.torch_impl import late_factor
 
 MOST_ELEMENTS = 1 << 17
 
@@ -67,16 +68,19 @@ def _recorded(call: Inputs) -> Tensor:
 
 
 def _dropping(problem: LoraLinearProblem, call: Inputs) -> Tensor:
-    """With a byte for each element that is dropped, as PEFT keeps one; 1 / (1 - p) is a factor of the update.
+    """With a byte for each element that is dropped, as PEFT keeps one.
 
     Without a graph too: reentrant checkpointing runs a call first without and then with one, and wants the same bits.
+    1 / (1 - p) stands where the torch implementation has it.
     """
     x, weight, lora_a, lora_b, scale, bias, _, seed = call
     assert seed is not None
     part = Rows(seed, 0, problem.m, problem.k, problem.dropout_threshold)
-    dropped = mask_of(part, problem.device).keep().logical_not_().view(x.shape)
-    update = F.linear(F.linear(x.masked_fill(dropped, 0.0), lora_a), lora_b)
-    return torch.add(F.linear(x, weight, bias), update, alpha=scale * problem.keep_scale)  # type: ignore[arg-type]
+    kept = x.masked_fill(mask_of(part, problem.device).keep().logical_not_().view(x.shape), 0.0)
+    late = late_factor(problem)
+    kept = kept if late != 1.0 else kept * problem.keep_scale
+    update = F.linear(F.linear(kept, lora_a), lora_b)
+    return torch.add(F.linear(x, weight, bias), update, alpha=scale * late)  # type: ignore[arg-type]
 
 
 def _unrecorded(call: Inputs) -> Tensor:

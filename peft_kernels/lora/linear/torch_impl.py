@@ -109,19 +109,19 @@ def _mask(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> masks.Mask
 
 
 def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, mask: masks.Mask | None) -> Tensor:
-    """drop(x) of some rows in the adapters' dtype, but for the factor that ``_late_factor`` returns."""
+    """drop(x) of some rows in the adapters' dtype, but for the factor that ``late_factor`` returns."""
     x = inputs.x[rows]
     if mask is None:
         return x.to(problem.adapter_dtype)
-    return mask.drop(x, problem.adapter_dtype, problem.keep_scale / _late_factor(problem))
+    return mask.drop(x, problem.adapter_dtype, problem.keep_scale / late_factor(problem))
 
 
-def _late_factor(problem: LoraLinearProblem) -> float:
-    """What of 1 / (1 - p) is left for a product of drop(x): all, since drop(x) would be rounded and written once more.
+def late_factor(problem: LoraLinearProblem) -> float:
+    """What of 1 / (1 - p) is left for a product of drop(x): all in bfloat16, where drop(x) would be rounded once more.
 
-    Not in float16, whose range must be eager's: there drop(x) has it, as eager's has.
+    Else drop(x) has it as eager's has: a product evens out its roundings, and float16's range is eager's.
     """
-    return 1.0 if problem.adapter_dtype == torch.float16 else problem.keep_scale
+    return problem.keep_scale if problem.adapter_dtype == torch.bfloat16 else 1.0
 
 
 def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
@@ -132,7 +132,7 @@ def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
     s = torch.empty(problem.m, problem.r, dtype=problem.wide_dtype, device=problem.device)
     for rows in _blocks(problem, problem.k):
         s[rows] = _narrow_product(_dropped(problem, inputs, rows, _mask(problem, inputs, rows)), a)
-    factor = _late_factor(problem)
+    factor = late_factor(problem)
     return s if factor == 1.0 else s.mul_(factor)
 
 
@@ -199,7 +199,7 @@ def _grad_down(
         if needs.lora_a:
             product = narrow[rows].t() @ _dropped(problem, inputs, rows, mask)
             da = product.to(problem.wide_dtype) if da is None else da.add_(product)
-    return None if da is None else da.mul_(_late_factor(problem)).to(problem.adapter_dtype)
+    return None if da is None else da.mul_(late_factor(problem)).to(problem.adapter_dtype)
 
 
 def _add_product(problem: LoraLinearProblem, out: Tensor, left: Tensor, right: Tensor, scale: float | Tensor) -> None:
