@@ -154,7 +154,7 @@ def assert_bitwise_equal(name: str, a: Tensor, b: Tensor) -> None:
     differs = (_bytes(a) != _bytes(b)).any(dim=-1)
     if differs.any():
         first = int(differs.nonzero()[0])
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), a.shape))
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first, device="cpu"), a.shape))
         raise AssertionError(
             f"{name}: {int(differs.sum())} of {differs.numel()} elements differ in their bits, "
             f"first at {index}: {a[index].item()!r} and {b[index].item()!r}"
@@ -191,7 +191,7 @@ def _largest(tensor: Tensor) -> float:
 
 def _bytes(tensor: Tensor) -> Tensor:
     """(elements, bytes of each)."""
-    return tensor.contiguous().view(-1, 1).view(torch.uint8) if tensor.numel() else torch.empty(0, 1)
+    return tensor.contiguous().view(-1, 1).view(torch.uint8) if tensor.numel() else torch.empty(0, 1, device="cpu")
 
 
 def _same(name: str, what: str, got: object, expected: object) -> None:

@@ -333,6 +333,15 @@ def test_no_kernel_where_torch_must_see_it() -> None:
     assert torch.equal(torch.jit.trace(_published, (seeds[0],), check_trace=False)(seeds[1]), expected[1])
 
 
+def test_default_device_plays_no_part() -> None:
+    """Compiled code that writes where nothing was allocated ends the process."""
+    layer, x = pk.FusedLoRALinear(8, 8, r=2, lora_dropout=0.5), torch.ones(3, 8)
+    with torch.device("meta"):
+        mask, y = pk.lora_linear_dropout_mask(3, 5, 11, 0.4, "cpu"), layer(x)
+    assert torch.equal(mask, dropout.keep_mask(torch.tensor(3), 5, 11, dropout.threshold(0.4)))
+    assert y.device.type == "cpu" and y.isfinite().all()
+
+
 def test_a_kernel_where_nobody_looks(unreachable: None) -> None:
     """Else the test above could not fail."""
     with pytest.raises(AssertionError, match="a kernel was reached"):

@@ -114,7 +114,7 @@ class HostMask:
         _host_add(out, product, factor, self.arguments)
 
     def keep(self) -> Tensor:
-        out = torch.empty(self.part.rows, self.part.cols, dtype=torch.bool)
+        out = torch.empty(self.part.rows, self.part.cols, dtype=torch.bool, device=self.part.seed.device)
         extension.load_host().lora.host_keep(out=out.data_ptr(), **self.arguments)
         return out
 
