@@ -54,12 +54,13 @@ def install(arch: int, launched: Callable[..., object]) -> NoLaunchDriver:
     from triton.runtime import driver
 
     stand_in = NoLaunchDriver(arch, launched)
+    launches_by = "_run" if hasattr(CompiledKernel, "run") else "run"  # Triton 3.4 has no property
 
     def init_handles(kernel: Any) -> None:
         if kernel.function is None:
             # No module: there is nothing to unload when the kernel dies.
             kernel.function, kernel.n_regs, kernel.n_spills = kernel.hash, 0, 0
-            kernel._run = lambda *arguments: stand_in.launched(*arguments)
+            setattr(kernel, launches_by, lambda *arguments: stand_in.launched(*arguments))
 
     driver.set_active(stand_in)
     mock.patch.object(CompiledKernel, "_init_handles", init_handles).start()

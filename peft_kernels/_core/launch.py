@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Versions whose sources were read: what `JITFunction.run` calls, with which arguments, and what stands in its key.
-_KNOWN_VERSIONS = ((3, 6), (3, 8))
+_KNOWN_VERSIONS = ((3, 4), (3, 8))
 
 # Compiled kernels that a launcher remembers; one that is forgotten is found again by Triton, for the price of its own
 # launch.
@@ -131,16 +131,17 @@ class Launcher:
     def _may_launch_directly(self) -> bool:
         """Whether Triton itself would do no more than look up the kernel and call it, and nobody watches it do so."""
         runtime = knobs.runtime
-        # A hook is a chain; what was put in a chain's place is called, whatever it is.
+        # A hook is a chain, in Triton 3.4 None; what was put in its place is called, whatever it is.
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         return not (
             type(self.kernel) is not JITFunction
             or why_not_direct() is not None
             or not _is_triton_s(JITFunction.run)
             or self.kernel.pre_run_hooks
             or runtime.debug
-            or knobs.compilation.instrumentation_mode
-            or getattr(runtime.launch_enter_hook, "calls", True)
-            or getattr(runtime.launch_exit_hook, "calls", True)
+            or getattr(knobs.compilation, "instrumentation_mode", "")  # since Triton 3.6
+            or getattr(enter, "calls", enter)
+            or getattr(leave, "calls", leave)
         )
 
     def _launch_by_triton(

@@ -15,7 +15,7 @@ from peft_kernels._core.device import Hardware, not_nvidia
 T = TypeVar("T")
 
 MINIMUM_ARCH = 80
-MINIMUM_VERSION = (3, 6)  # the oldest that the kernels were compiled with
+MINIMUM_VERSION = (3, 4)  # the oldest that the kernels were compiled with
 INDEX_LIMIT = 2**31  # indices within a kernel are 32-bit; offsets in memory are not
 
 

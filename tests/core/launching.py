@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,31 +171,26 @@ def what_varies_freely_is_no_other_kernel() -> None:
     assert len(launcher._remembered) == 1
 
 
-def the_rule_for_integers_is_triton_s() -> None:
-    from triton._C.libtriton import native_specialize_impl
+def triton_s_rule() -> Callable[[int], Any]:
+    """What Triton makes of an integer that it specializes: compiled code since 3.6."""
     from triton.backends.compiler import BaseBackend
 
-    numbers = [
-        0,
-        1,
-        2,
-        15,
-        16,
-        17,
-        32,
-        -1,
-        -16,
-        2**31 - 1,
-        2**31 - 16,
-        2**31,
-        2**31 + 16,
-        -(2**31),
-        -(2**31) - 16,
-        2**40,
-    ]
+    try:
+        from triton._C.libtriton import native_specialize_impl
+    except ImportError:
+        from triton.runtime.jit import create_specialize_impl
+
+        rule = create_specialize_impl(BaseBackend.get_arg_specialization)
+        return lambda number: rule(number, False, True, True)
+    return lambda number: native_specialize_impl(BaseBackend, number, False, True, True)
+
+
+def the_rule_for_integers_is_triton_s() -> None:
+    numbers = [0, 1, 2, 15, 16, 17, 32, -1, -16, 2**40]
+    numbers += [sign * 2**31 + more for sign in (-1, 1) for more in (-16, -1, 0, 16)]
     numbers += [random.Random(0).randint(0, 2**33) for _ in range(1000)]
     ours = [launch.specializations((number,)) for number in numbers]
-    triton_s = [native_specialize_impl(BaseBackend, number, False, True, True) for number in numbers]
+    triton_s = [*map(triton_s_rule(), numbers)]
     assert len(set(ours)) == len(set(triton_s)) == len(set(zip(ours, triton_s, strict=True))) == 5
 
 
@@ -233,10 +229,11 @@ def hooks_see_every_launch() -> None:
     run(launcher)
     for name in ("launch_enter_hook", "launch_exit_hook"):
         chain = getattr(knobs.runtime, name)
-        with mock.patch.object(chain, "calls", [lambda metadata: None]):
-            launched = run(launcher)
-            assert not launched.is_direct and chain in launched.hooks
-        assert run(launcher).is_direct
+        if chain is not None:  # as it is in Triton 3.4, which has no chains
+            with mock.patch.object(chain, "calls", [lambda metadata: None]):
+                launched = run(launcher)
+                assert not launched.is_direct and chain in launched.hooks
+            assert run(launcher).is_direct
         with mock.patch.object(knobs.runtime, name, seen.append):
             assert not run(launcher).is_direct
     with mock.patch.object(copy_kernel, "pre_run_hooks", [lambda *_, **__: seen.append("before")]):
@@ -250,22 +247,22 @@ def debugging_goes_through_triton() -> None:
     own = JITFunction.run
 
     def watching(self: Any, *arguments: Any, **named: Any) -> Any:
-        asked.append(knobs.runtime.debug or bool(knobs.compilation.instrumentation_mode))
-        with mock.patch.object(knobs.compilation, "instrumentation_mode", ""):
+        asked.append(knobs.runtime.debug or bool(getattr(knobs.compilation, "instrumentation_mode", "")))
+        with mock.patch.object(knobs.compilation, "instrumentation_mode", "", create=True):
             return own(self, *arguments, **named)
 
     with mock.patch.object(JITFunction, "run", watching):
         run(launcher)
     assert asked == [False], "whoever stands in for Triton's run sees every launch"
-    with mock.patch.object(knobs.runtime, "debug", True):
+    with mock.patch.dict(os.environ), mock.patch.object(knobs.runtime, "debug", True):  # Triton 3.4 writes it there
         assert not run(launcher).is_direct
-    with mock.patch.object(knobs.compilation, "instrumentation_mode", "any"):
+    with mock.patch.object(knobs.compilation, "instrumentation_mode", "any", create=True):
         assert not launcher._may_launch_directly()
     assert run(launcher).is_direct
 
 
 def other_versions_go_through_triton() -> None:
-    for version, known in (("3.6.0", True), ("3.8.1+git", True), ("3.5.9", False), ("3.9.0", False), ("4.0", False)):
+    for version, known in (("3.4.0", True), ("3.8.1+git", True), ("3.3.1", False), ("3.9.0", False), ("4.0", False)):
         launch.why_not_direct.cache_clear()
         with mock.patch.object(triton, "__version__", version):
             assert (launch.why_not_direct() is None) is known
