@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ if not HAS_CUDA:
 
 def _mend_interpreter() -> None:
     """Make the interpreter's arithmetic that of a GPU, where it is not, and the same on every processor.
+
+    Before Triton 3.6 it also asks of descriptors that their rows be 16 elements apart, where a GPU asks for 16 bytes.
 
     It holds bfloat16 values as 16-bit integers and would multiply those; it cuts float32 to bfloat16 where a GPU rounds
     to the nearest; it multiplies TF32 operands with all their bits, where the tensor cores read the upper 19; and it
@@ -42,12 +45,14 @@ def _mend_interpreter() -> None:
     one where float64 lands on the middle of two float32 values, once in 2^29 sums.
     """
     import numpy as np
+    import triton
     import triton.language as tl
     from triton._C.libtriton import ir
     from triton.runtime import interpreter
 
     create_dot = interpreter.InterpreterBuilder.create_dot
     unary_op = interpreter.InterpreterBuilder.unary_op
+    validate = interpreter.TensorDescHandle.validate
     convert_float = interpreter._convert_float
     sum_in_order = interpreter.ReduceOps.sum
     multiplied = (tl.float32, tl.bfloat16, tl.float16)
@@ -109,6 +114,15 @@ def _mend_interpreter() -> None:
         total = np.moveaxis(rows, 0, self.axis) if self.keep_dims else rows[0]
         return self.to_tensor(total, values.dtype)
 
+    def validate_in_bytes(self):
+        itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
+        described = copy.copy(self)
+        *outer, inner = self.strides
+        described.strides = [*(interpreter.TensorHandle(each.data * itemsize, each.dtype) for each in outer), inner]
+        validate(described)
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        interpreter.TensorDescHandle.validate = validate_in_bytes
     interpreter.InterpreterBuilder.create_dot = create_dot_as_on_a_gpu
     interpreter.InterpreterBuilder.unary_op = unary_op_in_float64
     interpreter.ReduceOps.sum = sum_in_a_tree
