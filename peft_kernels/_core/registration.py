@@ -3,17 +3,25 @@
 ``peft_kernels::<name>`` takes a flat call and a backend's name, and returns the results in a list.
 ``peft_kernels::<name>_backward`` returns, in a list, the gradients that are asked for. opcheck, torch.compile and
 torch.export come here; eager calls do not.
+
+Caches of compiled graphs know an operator by its name and its arguments, and nothing of what it returns or how it is
+differentiated. So each call in a graph carries a number that changes with this package's sources, which nothing reads.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "peft_kernels"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_BACKEND_AND_REVISION = "str backend, int revision"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -21,23 +29,41 @@ def register(operator: Any) -> Callable[..., list[Tensor]]:
     """Register an ``Operator`` and return what dispatches a flat call."""
     name, signature = operator.name, operator.signature
 
-    def problem_of(values: Sequence[Any]) -> tuple[Any, Any, Any]:
-        call, (backend,) = signature.from_flat(values)
-        problem = operator.make_problem(call)
-        return problem, call, operator.select(problem, backend)
+    def problem_of(values: Sequence[Any]) -> tuple[Any, Any, str]:
+        call, (backend, _) = signature.from_flat(values)
+        return operator.make_problem(call), call, backend
 
     def kernel(*values: Any) -> list[Tensor]:
-        problem, call, implementation = problem_of(values)
-        operator.note(problem, values[-1])
-        return list(operator.fresh(problem, call, implementation))
+        problem, call, backend = problem_of(values)
+        operator.note(problem, backend)
+        return list(operator.fresh(problem, call, operator.select(problem, backend)))
 
     def fake(*values: Any) -> list[Tensor]:
-        return list(operator.results(*problem_of(values)))
+        problem, call, backend = problem_of(values)
+        return list(operator.results(problem, call, operator.select(problem, backend)))
 
-    forward = _define(f"{name}({signature.text()}, str backend) -> Tensor[]", kernel, fake)
+    forward = _define(f"{name}({signature.text()}, {_BACKEND_AND_REVISION}) -> Tensor[]", kernel, fake)
     backward = _define_backward(operator)
     _register_autograd(operator, forward, backward)
-    return _dispatched(forward)
+    dispatched = _dispatched(forward)
+    return lambda *values: dispatched(*values, revision())
+
+
+def revision() -> int:
+    """What stands for the state of the package's sources in a graph."""
+    return _hash_of_sources()
+
+
+# As in dispatch.py.
+revision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _hash_of_sources() -> int:
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return int.from_bytes(digest.digest()[:4], "big")
 
 
 def _define_backward(operator: Any) -> str:
@@ -51,7 +77,7 @@ def _define_backward(operator: Any) -> str:
         for name, shape, dtype in zip(operator.activations, shapes, dtypes, strict=True):
             if shape is not None and getattr(call, name) is None:
                 call = call._replace(**{name: _stand_in(like, shape, dtype)})
-        *kept, needed, backend = rest
+        *kept, needed, backend, _ = rest
         places = signature.positions([len(value) for value in call if isinstance(value, tuple)])
         flags = dict(zip(_places_of_needs(operator, places), needed, strict=True))
         needs = operator.needs(*(_flags(places[name], flags) for name in operator.needs._fields))
@@ -74,7 +100,14 @@ def _define_backward(operator: Any) -> str:
     facts += [f"ScalarType? {name}_dtype" for name in operator.activations]
     kept = [f"Tensor? {name}" for name in operator.kept]
     dy = "Tensor?[] dy" if operator.several else "Tensor dy"
-    arguments = [dy, signature.text(optional=operator.activations), *facts, *kept, "bool[] needs", "str backend"]
+    arguments = [
+        dy,
+        signature.text(optional=operator.activations),
+        *facts,
+        *kept,
+        "bool[] needs",
+        _BACKEND_AND_REVISION,
+    ]
     return _define(f"{operator.name}_backward({', '.join(arguments)}) -> Tensor[]", kernel, fake)
 
 
@@ -83,7 +116,7 @@ def _register_autograd(operator: Any, forward: str, backward: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         ctx.set_materialize_grads(False)
-        *flat, ctx.backend = inputs
+        *flat, ctx.backend, ctx.revision = inputs
         call, _ = signature.from_flat(flat)
         ctx.lengths, *leaves = signature.leaves(call)
         ctx.asked = asked = operator.asked(tuple(_needed(signature, call, flat, ctx.needs_input_grad)), ctx.lengths)
@@ -110,13 +143,13 @@ def _register_autograd(operator: Any, forward: str, backward: str) -> None:
                     # Where a tracer keeps this formula, as torch.compile(backend="eager") does.
                     raise RuntimeError(operator.no_second_derivative)
                 values = *signature.flat(call), *ctx.facts, *saved
-                found = _dispatched(backward)(incoming, *values, needed, ctx.backend)
+                found = _dispatched(backward)(incoming, *values, needed, ctx.backend, ctx.revision)
                 asking = (place for place, need in zip(asked.places, needed, strict=True) if need)
                 for place, gradient in zip(asking, found, strict=True):
                     gradients[place] = gradient
             if asked.passes is not None:
                 gradients[asked.passes] = incoming
-        return (*signature.flat_gradients(call, signature.from_leaves(ctx.lengths, gradients)), None)
+        return (*signature.flat_gradients(call, signature.from_leaves(ctx.lengths, gradients)), None, None)
 
     torch.library.register_autograd(forward, formula, setup_context=setup_context, lib=_LIBRARY)
 

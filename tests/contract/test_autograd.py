@@ -13,6 +13,7 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from peft_kernels._core import registration
 from python_ref import compare
 from tests.contract import observe
 from tests.contract.operators import CPU, Operator, over
@@ -142,6 +143,8 @@ def test_compile_and_opcheck(operator: Operator, case: Any) -> None:
     assert [str(target) for target, _ in (forward, backward)] == [
         f"peft_kernels.{operator.name}{which}.default" for which in ("", "_backward")
     ]
+    # What a cache of compiled graphs tells states of the package apart by.
+    assert forward[1][-1] == backward[1][-1] == registration.revision()
     torch.library.opcheck(forward[0], tuple(_fresh(argument, requires_grad=True) for argument in forward[1]))
     place = [argument.name for argument in backward[0]._schema.arguments].index("needs")
     needs = backward[1][place]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from peft_kernels._core import checks, dispatch
+from peft_kernels._core import checks, dispatch, registration
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.operator import Operator
 
@@ -103,14 +105,14 @@ def test_opcheck(tensor_scale: bool) -> None:
     x, w0, w1, b1 = _leaves()
     scale = torch.tensor(0.5, dtype=torch.float64) if tensor_scale else 0.5
     flat = OPERATOR.signature.flat(Inputs(x, (w0, w1), (None, b1), scale, True))
-    torch.library.opcheck(torch.ops.peft_kernels.several_linears.default, (*flat, "torch"))
+    torch.library.opcheck(torch.ops.peft_kernels.several_linears.default, (*flat, "torch", 0))
     x, w0, w1, b1 = (leaf.detach() for leaf in (x, w0, w1, b1))
     dy = [torch.randn(5, 4, dtype=torch.float64), None]
     facts, kept = ([5, 3], torch.float64), None
     for given, needs in ((x, [True, True, False, False, True]), (None, [True, False, False, False, False])):
         flat = OPERATOR.signature.flat(Inputs(given, (w0, w1), (None, b1), scale, True))
         torch.library.opcheck(
-            torch.ops.peft_kernels.several_linears_backward.default, (dy, *flat, *facts, kept, needs, "torch")
+            torch.ops.peft_kernels.several_linears_backward.default, (dy, *flat, *facts, kept, needs, "torch", 0)
         )
 
 
@@ -130,6 +132,22 @@ def test_compiled_equals_eager(frozen: tuple[int, ...], unused: bool) -> None:
     expected = torch.autograd.grad(eager, wanted, allow_unused=True)
     for gradient, other in zip(torch.autograd.grad(compiled, wanted, allow_unused=True), expected, strict=True):
         assert (gradient is None or not gradient.any()) if other is None else torch.equal(gradient, other)
+
+
+@pytest.mark.slow
+def test_another_state_of_the_sources_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch's cache on disk knows nothing of an operator but its name and arguments."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    is_found = []
+    for revision in (1, 1, 2):
+        monkeypatch.setattr(registration, "_hash_of_sources", lambda revision=revision: revision)
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(_call, fullgraph=True)(*_leaves())
+        is_found.append(
+            bool(counters["aot_autograd"]["autograd_cache_hit"] or counters["inductor"]["fxgraph_cache_hit"])
+        )
+    assert is_found == [False, True, False]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
