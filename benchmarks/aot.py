@@ -31,6 +31,10 @@ HARDWARE = {
 # Capability".
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
+# Columns of tensor memory of a multiprocessor: PTX ISA, "Tensor Memory Addressing". Of a kernel that asks for more,
+# Triton compiles an empty one, and raises where that is launched.
+TENSOR_MEMORY_LIMIT = 512
+
 
 def target(arch: int) -> None:
     """From here on this process compiles for an architecture, and launches nothing."""
@@ -62,7 +66,7 @@ def record_compiles(launch: Callable[[], object]) -> list[Any]:
 
 
 def inspect(kernel: Any) -> dict[str, Any]:
-    """Registers, stack, shared memory and instruction counts of a compiled kernel."""
+    """Registers, stack, shared and tensor memory and instruction counts of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(kernel.asm["cubin"])
@@ -75,13 +79,14 @@ def inspect(kernel: Any) -> dict[str, Any]:
         "registers": int(fields[1]),
         "stack": int(fields[2]),
         "shared": kernel.metadata.shared,
+        "tensor_memory": kernel.metadata.tmem_size or 0,
         "warps": kernel.metadata.num_warps,
         **{opcode: len(re.findall(rf"\b{opcode}\b", sass)) for opcode in OPCODES},
     }
 
 
 def complaints(row: Mapping[str, Any], arch: int) -> list[str]:
-    """What a kernel must not show on any account: memory of its own, or more shared memory than there is."""
+    """What a kernel must not show on any account: memory of its own, or more shared or tensor memory than there is."""
     found = []
     if row["stack"]:
         found.append(f"{row['stack']} bytes of stack")
@@ -89,6 +94,8 @@ def complaints(row: Mapping[str, Any], arch: int) -> list[str]:
         found.append(f"spills: {row['STL']} stores and {row['LDL']} loads of local memory")
     if row["shared"] > SHARED_LIMIT[arch]:
         found.append(f"{row['shared']} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+    if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        found.append(f"{row['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY_LIMIT}")
     return found
 
 

@@ -88,18 +88,17 @@ def microseconds(calls: dict[str, Callable[[], object]], rounds: int = 15, times
 
 
 def lora_calls() -> dict[str, Callable[[], object]]:
-    """The fused path: two launches forward."""
+    """Two launches and a product of torch's forward."""
     import peft_kernels as pk
     from peft_kernels.lora.kernels import config, triton_fwd
     from peft_kernels.lora.kernels.dropout import NO_DROPOUT
 
-    mock.patch.object(config, "base_product_path", lambda *_: "fused").start()
     make = lambda *shape: torch.randn(*shape, dtype=BF16)  # noqa: E731
     x, w, a, b, bias, dy = make(M, K), make(N, K), make(R, K), make(N, R), make(N), make(M, N)
     xg, ag, bg = (tensor.clone().requires_grad_() for tensor in (x, a, b))
     chip, s = device.INTERPRETER, torch.randn(M, R)
     narrow = config.narrow_product_config(M, K, R, BF16, False, chip)
-    wide = config.product_config(R, BF16, False, True, chip)
+    rank = config.rank_product_config(R, BF16, chip)
     term = triton_fwd.RankProduct(s, b, 0.5)
 
     def forward() -> object:
@@ -112,14 +111,14 @@ def lora_calls() -> dict[str, Callable[[], object]]:
 
     def launches() -> object:
         triton_fwd.narrow_product(x, a, 1.0, NO_DROPOUT, False, narrow)
-        return triton_fwd.product(x, w, term, bias, NO_DROPOUT, chip.sm_count, wide)
+        return triton_fwd.rank_product(term, bias, NO_DROPOUT, BF16, rank)
 
     def results() -> object:
         return torch.empty(narrow.splits if hasattr(narrow, "splits") else 1, M, R), torch.empty(M, N, dtype=BF16)
 
     return {
         "lora_linear, no gradient": forward,
-        "  narrow_product() and product() alone": launches,
+        "  narrow_product() and rank_product() alone": launches,
         "  of which torch.empty": results,
         "lora_linear, forward and backward": both,
     }

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(families: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=families)
-    parser.add_argument("function", help="of the family's config.py, such as product_config or base_product_path")
+    parser.add_argument("function", help="of the family's config.py, such as rank_product_config or reads_dy_once")
     parser.add_argument("--prune", type=int, choices=sorted(aot.HARDWARE), metavar="ARCH", help="compile only")
     parser.add_argument("--changes", type=int, default=2, help="fields in which a candidate may differ (default 2)")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the records")

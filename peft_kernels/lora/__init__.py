@@ -20,8 +20,8 @@ Map, bottom to top:
     kernels/               tensors and a config in, tensors out
         dropout.py         which elements are dropped: one recipe of bits for all backends
         masks.py           the mask at work: drop(x) and a dropped sum, by C++, Triton, CUDA or torch
-        config.py          tile sizes and paths, chosen by pure functions
-        triton_fwd.py      `narrow_product`, `product`, `add_rank_product`                 (S, y; also dS and dX)
+        config.py          tile sizes and orders, chosen by pure functions
+        triton_fwd.py      `narrow_product`, `rank_product`, `add_rank_product`            (S, update of y; dS, of dX)
         triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                              (dS, dB, dbias; dA)
         triton_dropout.py  the mask, recomputed in a kernel's registers; `drop` and `add_dropped` alone
         cuda_workspace.py  memory and nonces of launches whose blocks wait for each other

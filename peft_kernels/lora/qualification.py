@@ -1,8 +1,8 @@
 """The problems by which a machine checks `lora_linear`'s kernels, and eager torch beside them.
 
 A part is the dtypes, the block that the rank falls into, and whether there is dropout. Of its problems the tall one
-has a tile more than there are multiprocessors, so that the fused kernel's loop over tiles is walked twice, and rows
-that TMA can read; nothing of the ragged one is a multiple of anything, and its reductions are split.
+has more blocks of rows than there are multiprocessors, and rows that vectors can read; nothing of the ragged one is a
+multiple of anything, and its reductions are split.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_what_can_be_tuned(toy: ModuleType) -> None:
     """A plain number has no neighbours that are known to make sense."""
     assert set(candidates.tunables(toy)) == {"chosen", "path", "once"}
-    assert {"product_config", "base_product_path", "reads_dy_once"} <= set(candidates.tunables(lora_config))
+    assert {"rank_product_config", "reads_dy_once"} <= set(candidates.tunables(lora_config))
 
 
 def test_candidates_start_with_what_is_and_change_each_field_once() -> None:
@@ -166,5 +166,5 @@ def test_prune(tmp_path: Path) -> None:
 
 @pytest.mark.cpu_only
 def test_unknown_function() -> None:
-    with pytest.raises(SystemExit, match=r"no function 'product' to tune; it has .*product_config"):
+    with pytest.raises(SystemExit, match=r"no function 'product' to tune; it has .*rank_product_config"):
         tune.main(["lora_linear", "product"])

@@ -1,4 +1,4 @@
-"""The LoRA linear launches that are compiled ahead of time: forward, backward; dtypes, ranks, paths, alignments."""
+"""The LoRA linear launches that are compiled ahead of time: forward, backward; dtypes, ranks, alignments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from peft_kernels.lora.kernels import config, masks
+from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear import triton_impl
 from peft_kernels.lora.linear.problem import Inputs, Needs, make_problem
@@ -17,35 +17,33 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def launches() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Name and action of each case; a name is `dtype/adapter dtype/r/p/path/K`."""
+    """Name and action of each case; a name is `dtype/adapter dtype/r/p/K`."""
     for r, p in itertools.product((16, 64, 512), (0.0, 0.1)):
-        yield _case(BF16, FP32, r, p, "fused", 4096)
+        yield _case(BF16, FP32, r, p, 4096)
     for r, p in itertools.product((16, 64), (0.0, 0.1)):
-        yield _case(BF16, FP32, r, p, "cublas", 4096)
-        yield _case(BF16, BF16, r, p, "fused", 4096)
+        yield _case(BF16, BF16, r, p, 4096)
     for dtype, p in itertools.product((FP16, FP32), (0.0, 0.1)):
-        yield _case(dtype, FP32, 16, p, "cublas", 4096)
-    yield _case(FP16, FP32, 16, 0.1, "fused", 4096)
-    yield _case(FP16, FP32, 64, 0.0, "fused", 4096)
-    yield _case(FP32, FP32, 16, 0.1, "fused", 4096)
+        yield _case(dtype, FP32, 16, p, 4096)
+    yield _case(FP16, FP16, 16, 0.1, 4096)
+    yield _case(FP16, FP32, 64, 0.0, 4096)
     for dtype, adapter, k in ((BF16, FP32, 4096), (BF16, BF16, 4096), (FP16, FP16, 4096), (FP32, FP32, 4095)):
         yield _mask_case(dtype, adapter, k)
-    # Rows that are no multiple of 16 bytes keep TMA out.
-    yield _case(BF16, FP32, 16, 0.1, "fused", 4095)
+    # Rows that are no multiple of 16 bytes.
+    yield _case(BF16, FP32, 16, 0.1, 4095)
 
 
-def _case(
-    dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: config.Path, k: int
-) -> tuple[str, Callable[[], None]]:
+def _name(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> str:
     short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-    name = f"{short[dtype]}/{short[adapter]}/r{r}/p{p}/{path}/K{k}"
-    return name, functools.partial(_launch, dtype, adapter, r, p, path, k)
+    return f"{short[dtype]}/{short[adapter]}/r{r}/p{p}/K{k}"
+
+
+def _case(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> tuple[str, Callable[[], None]]:
+    return _name(dtype, adapter, r, p, k), functools.partial(_launch, dtype, adapter, r, p, k)
 
 
 def _mask_case(dtype: torch.dtype, adapter: torch.dtype, k: int) -> tuple[str, Callable[[], None]]:
     """What the torch backend launches."""
-    name, _ = _case(dtype, adapter, 0, 0.1, "torch", k)
-    return name, functools.partial(_launch_mask, dtype, adapter, k)
+    return _name(dtype, adapter, 0, 0.1, k), functools.partial(_launch_mask, dtype, adapter, k)
 
 
 def _launch_mask(dtype: torch.dtype, adapter: torch.dtype, k: int) -> None:
@@ -56,7 +54,7 @@ def _launch_mask(dtype: torch.dtype, adapter: torch.dtype, k: int) -> None:
     mask.add_dropped(make(8192, k, dtype=dtype), make(8192, k, dtype=adapter), 1.25)
 
 
-def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: config.Path, k: int) -> None:
+def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> None:
     m, n = 8192, k
     make = functools.partial(torch.empty, device="meta")
     inputs = Inputs(
@@ -70,25 +68,16 @@ def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, path: co
         seed=make((), dtype=torch.int64) if p else None,
     )
     problem = make_problem(inputs)
-    chosen = config.base_product_path
-    config.base_product_path = lambda *_: path
-    try:
-        _, s = triton_impl.forward(problem, inputs)
-        dy = make(m, n, dtype=dtype)
-        triton_impl.backward(problem, inputs, s, dy, Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=True))
-    finally:
-        config.base_product_path = chosen
+    _, s = triton_impl.forward(problem, inputs)
+    dy = make(m, n, dtype=dtype)
+    triton_impl.backward(problem, inputs, s, dy, Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=True))
 
 
 def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
-    dtype, _, _, _, _, k = launch.split("/")
     if kernel == "dropout_kernel":
         return ("LDG", "STG")
-    if dtype == "fp32":
+    if launch.startswith("fp32"):
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)
-    if kernel != "product_kernel" or arch < 90:
-        return ("HMMA|HGMMA|UTCHMMA",)
-    product = "HGMMA" if arch < 100 else "UTCHMMA"
-    return (product, "UTMALDG", "UTMASTG") if k == "K4096" else (product,)
+    return ("HMMA|HGMMA|UTCHMMA",)

@@ -50,20 +50,34 @@ def test_machine_code(family: str, arch: int) -> None:
         ({"LDL": 1}, "spills"),
         ({"STL": 2}, "spills"),
         ({"shared": 227 * 1024 + 1}, "shared memory"),
+        ({"tensor_memory": 513}, "tensor memory"),
         ({"HGMMA": 0}, "no HGMMA"),
     ],
 )
 def test_each_fault_is_seen(change: dict[str, int], complaint: str) -> None:
-    row = {"launch": "case", "kernel": "kernel", "arch": 90, "stack": 0, "LDL": 0, "STL": 0, "shared": 0, "HGMMA": 4}
+    row = dict.fromkeys(("stack", "LDL", "STL", "shared", "tensor_memory"), 0)
+    row |= {"launch": "case", "kernel": "kernel", "arch": 90, "HGMMA": 4}
     assert _complaints(row, ("HGMMA",)) == []
     (text,) = _complaints({**row, **change}, ("HGMMA",))
     assert complaint in text
 
 
+def test_too_much_tensor_memory_is_seen() -> None:
+    """Triton compiles it without a word, to a kernel that does nothing."""
+    fits, empty = _run("tensor_memory.py")
+    assert _complaints(fits, ("UTCHMMA",)) == []
+    assert not empty["UTCHMMA"] and not empty["STG"]
+    assert any("768 columns of tensor memory" in text for text in _complaints(empty, ()))
+
+
 def _compile(family: str, arch: int) -> list[dict[str, Any]]:
+    return _run("aot.py", family, str(arch), "0/1" if ALL else SHARES[arch])
+
+
+def _run(program: str, *arguments: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, FOLDER / "aot.py", family, str(arch), "0/1" if ALL else SHARES[arch]],
+        [sys.executable, FOLDER / program, *arguments],
         capture_output=True,
         text=True,
         env=environment,

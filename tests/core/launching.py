@@ -341,8 +341,8 @@ def every_family_s_launches_become_direct() -> None:
 
     with mock.patch.object(Launcher, "__call__", twice), tensors_with_addresses():
         bf16, fp32 = torch.bfloat16, torch.float32
-        lora_launches._launch(bf16, fp32, 16, 0.1, "fused", 256)
-        lora_launches._launch(bf16, bf16, 64, 0.0, "cublas", 256)
+        lora_launches._launch(bf16, fp32, 16, 0.1, 256)
+        lora_launches._launch(bf16, bf16, 64, 0.0, 256)
         adapter_launches._launch(bf16, bf16, 64, "relu", 8192, 64, "serial")
         adapter_launches._launch(bf16, fp32, 64, "gelu", 16, 64, "wide")
         prefix_launches._launch(bf16, bf16, 64, True, True, 16, 16, 20)

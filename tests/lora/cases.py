@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_kernels.lora.kernels import config
 from peft_kernels.lora.linear import op
 from python_ref import lora as oracle
 from tests.contract.draw import DTYPES, MATRIX_LAYOUTS, Draw, dtypes_name, laid_out
@@ -22,8 +19,7 @@ from tests.contract.operators import Operator, double
 
 SEED = 20240229
 
-# Backend, and which path of the Triton backend computes the base product.
-VARIANTS = ("torch", "triton-fused", "triton-cublas")
+VARIANTS = ("torch", "triton")
 # What auto makes of small calls on a CPU: torch's own operators.
 WITH_AUTO = (*VARIANTS, "auto")
 
@@ -64,7 +60,7 @@ class Tensors(NamedTuple):
     bias: Tensor | None
 
 
-# Shapes: ragged in every size; aligned for TMA, with several tiles; one token; ranks below, at and above a
+# Shapes: ragged in every size; aligned, with several tiles; one token; ranks below, at and above a
 # block, and beyond one.
 SHAPES = (
     Case(m=37, n=35, k=50, r=5),
@@ -142,14 +138,6 @@ def keep_mask(case: Case, device: torch.device) -> Tensor | None:
     return oracle.dropout_mask(SEED, case.m, case.k, case.p).to(device) if case.p else None
 
 
-@contextlib.contextmanager
-def _pin(variant: str) -> Iterator[str]:
-    """The path of the Triton backend for the base product."""
-    backend, _, path = variant.partition("-")
-    with mock.patch.object(config, "base_product_path", lambda *_: path) if path else contextlib.nullcontext():
-        yield backend
-
-
 def arguments(case: Case, tensors: Tensors) -> dict[str, Any]:
     return {**tensors._asdict(), "scale": case.scale, "dropout_p": case.p, "seed": SEED}
 
@@ -173,7 +161,7 @@ OPERATOR = Operator(
     op=op,
     differentiable=Tensors._fields,
     variants=WITH_AUTO,
-    pin=_pin,
+    pin=contextlib.nullcontext,
     make=make,
     make_exact=make_exact,
     arguments=arguments,

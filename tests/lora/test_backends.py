@@ -7,7 +7,7 @@ import torch
 
 import peft_kernels as pk
 from tests.contract.operators import assert_close
-from tests.lora.cases import OPERATOR, SEED, VARIANTS, Case, keep_mask, make
+from tests.lora.cases import OPERATOR, SEED, VARIANTS, WITH_AUTO, Case, Tensors, keep_mask, make
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -47,3 +47,30 @@ def test_range_of_float16_is_eager_s(
     tensors = drawn._replace(**{label: getattr(drawn, label) * by for label, by in sizes.items() if label != "dy"})
     given = case, tensors, dy
     assert_close(OPERATOR.run_ours(*given, name), OPERATOR.run_eager(*given), OPERATOR.run_oracle(*given))
+
+
+@pytest.mark.parametrize("name", WITH_AUTO)
+@pytest.mark.parametrize(
+    ("adapter", "update", "bias"),
+    [
+        (torch.float32, 1e5, None),  # eager rounds no such update
+        (torch.float16, 4e4, 4e4),  # and adds a bias to the base product
+    ],
+)
+def test_what_base_product_and_update_leave_of_each_other_is_finite(
+    adapter: torch.dtype, update: float, bias: float | None, name: str, device: torch.device
+) -> None:
+    half = torch.full((4, 8), 1.0, device=device, dtype=torch.float16)
+    tensors = Tensors(
+        x=half,
+        weight=torch.full((16, 8), -6e4 / 8, device=device, dtype=torch.float16),
+        lora_a=torch.full((2, 8), 0.25, device=device, dtype=adapter),
+        lora_b=torch.full((16, 2), update / 4, device=device, dtype=adapter),
+        bias=None if bias is None else torch.full((16,), bias, device=device, dtype=torch.float16),
+    )
+    case = Case(m=4, n=16, k=8, r=2, dtype=torch.float16, adapter_dtype=adapter, scale=1.0)
+    with OPERATOR.using(name) as backend:
+        y = OPERATOR.call(case, tensors, None if backend == "auto" else backend)
+    expected = torch.full_like(y, update + (bias or 0.0) - 6e4)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(OPERATOR.eager(case, tensors), expected, rtol=1e-3, atol=0.0)

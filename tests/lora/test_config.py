@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from benchmarks import aot
 from peft_kernels.lora.kernels import config
 
-H100 = aot.HARDWARE[90]
 sizes, ranks = st.integers(1, 1 << 20), st.integers(1, 512)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 chips = st.sampled_from(list(aot.HARDWARE.values()))
@@ -29,14 +28,6 @@ def test_blocks_cover_and_splits_are_never_empty(m, k, r, dtype, exact, hardware
         assert chosen.BLOCK_K % 8 == 0, "the mask is drawn for eight columns at a time"
 
 
-@given(ranks, dtypes, st.booleans(), st.booleans(), chips)
-def test_product_stages_fit_shared_memory(r, dtype, has_dropout, aligned, hardware):
-    chosen = config.product_config(r, dtype, has_dropout, aligned, hardware)
-    stage = (chosen.BLOCK_M + chosen.BLOCK_N) * chosen.BLOCK_K * dtype.itemsize
-    assert stage * chosen.num_stages <= aot.SHARED_LIMIT[hardware.arch]
-    assert not chosen.USE_TMA or (aligned and hardware.arch >= 90)
-
-
 @given(sizes, sizes, st.integers(1, 32), dtypes, st.booleans(), chips)
 def test_one_pass_over_dy_holds_all_ranks(m, n, r, dtype, exact, hardware):
     assert config.reads_dy_once(r)
@@ -44,17 +35,17 @@ def test_one_pass_over_dy_holds_all_ranks(m, n, r, dtype, exact, hardware):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "dtype", "aligned", "expected"),
+    ("dtype", "adapter", "has_bias", "expected"),
     [
-        (8192, 4096, 4096, torch.bfloat16, True, "fused"),
-        (8192, 4096, 4097, torch.bfloat16, True, "cublas"),
-        (8192, 4096, 4096, torch.bfloat16, False, "cublas"),
-        (8192, 4096, 4096, torch.float32, True, "cublas"),
-        (16, 4096, 4096, torch.bfloat16, True, "cublas"),
+        (torch.bfloat16, torch.float32, True, True),
+        (torch.float32, torch.float32, True, True),
+        (torch.float16, torch.float16, False, True),
+        (torch.float16, torch.float16, True, False),
+        (torch.float16, torch.float32, False, False),
     ],
 )
-def test_base_product_path(m, n, k, dtype, aligned, expected):
-    assert config.base_product_path(m, n, k, dtype, aligned, H100) == expected
+def test_writes_update_first(dtype, adapter, has_bias, expected):
+    assert config.writes_update_first(dtype, adapter, has_bias) == expected
 
 
 @given(st.integers(1, 1 << 24), st.sampled_from(["cpu", "cuda"]))

@@ -1,4 +1,4 @@
-"""Tile sizes and paths of the LoRA linear kernels: frozen values from pure functions of the problem and the hardware.
+"""Tile sizes and orders of the LoRA linear kernels: frozen values from pure functions of the problem and the hardware.
 
 Each branch says what it assumes, which is a model where no measurement is named; docs/design/lora.md has the
 arithmetic.
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 
 from peft_kernels._core.device import Hardware
 from peft_kernels._core.triton_tools import cdiv, next_power_of_2, split_count
-
-Path = Literal["fused", "cublas"]
 
 
 @dataclass(frozen=True)
@@ -31,22 +28,8 @@ class NarrowProductConfig:
 
 
 @dataclass(frozen=True)
-class ProductConfig:
-    """y = x W^T, with S B^T as its last K step."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    BLOCK_R: int
-    GROUP_M: int
-    USE_TMA: bool
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class AddRankProductConfig:
-    """y += S B^T, in place."""
+class RankProductConfig:
+    """S B^T, written or added in place."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -102,25 +85,13 @@ DECODE_WARPS_OF_K = 4
 DECODE_BLOCKS_PER_SM = 2
 
 
-def base_product_path(m: int, n: int, k: int, dtype: torch.dtype, aligned: bool, hardware: Hardware) -> Path:
-    """Whether the base product runs in the fused kernel or in cuBLAS, with the low-rank term added in place after it.
+def writes_update_first(dtype: torch.dtype, adapter_dtype: torch.dtype, has_bias: bool) -> bool:
+    """Whether y may begin as bias + s S B^T, rounded to its dtype, to which the base product is added.
 
-    Args:
-        m, n: size of the result. k: length of the reduction.
-        aligned: all rows start at multiples of 16 bytes.
+    In float16 it may where eager torch rounds the update, and that alone, too: with a bias, or float32 adapters, eager
+    may stay finite where y would begin as inf.
     """
-    if dtype == torch.float32:
-        # Triton's float32 product without TF32 uses no tensor core; nothing to win over cuBLAS.
-        return "cublas"
-    if not aligned:
-        # Ahead-of-time compiles of ragged rows show two-byte loads and no asynchronous copy.
-        return "cublas"
-    if cdiv(m, 128) * cdiv(n, 256) < hardware.sm_count:
-        # Less than one tile per multiprocessor: cuBLAS splits K there, this kernel does not.
-        return "cublas"
-    # Assumption, not measured: the fused kernel stays within 9 % of cuBLAS, which is the break-even at K = 4096;
-    # at 8192 it would have to stay within 4.5 %.
-    return "fused" if k <= 4096 else "cublas"
+    return dtype != torch.float16 or (adapter_dtype == dtype and not has_bias)
 
 
 def reads_dy_once(r: int) -> bool:
@@ -156,42 +127,9 @@ def narrow_product_config(
     )
 
 
-def product_config(r: int, dtype: torch.dtype, has_dropout: bool, aligned: bool, hardware: Hardware) -> ProductConfig:
-    """Tiles by architecture; sizes are those whose ahead-of-time compile shows no spill (tests/codegen).
-
-    Args:
-        aligned: all rows start at multiples of 16 bytes.
-    """
-    block_r = min(32, max(16, next_power_of_2(r)))
-    block_m, block_n, block_k, stages = 128, 128, 64, 3
-    if dtype == torch.float32:
-        block_m, block_n, block_k = 64, 64, 32
-    elif hardware.arch < 90:
-        # Three stages of 128 x 64 and 64 x 128 would leave sm_89's 99 KiB no room for the rank step.
-        block_k, stages = 32, 4
-    elif hardware.arch < 100 and aligned and not has_dropout:
-        # Under dropout the masked product has an accumulator of its own, so the tile is half as wide. On sm_100 the
-        # epilogue's 256 columns come out of tensor memory at once and spill.
-        block_n = 256
-    if hardware.arch >= 100 and not aligned:
-        block_n = 64
-    if has_dropout and hardware.arch < 90:
-        block_n = 64
-    return ProductConfig(
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        GROUP_M=8,
-        USE_TMA=aligned and hardware.arch >= 90 and dtype != torch.float32,
-        num_warps=8,
-        num_stages=stages,
-    )
-
-
-def add_rank_product_config(r: int, dtype: torch.dtype, hardware: Hardware) -> AddRankProductConfig:
+def rank_product_config(r: int, dtype: torch.dtype, hardware: Hardware) -> RankProductConfig:
     """Wide rows for whole cache lines; the rank is walked in blocks, so any rank takes the same registers."""
-    return AddRankProductConfig(
+    return RankProductConfig(
         BLOCK_M=64,
         BLOCK_N=64 if dtype == torch.float32 else 128,
         BLOCK_R=min(32, max(16, next_power_of_2(r))),

@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_kernels._core import triton_tools
 from peft_kernels._core.device import Hardware, hardware
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.explain import note
+from peft_kernels._core.torch_products import add_product
 from peft_kernels.lora import qualification
 from peft_kernels.lora.kernels import config
 from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
@@ -25,37 +25,29 @@ def why_not(problem: LoraLinearProblem) -> str | None:
     return triton_tools.why_not_tensors(problem.device, problem.dtype, "M, N and K", problem.m, problem.n, problem.k)
 
 
-def paths(problem: LoraLinearProblem) -> tuple[config.Path, ...]:
-    """Ways to the base product, the one that would be chosen first; float32 and ragged rows have but one."""
-    if not problem.rows_aligned or problem.dtype == torch.float32:
-        return ("cublas",)
-    chosen = config.base_product_path(problem.m, problem.n, problem.k, problem.dtype, True, hardware(problem.device))
-    return ("fused", "cublas") if chosen == "fused" else ("cublas", "fused")
-
-
-def forward(problem: LoraLinearProblem, inputs: Inputs, path: config.Path | None = None) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and S (M, r) float32, by a path of ``paths``."""
-    launches = _Launches.of(problem, inputs, path)
+def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return y (M, N) and S (M, r) float32."""
+    launches = _Launches.of(problem, inputs)
     x, weight, lora_a, lora_b, scale, bias, *_ = inputs
     s = launches.narrow_product(x, lora_a, problem.keep_scale, launches.dropout)
-    return launches.product(x, weight, (s, lora_b, scale), bias, NO_DROPOUT), s
+    if config.writes_update_first(problem.dtype, problem.adapter_dtype, bias is not None):
+        y = launches.rank_product(problem.dtype, (s, lora_b, scale), bias, NO_DROPOUT)
+        add_product(y, x, weight.t())
+    else:
+        y = F.linear(x, weight, bias)
+        launches.add_rank_product(y, (s, lora_b, scale))
+    return y, s
 
 
-def backward(
-    problem: LoraLinearProblem,
-    inputs: Inputs,
-    s: Tensor,
-    dy: Tensor,
-    needs: Needs,
-    path: config.Path | None = None,
-) -> Gradients:
-    """Return the gradients that ``needs`` asks for."""
-    launches = _Launches.of(problem, inputs, path)
+def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+    """Return the gradients that ``needs`` asks for; eager torch too rounds each of dX's two parts in any dtype."""
+    launches = _Launches.of(problem, inputs)
     x, weight, lora_a, lora_b, scale, *_ = inputs
     ds, db, dbias = launches.narrow_and_reduce(dy, s, lora_b, scale, needs)
     dx = da = None
     if ds is not None and needs.x:
-        dx = launches.product(dy, weight.t(), (ds, lora_a.t(), 1.0), None, launches.dropout)
+        dx = launches.rank_product(problem.dtype, (ds, lora_a.t(), 1.0), None, launches.dropout)
+        add_product(dx, dy, weight)
     if ds is not None and needs.lora_a:
         da = launches.reduce_rows(x, ds, problem.keep_scale, launches.dropout)
     return Gradients(
@@ -83,10 +75,9 @@ class _Launches(NamedTuple):
     dropout: Dropout
     exact: bool
     r: int
-    path: config.Path | None
 
     @staticmethod
-    def of(problem: LoraLinearProblem, inputs: Inputs, path: config.Path | None) -> _Launches:
+    def of(problem: LoraLinearProblem, inputs: Inputs) -> _Launches:
         fwd, bwd = _kernels()
         return _Launches(
             fwd=fwd,
@@ -97,7 +88,6 @@ class _Launches(NamedTuple):
             else NO_DROPOUT,
             exact=problem.adapter_dtype != problem.dtype,
             r=problem.r,
-            path=path,
         )
 
     def narrow_product(self, x: Tensor, a: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
@@ -106,24 +96,21 @@ class _Launches(NamedTuple):
         chosen = triton_tools.chosen(config.narrow_product_config, m, k, r, x.dtype, self.exact, self.hardware)
         return self.fwd.narrow_product(x, a, factor, dropout, self.exact, chosen)
 
-    def product(
-        self, x: Tensor, w: Tensor, term: tuple[Tensor, Tensor, float | Tensor], bias: Tensor | None, dropout: Dropout
+    def rank_product(
+        self,
+        dtype: torch.dtype,
+        term: tuple[Tensor, Tensor, float | Tensor],
+        bias: Tensor | None,
+        dropout: Dropout,
     ) -> Tensor:
-        """x w^T + bias + the rank product, by the fused kernel or by cuBLAS and one pass in place."""
-        (m, k), n, r = x.shape, w.shape[0], term[1].shape[1]
-        rank_product, aligned = self.fwd.RankProduct(*term), self.fwd.has_aligned_rows(x, w)
-        # dY may be ragged where x is not; the fused kernel is not checked on such rows.
-        asked = self.path if aligned else None
-        path = asked or triton_tools.chosen(config.base_product_path, m, n, k, x.dtype, aligned, self.hardware)
-        note(lambda: f"  lora_linear's base product: {path}")
-        if path == "fused":
-            facts = r, x.dtype, dropout.seed is not None, aligned, self.hardware
-            chosen = triton_tools.chosen(config.product_config, *facts)
-            return self.fwd.product(x, w, rank_product, bias, dropout, self.hardware.sm_count, chosen)
-        y = F.linear(x, w, bias)
-        chosen_for_y = triton_tools.chosen(config.add_rank_product_config, r, x.dtype, self.hardware)
-        self.fwd.add_rank_product(y, rank_product, dropout, chosen_for_y)
-        return y
+        """bias + the rank product, in ``dtype``."""
+        chosen = triton_tools.chosen(config.rank_product_config, self.r, dtype, self.hardware)
+        return self.fwd.rank_product(self.fwd.RankProduct(*term), bias, dropout, dtype, chosen)
+
+    def add_rank_product(self, y: Tensor, term: tuple[Tensor, Tensor, float | Tensor]) -> None:
+        """y += the rank product, in place."""
+        chosen = triton_tools.chosen(config.rank_product_config, self.r, y.dtype, self.hardware)
+        self.fwd.add_rank_product(y, self.fwd.RankProduct(*term), NO_DROPOUT, chosen)
 
     def narrow_and_reduce(
         self, dy: Tensor, s: Tensor, b: Tensor, scale: float | Tensor, needs: Needs
@@ -153,5 +140,4 @@ IMPLEMENTATION = Implementation(
     qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
-    paths=paths,
 )
