@@ -121,8 +121,10 @@ class Keys:
         except RuntimeError:  # a nested tensor has no shape
             return None
         if facts and _is_timed(facts[0][_DEVICE]):
-            # What is fastest depends on which gradients there are, and what is right on what float32 products may do.
+            # What is fastest depends on which gradients there are, and what is right on what float32 products may do
+            # and on whether torch has to give the same bits twice.
             facts += (*(tensor.requires_grad for tensor in tensors), dot_precision(torch.float32))
+            facts += (torch.get_deterministic_debug_mode(),)
             facts += tuple(_address(getattr(call, name)) for name in self._addressed)
         state = backend, dispatch.generation, is_grad_enabled(), is_any_autocast()
         # With the types, because 1, 1.0 and True are one key to a dict.

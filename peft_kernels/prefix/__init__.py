@@ -20,6 +20,8 @@ Map, bottom to top:
         triton_rows.py  how kernels address queries and keys, and what masks
         triton_fwd.py   `attend`, and `merge` of its parts                                   (y, stats)
         triton_bwd.py   `delta`, `grad_q`, `grad_kv`, `grad_prefix`                          (all gradients)
+        triton_pieces.py    the prefix's part of y and dq, beside another operator's of the sequence
+        fused_operators.py  torch's fused operators for that, what they cannot do, and the paths made of them
     problem.py          the arguments of a call, the facts that backends decide on, every check
     torch_config.py     what the torch backend runs, and in which blocks; chosen by pure functions
     torch_blocks.py     exact softmax by blocks of queries
@@ -28,6 +30,7 @@ Map, bottom to top:
     torch_impl.py       the torch backend: one of these for each pass
     native.py           the same by torch's operators, recorded one by one, where these cost less
     composite.py        the same by torch's differentiable operations, where torch must see inside
+    pieces.py           which of the paths through torch's fused operators is right on this machine
     triton_impl.py      what Triton can run, and the order of its launches
     op.py               the public function, and the declaration that makes it an operator
     qualification.py    the problems by which a machine checks the kernels

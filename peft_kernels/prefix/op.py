@@ -160,6 +160,7 @@ OPERATOR = Operator(
     composite=composite,
     reads=lambda needs: (*Inputs._fields, *(("y",) if needs.q or needs.k or needs.prefix_k else ()), "stats"),
     varying=("b", "s", "l"),
+    checked=triton_impl.CHECKED,
     native=native,
     kept=("y", "stats"),
     keep=lambda y, stats: (y if stats.dim() > 1 else None, stats),

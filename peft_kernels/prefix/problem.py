@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peft_kernels._core import checks
 from peft_kernels.prefix.kernels.attention import Attention
+from peft_kernels.prefix.kernels.fused_operators import is_deterministic
 
 NAME = "prefix_attention"
 
@@ -79,9 +80,16 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class PrefixAttentionProblem(Attention):
-    """The facts that choose a backend and its configs: an attention and the device of its tensors."""
+    """The facts that choose a backend and its configs: an attention, and where and how it is to be computed.
+
+    Attributes:
+        device: of its tensors.
+        deterministic: whether torch was told to take algorithms that give the same bits twice, and to raise where it
+            has none.
+    """
 
     device: torch.device
+    deterministic: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -126,6 +134,7 @@ def make_problem(call: Inputs) -> PrefixAttentionProblem:
         scale=call.scale,
         shared=call.prefix_k.dim() == 3,
         padded=mask is not None,
+        deterministic=is_deterministic(),
     )
 
 

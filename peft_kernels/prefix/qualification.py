@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from peft_kernels._core.device import Hardware
 from peft_kernels._core.qualification import PAIRS, Draw, Family, Qualification, block_of, double, dtype_name, dtypes_of
 from peft_kernels.prefix.composite import composite
+from peft_kernels.prefix.kernels.fused_operators import PATHS
 from peft_kernels.prefix.problem import NAME, Inputs, PrefixAttentionProblem, default_scale, make_problem
 
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -104,3 +106,38 @@ def _cases(part: str, hardware: Hardware) -> Sequence[Case]:
 TRITON = Qualification(
     FAMILY, tuple(_TRITON), _touched, _cases, quick=("float32 d32", "float16 d32", "bfloat16 d64", "bfloat16 d128")
 )
+
+
+_BLOCKS_OF = {"flash": _BLOCKS, "cudnn": _BLOCKS[:-1], "efficient": _BLOCKS}
+_HALVES = tuple(pair for pair in PAIRS if "16" in pair)
+
+
+def _cases_of_pieces(operator: str, part: str, hardware: Hardware) -> Sequence[Case]:
+    """Whole and ragged blocks, one key head for each query head and for several, with the masks that it takes.
+
+    An operator's rows are multiples of 16 bytes; what is no multiple of anything is lengths.
+    """
+    pair, d = _TRITON[part]
+    dtypes, some = dtypes_of(pair), d - 8 if d > 16 else 8
+    if operator == "cudnn":
+        return (
+            Case(2, 4, 2, 70, 70, 20, d, *dtypes, causal=True, padded=False, shared=True),
+            Case(1, 3, 1, 40, 261, 33, some, *dtypes, causal=False, padded=False, shared=False),
+        )
+    padded = operator == "efficient"
+    return (
+        Case(2, 4, 2, 70, 90, 20, d, *dtypes, causal=True, padded=padded, shared=True),
+        Case(3, 2, 2, 300, 300, 5, some, *dtypes, causal=True, padded=padded, shared=False),
+        Case(1, 3, 1, 40, 261, 33, d, *dtypes, causal=False, padded=padded, shared=True),
+    )
+
+
+def _of_pieces(operator: str) -> Qualification:
+    parts = tuple(f"{pair} d{block}" for pair in _HALVES for block in _BLOCKS_OF[operator])
+    return Qualification(
+        FAMILY, parts, _touched, partial(_cases_of_pieces, operator), quick=("bfloat16 d64", "bfloat16 d128")
+    )
+
+
+PIECES = {path: _of_pieces(taken.operator.name) for path, taken in PATHS.items()}
+"""For each path in two pieces."""

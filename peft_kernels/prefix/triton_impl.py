@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from dataclasses import replace
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 from peft_kernels._core import triton_tools
 from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.prefix import qualification
-from peft_kernels.prefix.kernels import config
+from peft_kernels._core.explain import note
+from peft_kernels.prefix import pieces, qualification
+from peft_kernels.prefix.kernels import config, fused_operators
 from peft_kernels.prefix.kernels.attention import Segment
+from peft_kernels.prefix.kernels.fused_operators import PATHS, Sequence
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
 
 _LARGEST_HEAD = 256
@@ -29,18 +33,31 @@ def why_not(problem: PrefixAttentionProblem) -> str | None:
     return triton_tools.why_not_tensors(problem.device, problem.dtype, what, *numbers)
 
 
-def forward(problem: PrefixAttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return y (B, H, S, D) and stats (2, B, H, S) float32."""
-    fwd, _ = _kernels()
+def forward(problem: PrefixAttentionProblem, inputs: Inputs, path: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return y (B, H, S, D) and stats (2, B, H, S) float32, by a path of ``pieces.paths``."""
     q, k, v, prefix_k, prefix_v, *_, mask = inputs
     prefix, sequence = Segment(prefix_k, prefix_v), Segment(k, v, mask)
-    chosen = triton_tools.chosen(config.forward_config, problem, hardware(problem.device))
-    merge = triton_tools.chosen(config.merge_config, problem.d, chosen.splits)
-    return fwd.attend(problem, q, prefix, sequence, chosen, merge)
+    chosen, chip = triton_tools.chosen, hardware(problem.device)
+    taken = pieces.taken(path, problem)
+    note(lambda: f"  prefix_attention's sequence: {pieces.OWN if taken is None else taken.operator.name}")
+    if taken is not None:
+        y, lse = taken.operator.forward(problem, Sequence(q, k, v, mask))
+        config_of_prefix = chosen(config.add_prefix_config, problem, chip)
+        return y, _of_pieces().add_prefix(problem, q, prefix, y, lse, config_of_prefix)
+    fwd, _ = _kernels()
+    blocks = chosen(config.forward_config, problem, chip)
+    merge = chosen(config.merge_config, problem.d, blocks.splits)
+    return fwd.attend(problem, q, prefix, sequence, blocks, merge)
 
 
 def backward(
-    problem: PrefixAttentionProblem, inputs: Inputs, y: Tensor, stats: Tensor, dy: Tensor, needs: Needs
+    problem: PrefixAttentionProblem,
+    inputs: Inputs,
+    y: Tensor,
+    stats: Tensor,
+    dy: Tensor,
+    needs: Needs,
+    path: str | None = None,
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
     _, bwd = _kernels()
@@ -49,15 +66,23 @@ def backward(
     chosen, chip = triton_tools.chosen, hardware(problem.device)
     rows = bwd.Rows(q, dy, stats, bwd.delta(y, dy, chosen(config.delta_config, problem.d)))
     dq = dk = dv = dprefix_k = dprefix_v = None
-    if needs.q:
-        dq = bwd.grad_q(problem, rows, prefix, sequence, chosen(config.grad_q_config, problem, chip))
-    if (needs.k or needs.v) and problem.l > 0:
-        dk, dv = bwd.grad_kv(problem, rows, sequence, chosen(config.grad_kv_config, problem, chip))
+    taken = pieces.taken(path, problem)
+    if taken is not None and taken.gives_gradients() and (needs.q or needs.k or needs.v):
+        # Given what the whole softmax made, its gradients are those of the whole softmax.
+        dq, dk, dv = taken.operator.backward(problem, Sequence(q, k, v, mask), y, stats[0] * math.log(2), dy)
+        if needs.q:
+            blocks_of_prefix = chosen(config.add_prefix_grad_q_config, problem, chip)
+            _of_pieces().add_prefix_grad_q(problem, rows, prefix, dq, blocks_of_prefix)
+    else:
+        if needs.q:
+            dq = bwd.grad_q(problem, rows, prefix, sequence, chosen(config.grad_q_config, problem, chip))
+        if (needs.k or needs.v) and problem.l > 0:
+            dk, dv = bwd.grad_kv(problem, rows, sequence, chosen(config.grad_kv_config, problem, chip))
     if (needs.prefix_k or needs.prefix_v) and problem.p > 0:
         blocks = chosen(config.grad_prefix_config, problem, chip)
         dprefix_k, dprefix_v = bwd.grad_prefix(problem, rows, prefix, blocks)
     return Gradients(
-        q=dq,
+        q=dq if needs.q else None,
         k=_asked(needs.k, dk, k),
         v=_asked(needs.v, dv, v),
         prefix_k=_asked(needs.prefix_k, dprefix_k, prefix_k, problem.prefix_dtype),
@@ -70,6 +95,13 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     from peft_kernels.prefix.kernels import triton_bwd, triton_fwd
 
     return triton_fwd, triton_bwd
+
+
+@cache
+def _of_pieces() -> ModuleType:
+    from peft_kernels.prefix.kernels import triton_pieces
+
+    return triton_pieces
 
 
 def _asked(need: bool, gradient: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -88,4 +120,24 @@ IMPLEMENTATION = Implementation(
     qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
+    paths=pieces.paths,
 )
+
+
+def _checked(path: str) -> Implementation:
+    """A path by itself, as a machine checks it: there torch is asked for algorithms with the same bits twice."""
+
+    def why_not_path(problem: PrefixAttentionProblem) -> str | None:
+        return why_not(problem) or pieces.why_not_possible(path, replace(problem, deterministic=True))
+
+    return Implementation(
+        name=pieces.name_of(path),
+        why_not_environment=triton_tools.why_not_environment,
+        why_not=why_not_path,
+        qualification=qualification.PIECES[path],
+        forward=triton_tools.on_device(partial(forward, path=path)),
+        backward=triton_tools.on_device(fused_operators.deterministic(partial(backward, path=path))),
+    )
+
+
+CHECKED = tuple(map(_checked, PATHS))

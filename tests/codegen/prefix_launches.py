@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from peft_kernels.prefix import triton_impl
+from peft_kernels.prefix.kernels.fused_operators import deterministic
 from peft_kernels.prefix.problem import Inputs, Needs, default_scale, make_problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -16,7 +17,7 @@ H, H_KV = 32, 8
 
 
 def launches() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Name and action of each case; a name is `dtype/prefix dtype/D/mask/S/L/P`."""
+    """Name and action of each case; a name is `dtype/prefix dtype/D/mask/S/L/P/path`."""
     for d, causal in itertools.product((64, 128, 256), (True, False)):
         yield _case(BF16, BF16, d, causal)
     for causal in (True, False):
@@ -38,6 +39,10 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield _case(BF16, BF16, 256, True, padded=True, s=8, l=4096)
     yield _case(FP32, FP32, 80, True, s=1, l=4096)
     yield _case(BF16, BF16, 32, True)
+    # Beside torch's operator of the sequence.
+    for d in (32, 64, 80, 128, 256):
+        yield _case(BF16, BF16, d, True, path="flash both")
+    yield _case(FP16, FP32, 128, False, p=16, path="flash both")
 
 
 def _case(
@@ -50,11 +55,12 @@ def _case(
     s: int = 2048,
     l: int = 2048,  # noqa: E741
     p: int = 64,
+    path: str = "own",
 ) -> tuple[str, Callable[[], None]]:
     short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
     mask = ("causal" if causal else "full") + ("+padding" if padded else "")
-    name = f"{short[dtype]}/{short[prefix]}/D{d}/{mask}/S{s}/L{l}/P{p}"
-    return name, functools.partial(_launch, dtype, prefix, d, causal, padded, s, l, p)
+    name = f"{short[dtype]}/{short[prefix]}/D{d}/{mask}/S{s}/L{l}/P{p}/{path}"
+    return name, functools.partial(_launch, dtype, prefix, d, causal, padded, s, l, p, path)
 
 
 def _launch(
@@ -66,6 +72,7 @@ def _launch(
     s: int,
     l: int,  # noqa: E741
     p: int,
+    path: str,
 ) -> None:
     make = functools.partial(torch.empty, device="meta")
     given = make(H_KV, p, d, dtype=prefix)
@@ -81,9 +88,11 @@ def _launch(
     )
     problem = make_problem(inputs)
     inputs = inputs._replace(prefix_k=given.to(dtype), prefix_v=given.to(dtype))
-    y, stats = triton_impl.forward(problem, inputs)
+    y, stats = triton_impl.forward(problem, inputs, path)
     if s > 8:
-        triton_impl.backward(problem, inputs, y, stats, make(1, H, s, d, dtype=dtype), Needs(*[True] * 5))
+        dy, needs = make(1, H, s, d, dtype=dtype), Needs(*[True] * 5)
+        # Torch's operator makes the sequence's gradients where torch is asked for the same bits twice.
+        deterministic(triton_impl.backward)(problem, inputs, y, stats, dy, needs, path)
 
 
 def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
@@ -93,7 +102,7 @@ def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     if kernel == "merge_kernel":
         # Sums of parts in order, and no product.
         return ("LDG", "FFMA")
-    dtype, _, _, _, s, _, _ = launch.split("/")
+    dtype, _, _, _, s, *_ = launch.split("/")
     if dtype == "fp32":
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)

@@ -22,13 +22,16 @@ from peft_kernels.prefix.torch_config import TorchConfig, torch_config
 from python_ref import prefix as oracle
 from tests.contract.draw import DTYPES, Draw, dtypes_name
 from tests.contract.operators import Operator
+from tests.prefix import stand_in
 
 # Backend, and what is pinned: "small" blocks of 16 (torch: of 7 queries), "rows" blocks of whole batch rows, "ranges"
 # of 5 queries, so that small problems have several of everything; "fused" both passes through torch's fused attention
 # in one call, as on a GPU; "split" small blocks, and three ranges of keys, of which short sequences leave some without
-# a key.
+# a key; "pieces" and "both" the sequence by an operator that stands in for a GPU's (stand_in.py), the latter in the
+# backward pass too, where an attention can be in pieces.
 VARIANTS = ("torch", "torch-small", "torch-rows", "torch-ranges", "torch-fused", "triton", "triton-small")
 WITH_SPLIT = (*VARIANTS, "triton-split")
+IN_PIECES = ("triton-pieces", "triton-both")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,13 @@ FUSED_SHAPES = (
     *OTHER_SHAPES[:3],
     Case(h=2, h_kv=1, s=20, l=31, p=20, padding="random"),
     Case(h=2, h_kv=2, s=20, l=20, p=0),
+)
+
+# What is beside a float32 prefix, strided, or of several blocks of the prefix.
+IN_HALF = (
+    Case(b=2, h=3, h_kv=1, s=20, l=31, p=40, dtype=torch.bfloat16, prefix_dtype=torch.float32, padding="left"),
+    Case(h=2, layout="tokens", dtype=torch.float16),
+    Case(b=1, h=2, h_kv=1, s=70, l=70, p=130, d=64, dtype=torch.bfloat16, layout="tokens", shared=False),
 )
 
 GRID = (
@@ -203,6 +213,8 @@ def _pin(variant: str) -> Iterator[str]:
         # Fewer parts at once than there are.
         merge = config.MergeConfig(BLOCK_S=2, BLOCK_D=0, num_warps=4)
         patches.append((config, "merge_config", lambda d, _: replace(merge, BLOCK_D=config._block_d(d))))
+    elif variant in IN_PIECES:
+        patches += stand_in.patches(both=variant == "triton-both")
     elif pinned:
         patches += [
             (torch_impl, "torch_config", functools.partial(_pinned, pinned, torch_config)),
@@ -288,6 +300,7 @@ OPERATOR = Operator(
             (replace(shape, dtype=dtype) for shape in (*SHAPES, *OTHER_SHAPES) for dtype in HALF_AND_FULL),
             ("torch-small", "triton-small", "triton-split"),
         ),
+        *itertools.product((*(replace(shape, dtype=torch.bfloat16) for shape in FUSED_SHAPES), *IN_HALF), IN_PIECES),
     ),
     exact=st.builds(
         lambda dtypes, group, h_kv, **rest: Case(
@@ -308,11 +321,14 @@ OPERATOR = Operator(
     ),
     exact_draws=12,
     exact_examples=(Case(b=1, s=17, l=20, scale=1.0),),
-    repeated=tuple(
-        (Case(b=3, h=2, h_kv=1, s=18, l=20, p=20, dtype=dtype, shared=shared, padding="random"), variant)
-        for dtype in HALF_AND_FULL
-        for shared in (False, True)
-        for variant in (*WITH_SPLIT, "auto")
+    repeated=(
+        *itertools.product(IN_HALF[:2], IN_PIECES),
+        *(
+            (Case(b=3, h=2, h_kv=1, s=18, l=20, p=20, dtype=dtype, shared=shared, padding="random"), variant)
+            for dtype in HALF_AND_FULL
+            for shared in (False, True)
+            for variant in (*WITH_SPLIT, "auto")
+        ),
     ),
     deterministic=True,
     typical=Case(h=2, h_kv=1, s=17, l=19, padding="random"),

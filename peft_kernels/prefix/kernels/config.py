@@ -38,6 +38,17 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class AddPrefixConfig:
+    """The prefix's part of y, or of dq, beside another operator's of the sequence."""
+
+    BLOCK_M: int
+    BLOCK_P: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class DeltaConfig:
     """delta."""
 
@@ -133,6 +144,18 @@ def _forward_warps(attention: Attention, elements: int) -> int:
     if attention.dtype == torch.float32:
         return 8 if attention.d <= 128 else 4
     return 8 if elements >= 128 * 128 else 4
+
+
+def add_prefix_config(attention: Attention, hardware: Hardware) -> AddPrefixConfig:
+    """As the forward kernel."""
+    like = forward_config(attention, hardware)
+    return AddPrefixConfig(like.BLOCK_M, like.BLOCK_P, like.BLOCK_D, like.num_warps, like.num_stages)
+
+
+def add_prefix_grad_q_config(attention: Attention, hardware: Hardware) -> AddPrefixConfig:
+    """As the kernel of dq."""
+    like = grad_q_config(attention, hardware)
+    return AddPrefixConfig(like.BLOCK_M, like.BLOCK_P, like.BLOCK_D, like.num_warps, like.num_stages)
 
 
 def delta_config(d: int) -> DeltaConfig:

@@ -66,7 +66,7 @@ def delta_kernel(
 
 
 @triton.jit
-def _grad_q_over(
+def grad_q_over(
     q, dy, top, share, delta, dq,
     k_ptr, v_ptr, stride_kn, stride_vn, valid_ptr, stride_valid, offs_m, first, last, size, shift, scale_log2,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -126,7 +126,7 @@ def grad_q_kernel(
     delta = tl.load(delta_ptr + head_rows + index, mask=mask_m, other=0.0)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dq = _grad_q_over(
+    dq = grad_q_over(
         q, dy, top, share, delta, dq,
         prefix_k_ptr + b * stride_pkb + h * stride_pkh, prefix_v_ptr + b * stride_pvb + h * stride_pvh,
         stride_pkp, stride_pvp, valid_ptr, 0, offs_m, 0, P, P, 0, scale_log2,
@@ -137,12 +137,12 @@ def grad_q_kernel(
     valid_row = valid_ptr
     if PADDED:
         valid_row = valid_ptr + b * stride_validb
-    dq = _grad_q_over(
+    dq = grad_q_over(
         q, dy, top, share, delta, dq, k_head, v_head, stride_kl, stride_vl,
         valid_row, stride_validl, offs_m, 0, whole, L, shift, scale_log2,
         False, PADDED, False, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
-    dq = _grad_q_over(
+    dq = grad_q_over(
         q, dy, top, share, delta, dq, k_head, v_head, stride_kl, stride_vl,
         valid_row, stride_validl, offs_m, whole, visible, L, shift, scale_log2,
         CAUSAL, PADDED, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,

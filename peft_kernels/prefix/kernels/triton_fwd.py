@@ -36,7 +36,7 @@ from peft_kernels.prefix.kernels.triton_rows import (
 
 
 @triton.jit
-def _attend_to(
+def attend_to(
     q, acc, total, top,
     k_ptr, v_ptr, stride_kn, stride_vn, valid_ptr, stride_valid, offs_m, first, last, size, shift, scale_log2,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,7 +99,7 @@ def attention_kernel(
     prefix_end = P
     if IS_SPLIT:
         prefix_end = tl.where(split == 0, P, 0)
-    acc, total, top = _attend_to(
+    acc, total, top = attend_to(
         q, acc, total, top,
         prefix_k_ptr + b * stride_pkb + h * stride_pkh, prefix_v_ptr + b * stride_pvb + h * stride_pvh,
         stride_pkp, stride_pvp, valid_ptr, 0, offs_m, 0, prefix_end, P, 0, scale_log2,
@@ -116,12 +116,12 @@ def attention_kernel(
     valid_row = valid_ptr
     if PADDED:
         valid_row = valid_ptr + b * stride_validb
-    acc, total, top = _attend_to(
+    acc, total, top = attend_to(
         q, acc, total, top, k_head, v_head, stride_kl, stride_vl,
         valid_row, stride_validl, offs_m, first, whole, L, shift, scale_log2,
         False, PADDED, False, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
-    acc, total, top = _attend_to(
+    acc, total, top = attend_to(
         q, acc, total, top, k_head, v_head, stride_kl, stride_vl,
         valid_row, stride_validl, offs_m, whole, visible, L, shift, scale_log2,
         CAUSAL, PADDED, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,

@@ -49,6 +49,19 @@ def store_rows(ptr, offs, value, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def store_queries(
+    ptr, offs_m, value, stride_h, stride_s, rows, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """What ``load_queries`` loads, stored where it lies."""
+    offs_d = tl.arange(0, BLOCK_D)
+    starts = (offs_m % GROUP).to(tl.int64) * stride_h + (offs_m // GROUP).to(tl.int64) * stride_s
+    mask = (offs_m < rows)[:, None]
+    if D < BLOCK_D:
+        mask = mask & (offs_d < D)[None, :]
+    tl.store(ptr + starts[:, None] + offs_d[None, :], value, mask=mask)
+
+
+@triton.jit
 def row_index(offs_m, S, GROUP: tl.constexpr):
     """Index of a group's row in a contiguous (GROUP, S)."""
     return (offs_m % GROUP) * S + offs_m // GROUP
