@@ -26,7 +26,7 @@ endif
 # $(value ...): a variable's text as it stands, of which make runs nothing.
 NVCC := $(if $(value CUDA_HOME),$(wildcard $(value CUDA_HOME)/bin/nvcc),$(shell command -v nvcc))
 CSRC := $(shell find csrc -type f)
-EMULATOR := $(shell find tests/simt -name '*.h' -o -name '*.cuh')
+EMULATOR := $(shell find tests/simt -name '*.h' -o -name '*.cuh') $(wildcard tests/witness/*.h tests/witness/*.cpp)
 # Where a compiler is, a failure to compile must be seen; elsewhere the package works without the extension.
 ifneq ($(NVCC),)
 ifeq ($(filter 1,$(value PEFT_KERNELS_NO_CUDA) $(value PEFT_KERNELS_NO_EXTENSION)),)

@@ -8,23 +8,29 @@
 namespace peft_kernels::lora {
 namespace {
 
-template <typename T, typename TAdapter>
+template <typename T, typename TAdapter, int kTokens>
 __global__ void __launch_bounds__(decode::kThreads, decode::kCtasPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
-  decode::decode_body<T, TAdapter>(params);
+  decode::decode_body<T, TAdapter, kTokens>(params);
 }
 
 using Kernel = void (*)(const DecodeParams);
 
-Kernel kernel_for(Dtype dtype, Dtype adapter_dtype) {
+template <typename T, typename TAdapter>
+Kernel kernel_of(int m) {
+  static_assert(decode::kMaxTokens == 16, "a kernel for each number of tokens that tokens_of names");
+  return decode::tokens_of(m) == 8 ? decode_kernel<T, TAdapter, 8> : decode_kernel<T, TAdapter, 16>;
+}
+
+Kernel kernel_for(Dtype dtype, Dtype adapter_dtype, int m) {
   const bool wide = adapter_dtype == Dtype::kFloat32;
   if (dtype == Dtype::kFloat32 || (!wide && adapter_dtype != dtype)) {
     throw std::invalid_argument("lora_linear: decode takes bfloat16 or float16 with adapters of that dtype or float32");
   }
   if (dtype == Dtype::kBfloat16) {
-    return wide ? decode_kernel<__nv_bfloat16, float> : decode_kernel<__nv_bfloat16, __nv_bfloat16>;
+    return wide ? kernel_of<__nv_bfloat16, float>(m) : kernel_of<__nv_bfloat16, __nv_bfloat16>(m);
   }
-  return wide ? decode_kernel<__half, float> : decode_kernel<__half, __half>;
+  return wide ? kernel_of<__half, float>(m) : kernel_of<__half, __half>(m);
 }
 
 void check_positive(const char* name, int64_t value) {
@@ -68,7 +74,7 @@ void check_params(const DecodeParams& params) {
 }  // namespace
 
 void decode_forward(const DecodeParams& given, cudaStream_t stream) {
-  const Kernel kernel = kernel_for(given.dtype, given.adapter_dtype);
+  const Kernel kernel = kernel_for(given.dtype, given.adapter_dtype, given.shape.m);
   check_params(given);
   DecodeParams params = given;
   params.partials = reinterpret_cast<float*>(params.flags + decode::flag_count(params.shape));

@@ -15,11 +15,16 @@
 
 namespace peft_kernels::lora::decode {
 
-constexpr int kMaxTokens = 16;     // the rows of one tensor-core product
+constexpr int kMaxTokens = 16;     // the rows of one tensor-core product; its columns are 8
 constexpr int kMaxSize = 1 << 30;  // of n, k and r: indices within a row or column are 32-bit
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kCtasPerSm = 2;  // 16 warps with 8 loads of 16 bytes each: 64 KiB of W on the way to a multiprocessor
+constexpr int kCtasPerSm = 2;
+
+// Tokens that a kernel is compiled for.
+PEFT_KERNELS_HOST_DEVICE constexpr int tokens_of(int m) {
+  return m <= 8 ? 8 : kMaxTokens;
+}
 
 // A warp multiplies 32 rows. Two warps of different rows share a chunk of k, so that the second finds x in L1: one row
 // group would fetch m / 32 of W's bytes from L2 for x beside W itself, two fetch m / 64. More would ask for more splits
@@ -32,17 +37,26 @@ constexpr int kWarpsOfK = kWarps / kRowGroups;
 
 constexpr int kVector = 8;                // half-precision elements in 16 bytes
 constexpr int kStepK = 4 * kVector;       // the four lanes that share a row load 64 bytes of it
-constexpr int kSteps = 2;                 // loaded at a time
+constexpr int kSteps = 2;                 // of a chunk
 constexpr int kChunkK = kSteps * kStepK;  // what a warp takes of k before the next warp of its rows
 
-constexpr int kSumsPitch = kWarpRows + 8;  // a quarter warp's pairs then fall on banks that differ
-constexpr int kRankBlock = 64;             // ranks of B and S that are in shared memory at a time
-constexpr int kUpPitch = kRankBlock + 1;   // lanes read a column
+// Steps of rows that a warp has asked for: what registers hold. While it multiplies one, the others are on their way,
+// of 16 warps 32 KiB of W for each to a multiprocessor.
+PEFT_KERNELS_HOST_DEVICE constexpr int steps_ahead(int tokens) {
+  return tokens == 8 ? 4 : 3;
+}
+
+// Floats from a token's sums to the next one's, so that a warp's lanes write to banks that differ.
+PEFT_KERNELS_HOST_DEVICE constexpr int sums_pitch(int tokens) {
+  return kWarpRows + (tokens == 8 ? 4 : 8);
+}
+constexpr int kRankBlock = 64;            // ranks of B and S that are in shared memory at a time
+constexpr int kUpPitch = kRankBlock + 1;  // lanes read a column
 
 // Offsets in the CTA's shared memory, in floats.
-constexpr int kSums = 0;                                       // (kWarps, kMaxTokens, kSumsPitch)
-constexpr int kUp = kSums + kWarps * kMaxTokens * kSumsPitch;  // (kTileRows, kUpPitch) of B
-constexpr int kS = kUp + kTileRows * kUpPitch;                 // (kMaxTokens, kRankBlock) of S
+constexpr int kSums = 0;                                                   // (kWarps, tokens, sums_pitch)
+constexpr int kUp = kSums + kWarps * kMaxTokens * sums_pitch(kMaxTokens);  // (kTileRows, kUpPitch) of B
+constexpr int kS = kUp + kTileRows * kUpPitch;                             // (kMaxTokens, kRankBlock) of S
 constexpr int kSharedBytes = (kS + kMaxTokens * kRankBlock) * static_cast<int>(sizeof(float));
 static_assert(kSharedBytes <= 48 * 1024, "more would have to be asked for");
 
@@ -61,7 +75,7 @@ struct Unit {
   int tile;
   int split;
   int splits;
-  PEFT_KERNELS_HOST_DEVICE bool is_last() const { return split + 1 == splits; }
+  PEFT_KERNELS_HOST_DEVICE bool is_last() const { return split == splits - 1; }
 };
 
 PEFT_KERNELS_HOST_DEVICE int tiles(int rows) {

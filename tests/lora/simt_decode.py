@@ -69,7 +69,11 @@ void test(const simt::Arguments& arguments) {
         config.block = {decode::kThreads};
         config.shared_bytes = decode::kSharedBytes;
         config.seed = seed;
-        simt::launch(config, [&] { decode::decode_body<T, TAdapter>(params); });
+        if (decode::tokens_of(shape.m) == 8) {
+          simt::launch(config, [&] { decode::decode_body<T, TAdapter, 8>(params); });
+        } else {
+          simt::launch(config, [&] { decode::decode_body<T, TAdapter, 16>(params); });
+        }
         workspace.check();
       });
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -45,13 +46,19 @@ class SimtError(AssertionError):
 @functools.cache
 def compiler() -> tuple[str, ...]:
     """The host compiler with its flags; skips the test where there is no nvcc."""
+    cxx, *includes = host_compiler()
+    return (cxx, *FLAGS, f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", *includes, "-include", "simt.h")
+
+
+def host_compiler() -> tuple[str, ...]:
+    """The host compiler and the toolkit's include folders; skips the test where there is no nvcc."""
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if nvcc is None:
         pytest.skip("there is no nvcc, and so no cuda_bf16.h, to compile device code for the host")
     cxx = shutil.which("g++")
     assert cxx is not None, f"{nvcc} is here, but there is no g++ on PATH"
-    return (cxx, *FLAGS, f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", *_toolkit_includes(nvcc), "-include", "simt.h")
+    return (cxx, *_toolkit_includes(nvcc))
 
 
 def build(source: str, *definitions: str) -> Path:
@@ -114,10 +121,10 @@ def _toolkit_includes(nvcc: str) -> tuple[str, ...]:
     result = subprocess.run(
         [nvcc, "--dryrun", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
     )
-    for line in result.stderr.splitlines():
-        if line.startswith("#$ INCLUDES="):
-            return tuple(flag.replace("-I", "-isystem", 1) for flag in shlex.split(line.removeprefix("#$ INCLUDES=")))
-    raise AssertionError(f"{nvcc} --dryrun names no include folder: {result.stderr}")
+    found = dict(re.findall(r"^#\$ (INCLUDES|SYSTEM_INCLUDES)=(.*)$", result.stderr, re.MULTILINE))
+    assert "INCLUDES" in found, f"{nvcc} --dryrun names no include folder: {result.stderr}"
+    own = [flag.replace("-I", "-isystem", 1) for flag in shlex.split(found["INCLUDES"])]
+    return (*own, *shlex.split(found.get("SYSTEM_INCLUDES", "")))
 
 
 @functools.cache
