@@ -22,7 +22,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "core/flags.cuh"
@@ -31,6 +30,7 @@
 #include "core/sm80/mma.cuh"
 #include "lora/decode_config.h"
 #include "lora/params.h"
+#include "lora/pieces.cuh"
 
 namespace peft_kernels::lora::decode {
 
@@ -64,19 +64,6 @@ struct Rows {
   int first, end;
 };
 
-template <typename T>
-__device__ __forceinline__ float2 floats_of(uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>) {
-    __half2 pair;
-    memcpy(&pair, &word, sizeof(word));
-    return __half22float2(pair);
-  } else {
-    __nv_bfloat162 pair;
-    memcpy(&pair, &word, sizeof(word));
-    return __bfloat1622float2(pair);
-  }
-}
-
 __device__ __forceinline__ uint32_t word_of(const uint4& vector, int index) {
   return index == 0 ? vector.x : index == 1 ? vector.y : index == 2 ? vector.z : vector.w;
 }
@@ -93,18 +80,7 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const uint4 (&rX)[2], 
   }
 }
 
-// A float32 row's elements are cut into three pieces of 11 bits, which add up to them and which TF32 holds, as it does
-// x: every product is exact, as in docs/design/lora.md.
-__device__ __forceinline__ void cut(float value, uint32_t (&pieces)[3]) {
-  constexpr uint32_t kUpperBits = 0xFFFFE000u;
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    pieces[i] = __float_as_uint(value) & kUpperBits;
-    const float rest = value - __uint_as_float(pieces[i]);
-    value = rest == rest ? rest : 0.0f;  // inf - inf: an infinite element has no rest
-  }
-}
-
+// A float32 row's elements are multiplied in pieces.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[4], const uint4 (&rX)[2], const uint4 (&rRow)[2]) {
 #pragma unroll
