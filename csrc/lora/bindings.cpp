@@ -3,6 +3,7 @@
 #include "core/bind_launch.h"
 #include "lora/gemm_sm90_config.h"
 #include "lora/params.h"
+#include "lora/reduce_params.h"
 
 namespace py = pybind11;
 
@@ -20,6 +21,13 @@ py::tuple gemm_workspace(int64_t m, int64_t r) {
   return py::make_tuple(gemm_flags(m), gemm_workspace_bytes(m, r));
 }
 
+// The workspace begins with the tickets; the partial sums follow.
+py::tuple reduce_workspace(int64_t m, int64_t n, int64_t k, int64_t r, bool exact, bool narrow, int multiprocessors) {
+  const auto variant = reduce::variant_for(r, exact, narrow);
+  const auto plan = reduce::plan_for(m, n, k, r, variant, multiprocessors);
+  return py::make_tuple(reduce::ticket_count(plan), reduce::workspace_bytes(plan, variant));
+}
+
 }  // namespace
 
 void bind(py::module_& module) {
@@ -28,12 +36,19 @@ void bind(py::module_& module) {
              "Flags and bytes of decode_forward's workspace, which begins with the flags, 8 bytes each.");
   module.def("gemm_workspace", &gemm_workspace, py::kw_only(), py::arg("m"), py::arg("r"),
              "Flags and bytes of gemm_sm90's workspace, which begins with the flags, 8 bytes each.");
+  module.def("reduce_workspace", &reduce_workspace, py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"),
+             py::arg("r"), py::arg("exact"), py::arg("narrow"), py::arg("multiprocessors"),
+             "Tickets and bytes of reduce_rows's workspace, which begins with the tickets, 8 bytes each. n or k is 0 "
+             "where dY or x is not given; exact: float32 adapters; narrow: dS is asked for.");
   bind_launch(module, "dropout_mask", dropout_mask,
               "Write the keep-mask (rows, cols), one byte an element, of the 0-d int64 seed.");
   bind_launch(module, "decode_forward", decode_forward,
               "Write y (m, n) and S (m, r) of at most 16 tokens. scale: address of a float32 or None, and a number.");
   bind_launch(module, "gemm_sm90", gemm_sm90,
               "Write y (m, n) and S (m, r) as GemmParams says. scale: address of a float32 or None, and a number.");
+  bind_launch(module, "reduce_rows", reduce_rows,
+              "Write dA (r, k), dB (n, r), dbias (n,) and parts of dS (tiles of n, m, r), those that are not None, as "
+              "ReduceParams says.");
 }
 
 }  // namespace peft_kernels::lora

@@ -9,17 +9,13 @@
 // rows of W its columns, so that no more accumulators and words of x are held than there are tokens to fill them.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
 
 #include "core/sm80/copy.cuh"
 #include "core/sm80/mma.cuh"
 #include "lora/decode_config.h"
 #include "lora/params.h"
+#include "lora/pieces.cuh"
 
 namespace peft_kernels::lora::decode {
 
@@ -65,19 +61,6 @@ struct Sums {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ float2 floats_of(uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>) {
-    __half2 pair;
-    memcpy(&pair, &word, sizeof(word));
-    return __half22float2(pair);
-  } else {
-    __nv_bfloat162 pair;
-    memcpy(&pair, &word, sizeof(word));
-    return __bfloat1622float2(pair);
-  }
-}
-
 __device__ __forceinline__ uint32_t word_of(const uint4& vector, int index) {
   return index == 0 ? vector.x : index == 1 ? vector.y : index == 2 ? vector.z : vector.w;
 }
@@ -103,18 +86,6 @@ __device__ __forceinline__ void multiply(Sums<kTokens>& sums,
         mma_16x8x16<T>(sums.acc[product], a, b);
       }
     }
-  }
-}
-
-// A float32 row's elements are cut into three pieces of 11 bits, which add up to them and which TF32 holds, as it does
-// x: every product is exact, as in docs/design/lora.md.
-__device__ __forceinline__ void cut(float value, uint32_t (&pieces)[3]) {
-  constexpr uint32_t kUpperBits = 0xFFFFE000u;
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    pieces[i] = __float_as_uint(value) & kUpperBits;
-    const float rest = value - __uint_as_float(pieces[i]);
-    value = rest == rest ? rest : 0.0f;  // inf - inf: an infinite element has no rest
   }
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from peft_kernels._core import cuda_tools, extension
 from peft_kernels.lora.linear import problem
 from tests.lora import simt_decode
+from tests.lora.emulated_reduce import EmulatedReduce
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> EmulatedExtension:
@@ -38,7 +39,14 @@ class EmulatedExtension:
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
-        self.lora = SimpleNamespace(decode_workspace=self.workspace, decode_forward=self.forward, GEMM_MAX_RANK=128)
+        self.reduce = EmulatedReduce()
+        self.lora = SimpleNamespace(
+            decode_workspace=self.workspace,
+            decode_forward=self.forward,
+            reduce_workspace=self.reduce.workspace,
+            reduce_rows=self.reduce.launch,
+            GEMM_MAX_RANK=128,
+        )
 
     @staticmethod
     def workspace(m: int, n: int, k: int, r: int, splits: int, down_splits: int) -> tuple[int, int]:

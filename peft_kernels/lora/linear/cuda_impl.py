@@ -1,7 +1,8 @@
-"""Capability record of the CUDA backend: its kernels in the order in which they are tried, and what it borrows.
+"""Capability record of the CUDA backend: its kernels in the order in which they are tried.
 
-A call's backward pass is that of the kernel that runs its forward pass, or, where the kernel has none, the torch
-backend's, which takes the same S (M, r) float32; the record declares it. Imports the extension only to ask or launch.
+A call's backward pass is that of the kernel that runs its forward pass; both leave the gradients of the factors to
+``cuda_reduce``. Plain products of whole matrices are torch's, that is cuBLAS: dW, and dX of at most 16 tokens. Imports
+the extension only to ask or launch.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from peft_kernels._core import cuda_tools, extension
 from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.explain import note
+from peft_kernels._core.torch_products import add_product
 from peft_kernels.lora import qualification
-from peft_kernels.lora.kernels import cuda_decode, cuda_gemm
+from peft_kernels.lora.kernels import cuda_decode, cuda_gemm, cuda_reduce
 from peft_kernels.lora.kernels.config import decode_config
-from peft_kernels.lora.linear import torch_impl
+from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -66,6 +68,19 @@ def _forward_decode(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor,
     return cuda_decode.forward(*inputs[:6], config)
 
 
+def _backward_decode(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+    """dX by torch's products: cuBLAS splits the reduction of so few rows, and the Hopper GEMM does not."""
+    gradients, ds = _factors(problem, inputs, s, dy, needs, None)
+    if ds is None or not needs.x:
+        return gradients
+    dx = dy @ inputs.weight
+    if problem.adapter_dtype == problem.dtype:
+        add_product(dx, ds.to(dx.dtype), inputs.lora_a)
+    else:
+        dx.add_(ds @ inputs.lora_a)
+    return gradients._replace(x=dx)
+
+
 def _why_not_gemm(problem: LoraLinearProblem) -> str | None:
     arch = hardware(problem.device).arch
     if arch != cuda_gemm.ARCH:
@@ -95,17 +110,45 @@ def _forward_gemm(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, T
 
 
 def _backward_gemm(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
-    """dX and dA by one launch and one product, the others by torch."""
-    if not needs.x:
-        return torch_impl.backward(problem, inputs, s, dy, needs)
-    dx, ds = cuda_gemm.input_gradient(dy, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.scale)
-    others = torch_impl.backward(problem, inputs, s, dy, needs._replace(x=False, lora_a=False))
-    return others._replace(x=dx, lora_a=ds.to(problem.dtype).t() @ inputs.x if needs.lora_a else None)
+    """dX and dS by one launch, and then dA and dB by one; without dX, dS is made beside dB."""
+    dx = ds = None
+    if needs.x:
+        dx, ds = cuda_gemm.input_gradient(dy, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.scale)
+    gradients, _ = _factors(problem, inputs, s, dy, needs, ds)
+    return gradients._replace(x=dx)
+
+
+def _factors(
+    problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs, ds: Tensor | None
+) -> tuple[Gradients, Tensor | None]:
+    """All gradients but dX, and dS (M, r) float32: the one given, or, where a gradient takes it, made beside dB."""
+
+    def reduced(over_dy: cuda_reduce.OverDy | None, over_x: cuda_reduce.OverX | None) -> cuda_reduce.Sums:
+        return cuda_reduce.reduce_rows(over_dy, over_x, problem.r, problem.adapter_dtype)
+
+    makes_ds = ds is None and (needs.x or needs.lora_a)
+    over_dy = over_x = None
+    if needs.lora_b or needs.bias or makes_ds:
+        lora_b = inputs.lora_b if makes_ds else None
+        over_dy = cuda_reduce.OverDy(dy, inputs.scale, s if needs.lora_b else None, lora_b, needs.bias)
+    sums = None
+    if makes_ds:
+        sums = reduced(over_dy, None)
+        over_dy, ds = None, sums.ds
+    if needs.lora_a and ds is not None:
+        dropout = NO_DROPOUT
+        if inputs.seed is not None:
+            dropout = Dropout(inputs.seed, problem.dropout_threshold, problem.keep_scale)
+        over_x = cuda_reduce.OverX(inputs.x, ds, dropout)
+    rest = reduced(over_dy, over_x)
+    of_dy = sums or rest
+    weight = dy.t() @ inputs.x if needs.weight else None
+    return Gradients(x=None, weight=weight, lora_a=rest.da, lora_b=of_dy.db, bias=of_dy.dbias), ds
 
 
 # In the order in which they are tried: where few tokens make the weights' bytes all the cost, decode reads them once.
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("decode", cuda_decode.MINIMUM_ARCH, _why_not_decode, _forward_decode, torch_impl.backward),
+    Kernel("decode", cuda_decode.MINIMUM_ARCH, _why_not_decode, _forward_decode, _backward_decode),
     Kernel("gemm", cuda_gemm.ARCH, _why_not_gemm, _forward_gemm, _backward_gemm),
 )
 
@@ -156,5 +199,4 @@ IMPLEMENTATION = Implementation(
     qualification=qualification.cuda(lambda problem: _chosen(problem).name),
     forward=forward,
     backward=backward,
-    borrows=("torch",),
 )
