@@ -1,9 +1,10 @@
 # Targets run in .venv, which they create from BASE_PYTHON with the pinned versions of requirements/; AdapterHub's tests
-# in an environment of their own.
+# and the docs' pages in environments of their own.
 # PYTHON=... takes that interpreter as it is instead: no venv, nothing installed, no network.
 
 VENV := .venv
 ADAPTERHUB_VENV := .venv-adapterhub
+DOCS_VENV := .venv-docs
 BASE_PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -15,11 +16,15 @@ ifeq ($(origin PYTHON),undefined)
   VENV_STAMP := $(VENV)/.stamp
   ADAPTERHUB_PYTHON := $(ADAPTERHUB_VENV)/bin/python
   ADAPTERHUB_STAMP := $(ADAPTERHUB_VENV)/.stamp
+  DOCS_PYTHON := $(DOCS_VENV)/bin/python
+  DOCS_STAMP := $(DOCS_VENV)/.stamp
   GPU_PYTHON := $(BASE_PYTHON)
 else
   VENV_STAMP :=
   ADAPTERHUB_PYTHON := $(PYTHON)
   ADAPTERHUB_STAMP :=
+  DOCS_PYTHON := $(PYTHON)
+  DOCS_STAMP :=
   GPU_PYTHON := $(PYTHON)
 endif
 
@@ -46,7 +51,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test quick test-adapterhub codegen lint format demo bench report gpu gpu-tests gpu-bench gpu-sanitize clean
+.PHONY: help venv build test quick test-adapterhub codegen lint format docs demo bench report gpu gpu-tests gpu-bench gpu-sanitize clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -65,6 +70,11 @@ $(ADAPTERHUB_VENV)/.stamp: requirements/torch.txt requirements/adapterhub.txt re
 	test -x $(ADAPTERHUB_VENV)/bin/python || $(BASE_PYTHON) -m venv $(ADAPTERHUB_VENV)
 	$(ADAPTERHUB_VENV)/bin/python -m pip install --quiet -r requirements/torch.txt -c requirements/adapterhub-constraints.txt
 	$(ADAPTERHUB_VENV)/bin/python -m pip install --quiet -r requirements/adapterhub.txt -c requirements/adapterhub-constraints.txt
+	touch $@
+
+$(DOCS_VENV)/.stamp: requirements/docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(BASE_PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet -r requirements/docs.txt
 	touch $@
 
 ## build    compile the extension in place: with CUDA where there is an nvcc; else what a CPU runs, and a record why
@@ -109,6 +119,10 @@ format: $(VENV_STAMP)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(CLANG_FORMAT) -i $(CSRC) $(EMULATOR)
+
+## docs     make the pages of docs/ and of the docstrings in build/docs; what cannot be resolved is an error
+docs: $(DOCS_STAMP)
+	$(DOCS_PYTHON) -m mkdocs build --quiet
 
 ## demo     finetune a small model on real data
 demo: build
