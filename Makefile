@@ -80,7 +80,7 @@ $(DOCS_VENV)/.stamp: requirements/docs.txt
 ## build    compile the extension in place: with CUDA where there is an nvcc; else what a CPU runs, and a record why
 build: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml $(CSRC) $(VENV_STAMP)
+$(STAMP): setup.py setup_ninja.py pyproject.toml $(CSRC) $(VENV_STAMP)
 	$(call build_extension,$(PYTHON))
 
 ## test     run the tests; skipped ones are listed with their reasons
@@ -137,7 +137,7 @@ report: $(VENV_STAMP)
 	$(PYTHON) -m benchmarks.report --images
 
 ifneq ($(GPU_STAMP),$(STAMP))
-$(GPU_STAMP): setup.py pyproject.toml $(CSRC)
+$(GPU_STAMP): setup.py setup_ninja.py pyproject.toml $(CSRC)
 	$(call build_extension,$(GPU_PYTHON))
 endif
 
