@@ -1,9 +1,10 @@
 # Targets run in .venv, which they create from BASE_PYTHON with the pinned versions of requirements/; AdapterHub's tests
-# in an environment of their own.
+# and the docs' pages in environments of their own.
 # PYTHON=... takes that interpreter as it is instead: no venv, nothing installed, no network.
 
 VENV := .venv
 ADAPTERHUB_VENV := .venv-adapterhub
+DOCS_VENV := .venv-docs
 BASE_PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -15,11 +16,15 @@ ifeq ($(origin PYTHON),undefined)
   VENV_STAMP := $(VENV)/.stamp
   ADAPTERHUB_PYTHON := $(ADAPTERHUB_VENV)/bin/python
   ADAPTERHUB_STAMP := $(ADAPTERHUB_VENV)/.stamp
+  DOCS_PYTHON := $(DOCS_VENV)/bin/python
+  DOCS_STAMP := $(DOCS_VENV)/.stamp
   GPU_PYTHON := $(BASE_PYTHON)
 else
   VENV_STAMP :=
   ADAPTERHUB_PYTHON := $(PYTHON)
   ADAPTERHUB_STAMP :=
+  DOCS_PYTHON := $(PYTHON)
+  DOCS_STAMP :=
   GPU_PYTHON := $(PYTHON)
 endif
 
@@ -46,7 +51,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test quick test-adapterhub codegen lint format demo bench report gpu gpu-tests gpu-bench gpu-sanitize clean
+.PHONY: help venv build test quick test-adapterhub codegen lint format docs demo bench report gpu gpu-tests gpu-bench gpu-sanitize clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -67,10 +72,15 @@ $(ADAPTERHUB_VENV)/.stamp: requirements/torch.txt requirements/adapterhub.txt re
 	$(ADAPTERHUB_VENV)/bin/python -m pip install --quiet -r requirements/adapterhub.txt -c requirements/adapterhub-constraints.txt
 	touch $@
 
+$(DOCS_VENV)/.stamp: requirements/docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(BASE_PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet -r requirements/docs.txt
+	touch $@
+
 ## build    compile the extension in place: with CUDA where there is an nvcc; else what a CPU runs, and a record why
 build: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml $(CSRC) $(VENV_STAMP)
+$(STAMP): setup.py setup_ninja.py pyproject.toml $(CSRC) $(VENV_STAMP)
 	$(call build_extension,$(PYTHON))
 
 ## test     run the tests; skipped ones are listed with their reasons
@@ -110,6 +120,10 @@ format: $(VENV_STAMP)
 	$(PYTHON) -m ruff format .
 	$(CLANG_FORMAT) -i $(CSRC) $(EMULATOR)
 
+## docs     make the pages of docs/ and of the docstrings in build/docs; what cannot be resolved is an error
+docs: $(DOCS_STAMP)
+	$(DOCS_PYTHON) -m mkdocs build --quiet
+
 ## demo     finetune a small model on real data
 demo: build
 	$(PYTHON) -m examples.finetune
@@ -123,7 +137,7 @@ report: $(VENV_STAMP)
 	$(PYTHON) -m benchmarks.report --images
 
 ifneq ($(GPU_STAMP),$(STAMP))
-$(GPU_STAMP): setup.py pyproject.toml $(CSRC)
+$(GPU_STAMP): setup.py setup_ninja.py pyproject.toml $(CSRC)
 	$(call build_extension,$(GPU_PYTHON))
 endif
 

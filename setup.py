@@ -1,8 +1,9 @@
-"""Build of the extension `peft_kernels._C`; everything else is declared in pyproject.toml.
+"""Build of the extension `peft_kernels._C`, and a wheel's tag; everything else is declared in pyproject.toml.
 
 It has two parts: what a CPU runs, which any C++17 compiler builds, and the CUDA kernels, which take an nvcc. Each is
 optional. What cannot be built is left out, the reason is printed and recorded in the package's `_build_info.json`, and
-the package installs without it. Environment variables of the build:
+the package installs without it; `pip install --verbose .` shows what is printed. A wheel without the extension runs
+everywhere, and its tag says so: py3-none-any. Environment variables of the build:
 
     PEFT_KERNELS_NO_CUDA=1         leave the CUDA kernels out
     PEFT_KERNELS_NO_EXTENSION=1    build no extension at all
@@ -29,22 +30,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # a build by pip does not look here
+
+from setup_ninja import (  # noqa: E402
+    CannotBuild,
+    host_ninja_text,
+    is_plain,
+    ninja_text,
+    plain,
+    run_ninja,
+    write_if_changed,
+)
+
 CSRC = ROOT / "csrc"
 ARCHS = ("80", "86", "89", "90a", "100")
 OLDEST_NVCC = (12, 0)  # the first with sm_90a
-NINJA_VERSION = "ninja_required_version = 1.5"
 CXX_NAMES = ("c++", "g++", "clang++")
-HOST_SOURCES = ("module.cpp", "*_host.cpp")  # all other sources include CUDA's headers
-# The sources take a processor's instructions function by function, and ask it first; a flag would put them everywhere.
-# Contraction would make bits depend on which of them ran. Where no operation traps, a loop that selects is vectorised.
-HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off", "-fno-trapping-math", "-Wall", "-Wextra")
-
-
-class CannotBuild(Exception):
-    """Reason why the extension, or its CUDA part, is not built."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,7 @@ class BuildExtension(build_ext):
         record_file.unlink(missing_ok=True)
         extension.parent.mkdir(parents=True, exist_ok=True)
         record = build(extension, Path(self.build_temp).resolve())
-        if record.cuda:
-            print(f"peft_kernels: built the CUDA extension for {', '.join(record.archs)}")
-        else:
-            what = "the CUDA kernels" if record.built else "the extension"
-            print(f"peft_kernels: installs without {what}: {record.reason}", file=sys.stderr)
+        print(f"peft_kernels: {summary(record)}", file=sys.stdout if record.cuda else sys.stderr)
         record_file.write_text(json.dumps(asdict(record), indent=2) + "\n")
 
     def get_outputs(self) -> list[str]:
@@ -100,6 +101,25 @@ class BuildExtension(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {new: old for new, old in super().get_output_mapping().items() if os.path.exists(old)}
+
+
+def summary(record: BuildRecord) -> str:
+    """What was built, or why not, in one line."""
+    if record.cuda:
+        return f"built the CUDA extension for {', '.join(record.archs)} with nvcc {record.nvcc}"
+    if record.built:
+        return f"built what a CPU runs; installs without the CUDA kernels: {record.reason}"
+    return f"installs without the extension: {record.reason}"
+
+
+class Wheel(bdist_wheel):
+    """bdist_wheel, which knows only after the build whether there is a binary in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        # An editable wheel is named before anything is built.
+        if self.distribution.have_run.get("build_ext") and not self.get_finalized_command("build_ext").get_outputs():
+            self.root_is_pure = True
+        return super().get_tag()
 
 
 def build(extension: Path, build_dir: Path) -> BuildRecord:
@@ -262,139 +282,6 @@ def pybind11_include() -> str:
     return pybind11.get_include()
 
 
-def ninja_text(
-    nvcc: str, archs: tuple[str, ...], ptx: str | None, csrc: Path, includes: list[str], extension: Path
-) -> str:
-    machine_code = {arch: f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs}
-    targets = list(machine_code.values())
-    if ptx is not None:
-        targets.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-lineinfo",
-        *(f"-Xcompiler={flag}" for flag in HOST_FLAGS),
-        "-DPEFT_KERNELS_CUDA",
-        f'-DPEFT_KERNELS_ARCHS="{";".join(archs)}"',
-        *(f"-I{path}" for path in (csrc, *includes)),
-    ]
-    # torch loads a CUDA runtime of its own, with its symbols visible to every library. Those of the static runtime must
-    # stay inside the extension, or its calls would end in torch's, which may be another version.
-    link_flags = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"]
-
-    lines = [
-        NINJA_VERSION,
-        f"nvcc = {command(nvcc)}",
-        f"flags = {command(*flags)}",
-        f"targets = {command(*targets)}",
-        *rule("device", "$nvcc $flags $targets"),
-        *rule("host", "$nvcc $flags"),
-        *link_rule("$nvcc", *link_flags),
-    ]
-    objects: list[str] = []
-    for kind, pattern in (("device", "*.cu"), ("host", "*.cpp")):
-        for source in sorted(csrc.rglob(pattern)):
-            lines.append(compilation(kind, source, csrc, objects))
-            # Kernels for Hopper alone, whose launchers refuse every other device: elsewhere they would be traps.
-            if source.stem.endswith("_sm90") and "90a" in machine_code:
-                lines.append(f"  targets = {command(machine_code['90a'])}")
-    lines.append(f"build {escaped_path(str(extension))}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
-
-
-def host_ninja_text(compiler: tuple[str, ...], csrc: Path, includes: list[str], extension: Path) -> str:
-    flags = ["-std=c++17", "-O3", *HOST_FLAGS, *(f"-I{path}" for path in (csrc, *includes))]
-    lines = [
-        NINJA_VERSION,
-        f"cxx = {command(*compiler)}",
-        f"flags = {command(*flags)}",
-        *rule("host", "$cxx $flags"),
-        *link_rule("$cxx", "-shared", "-pthread"),
-    ]
-    objects: list[str] = []
-    for source in sorted(path for pattern in HOST_SOURCES for path in csrc.rglob(pattern)):
-        lines.append(compilation("host", source, csrc, objects))
-    lines.append(f"build {escaped_path(str(extension))}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
-
-
-def rule(kind: str, compiler: str) -> tuple[str, ...]:
-    """How a source becomes an object, and which headers it was made of."""
-    compiling = f"  command = {compiler} -MD -MF $out.d -c $in -o $out"
-    return "", f"rule {kind}", compiling, f"  description = {kind} $in", "  depfile = $out.d", "  deps = gcc"
-
-
-def link_rule(compiler: str, *flags: str) -> tuple[str, ...]:
-    linking = f"  command = {compiler} {command(*flags)} $in -o $out"
-    return "", "rule link", linking, "  description = link $out", ""
-
-
-def compilation(kind: str, source: Path, csrc: Path, objects: list[str]) -> str:
-    """The statement that makes a source's object, which joins the others."""
-    objects.append(escaped_path(f"{source.relative_to(csrc).as_posix()}.o"))
-    return f"build {objects[-1]}: {kind} {escaped_path(str(source))}"
-
-
-def is_plain(path: str | Path) -> bool:
-    """Whether a shell leaves a path as it is between double quotes, where nvcc puts it in commands of its own."""
-    return re.search(r'[$`"\\]', str(path)) is None
-
-
-def plain(path: str | Path, links: Path) -> str:
-    """The path, or a plain link to it."""
-    if is_plain(path):
-        return str(path)
-    link = links / str(len(list(links.iterdir())))
-    link.symlink_to(path)
-    return str(link)
-
-
-def command(*words: str) -> str:
-    """Words of a command as ninja hands them to sh, which runs nothing that stands in them."""
-    return shlex.join(on_one_line(word) for word in words).replace("$", "$$")
-
-
-def escaped_path(path: str) -> str:
-    """A path among ninja's own, which it quotes for sh by itself."""
-    return on_one_line(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
-
-
-def on_one_line(text: str) -> str:
-    if re.search(r"[\x00-\x1f\x7f]", text):
-        raise CannotBuild(f"ninja has no way to write the control characters of {text!r}")
-    return text
-
-
-def write_if_changed(path: Path, text: str) -> None:
-    content = os.fsencode(text)  # paths in it may be no UTF-8
-    if not path.exists() or path.read_bytes() != content:
-        path.write_bytes(content)
-
-
-def run_ninja(ninja_file: Path) -> None:
-    try:
-        import ninja
-
-        executable = os.path.join(ninja.BIN_DIR, "ninja")
-    except ImportError:
-        executable = shutil.which("ninja") or ""
-    if not executable:
-        raise CannotBuild("there is no ninja on PATH, and the package ninja is not installed")
-    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    if not re.fullmatch(r"[0-9]+", jobs):
-        raise CannotBuild(f"MAX_JOBS must be a number, got {jobs!r}")
-    words = [executable, "-C", str(ninja_file.parent), "-j", jobs]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        output = []
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            output.append(line)
-    if process.returncode != 0:
-        raise CannotBuild(f"compilation failed; the end of its output:\n{''.join(output)[-2000:]}")
-
-
 def package_version() -> str:
     text = (ROOT / "peft_kernels" / "__init__.py").read_text()
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
@@ -407,5 +294,5 @@ setup(
     version=package_version(),
     # setuptools only needs the name: the compilers take the sources from csrc.
     ext_modules=[Extension("peft_kernels._C", sources=[])],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
 )

@@ -1,6 +1,7 @@
 """``python -m benchmarks.report [--check] [--images]``: tables and pictures from the recorded results.
 
-The README sums up; docs/benchmarks.md has every measurement and every problem on which a baseline is faster.
+The README has counts, and a line for each of those that people compare with. docs/benchmarks.md has every measurement,
+and every problem on which a baseline is faster.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpus, pictures, record, tables
+from benchmarks import counts, gpus, pictures, record, tables
 from benchmarks.family import Family, discover
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,8 @@ DETAILS = "docs/benchmarks.md"
 IMAGES = "docs/images"
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
+# Those that people compare with, as the README calls them.
+COMPARED = {"peft": "PEFT", "eager": "eager PyTorch", "addmm": "the frozen product, then `addmm_`"}
 
 Records = Sequence[Mapping[str, Any]]
 Results = Mapping[tuple[str, str], Records]
@@ -43,12 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(path)
     try:
         text = replace_part(readme.read_text(), render_summary(results, families))
-        said = gpus.render(results, gpus.load(options.checks))
-        written = {readme: replace_part(text, said, gpus.BEGIN, gpus.END)}
-    except ValueError as error:
+        checks = gpus.load(options.checks)
+        text = replace_part(text, gpus.line(results, checks), gpus.BEGIN, gpus.END)
+        written = {readme: replace_part(text, counts.render(), counts.BEGIN, counts.END)}
+    except (ImportError, ValueError) as error:
         print(f"{readme}: {error}", file=sys.stderr)
         return 1
-    written[details] = render_details(results, families, options.root / IMAGES)
+    on_record = gpus.table(results, checks)
+    written[details] = render_details(results, families, options.root / IMAGES, on_record)
     stale = [path for path, text in written.items() if not path.exists() or path.read_text() != text]
     if options.check:
         for path in stale:
@@ -80,21 +85,30 @@ def replace_part(text: str, part: str, begin: str = BEGIN, end: str = END) -> st
 
 
 def render_summary(results: Results, families: Mapping[str, Family]) -> str:
-    """Lay out the README's part."""
-    parts = [_summary(records, families[family]) for (_, family), records in results.items() if records]
-    return "\n\n".join(parts) if parts else "No measurements are recorded yet."
+    """Lay out the README's part: for each device a line for each of those that are compared."""
+    devices: dict[str, dict[str, Records]] = {}
+    for (device, family), records in results.items():
+        if records:
+            devices.setdefault(device, {})[family] = records
+    if not devices:
+        return "No measurements are recorded yet."
+    return "\n\n".join(_summary(of_families, families) for of_families in devices.values())
 
 
-def render_details(results: Results, families: Mapping[str, Family], images: Path) -> str:
+def render_details(results: Results, families: Mapping[str, Family], images: Path, on_record: str = "") -> str:
     """Lay out docs/benchmarks.md.
 
     Args:
         images: folder whose pictures of these results, where there are any, are shown.
+        on_record: which GPUs were checked and measured.
     """
     parts = [
         "# Benchmarks",
-        "Every measurement on record, written by `make report` from `benchmarks/results`. "
-        "[README.md](../README.md) sums up.",
+        "Every measurement on record, written by `make report` from `benchmarks/results`. The README sums up.",
+        "All providers of a problem are timed in one process and in turns. Ours is the fastest backend of this "
+        "package. A quotient above 1 means that ours takes less time. A CPU has no kernels: there the torch backend is "
+        "timed, on a reduced grid.",
+        *([on_record] if on_record else []),
     ]
     for (device, family), records in results.items():
         if records:
@@ -103,38 +117,59 @@ def render_details(results: Results, families: Mapping[str, Family], images: Pat
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(records: Records, family: Family) -> str:
-    comparisons = tables.compare(records)
-    lost = len(tables.losses(comparisons))
-    # One table that is read: whole steps where there are any, beside those who were there.
-    shown = [comparison for comparison in comparisons if comparison.mode == "both"] or comparisons
-    names = [name for name in family.names("limit", "baseline") if any(each.microseconds(name) for each in shown)]
-    return "\n\n".join(
+def _summary(of_families: Mapping[str, Records], families: Mapping[str, Family]) -> str:
+    """What was measured on one device."""
+    compared = {family: tables.compare(records) for family, records in of_families.items()}
+    device = next(iter(of_families.values()))[-1]["device"]
+    where = device["name"]
+    if device["type"] == "cpu":
+        threads = {line["device"].get("processors") for records in of_families.values() for line in records}
+        where += f", {_threads(*threads)}" if len(threads) == 1 and None not in threads else ""
+        where += " (a CPU has no kernels: the torch backend is timed)"
+    lines = []
+    for baseline, called in COMPARED.items():
+        phrases = []
+        for family, comparisons in compared.items():
+            ratios = [each.speed_up(baseline) for each in _whole_steps(comparisons)]
+            if any(ratio is not None for ratio in ratios):
+                phrases.append(f"`{families[family].name}` {tables.spread(ratios)}")
+        if phrases:
+            lines.append(f"* {called}: {'; '.join(phrases)}")
+    everything = [comparison for comparisons in compared.values() for comparison in comparisons]
+    return "\n".join(
         [
-            _title(records, family),
-            _provenances(records, comparisons),
-            "Ours is the fastest backend of this package; a number above 1 means that ours takes less time. "
-            "Medians over the problems; least and largest in brackets where there are several.",
-            tables.summary_table(shown, family.summarize_by, names),
-            f"A baseline is faster in {lost} of {len(comparisons)} measurements; [{DETAILS}]({DETAILS}) has them all.",
+            f"On {where}: time of a step, forward and backward, over our time. Medians over the problems; in brackets "
+            "the least and the largest.",
+            "",
+            *lines,
+            "",
+            f"[{DETAILS}]({DETAILS}) has all {len(everything)} measurements, and lists the "
+            f"{len(tables.losses(everything))} in which a baseline is faster.",
         ]
     )
+
+
+def _whole_steps(comparisons: Sequence[tables.Comparison]) -> Sequence[tables.Comparison]:
+    return [comparison for comparison in comparisons if comparison.mode == "both"] or comparisons
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _details(records: Records, family: Family, images: Sequence[str]) -> list[str]:
     comparisons = tables.compare(records)
     rows = [comparison for comparison in comparisons if comparison.best("limit") or comparison.best("baseline")]
+    shown = _whole_steps(comparisons)
+    names = [name for name in family.names("limit", "baseline") if any(each.microseconds(name) for each in shown)]
     return [
-        _title(records, family, level=2),
+        f"## {family.name} on {records[-1]['device']['name']}",
         _provenances(records, comparisons),
         *(f"![time, roofline and memory of {family.name}]({image})" for image in images),
+        tables.summary_table(shown, family.summarize_by, names),
         _losses(comparisons),
         tables.problem_table(rows, family.names("limit", "baseline", "ours")) if rows else "Nothing was measured.",
     ]
-
-
-def _title(records: Records, family: Family, level: int = 3) -> str:
-    return f"{'#' * level} {family.name} on {records[-1]['device']['name']}"
 
 
 def _losses(comparisons: Sequence[tables.Comparison]) -> str:
@@ -164,7 +199,7 @@ def _provenance(line: Mapping[str, Any]) -> str:
         *(f"{name} {versions[name]}" for name in ("triton", "peft") if versions[name] is not None),
     ]
     if device["type"] == "cpu" and "processors" in device:
-        parts.append(f"{device['processors']} thread{'s' if device['processors'] > 1 else ''}")
+        parts.append(_threads(device["processors"]))
     if device["driver"] is not None:
         parts.append(f"driver {device['driver']}")
     if device["sm_clock_mhz"] is not None:

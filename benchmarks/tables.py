@@ -112,8 +112,8 @@ def summary_table(comparisons: Sequence[Comparison], fields: Sequence[str], base
     header = ["mode", *fields, "problems", *(f"time of {name} / ours" for name in baselines), "memory, ours / peft"]
     rows = []
     for group, members in groups.items():
-        ratios = [_spread([member.speed_up(name) for member in members]) for name in baselines]
-        memory = _spread([member.memory_ratio("peft") for member in members])
+        ratios = [spread([member.speed_up(name) for member in members]) for name in baselines]
+        memory = spread([member.memory_ratio("peft") for member in members])
         rows.append([*group, str(len(members)), *ratios, memory])
     return markdown(header, rows)
 
@@ -164,7 +164,8 @@ def terminal_table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([aligned(header, rows), *(f"  {text}" for text in (*reasons, *notes))])
 
 
-def _spread(values: Iterable[float | None]) -> str:
+def spread(values: Iterable[float | None]) -> str:
+    """The median, with the least and the largest where there are several."""
     present = [value for value in values if value is not None]
     if not present:
         return "-"

@@ -21,7 +21,8 @@ def _measured(name: str, kind: str = "cuda", status: str = "ok") -> dict[str, An
 def test_nothing_on_record_is_said() -> None:
     cpu = {("cpu", "lora_linear"): [_measured("Some CPU", "cpu")], ("h", "x"): [_measured("H200", status="skipped")]}
     for results in ({}, cpu):
-        assert gpus.render(results, []).startswith("No GPU is on record")
+        assert gpus.line(results, []).startswith("No GPU is on record")
+        assert gpus.table(results, []) == gpus.line(results, [])
 
 
 def test_what_is_on_record_is_counted(tmp_path: Path) -> None:
@@ -29,7 +30,11 @@ def test_what_is_on_record_is_counted(tmp_path: Path) -> None:
     record = {"signature": MADE, "verdicts": {key: {"kind": kind} for key, kind in kinds.items()}}
     (tmp_path / "nvidia-h200.json").write_text(json.dumps(record))
     results = {("h", "lora_linear"): [_measured("NVIDIA H200")] * 3, ("l", "prompt_tuning"): [_measured("NVIDIA L4")]}
-    assert gpus.render(results, gpus.load(tmp_path)).splitlines()[2:] == [
+    assert gpus.line(results, gpus.load(tmp_path)) == (
+        "On record: checks of the kernels on NVIDIA H200; measurements on NVIDIA H200, NVIDIA L4."
+    )
+    assert gpus.line({}, gpus.load(tmp_path)).endswith("on NVIDIA H200; measurements on none.")
+    assert gpus.table(results, gpus.load(tmp_path)).splitlines()[2:] == [
         "| NVIDIA H200 (sm_90) | driver 580.65, torch 2.13.0, triton 3.8.0, sources 0123456789abcdef | 2 "
         "| 1 hung, 2 wrong | lora_linear 3 |",
         "| NVIDIA L4 | not checked | - | - | prompt_tuning 1 |",
@@ -58,6 +63,7 @@ def test_statements_by_hand_are_gone() -> None:
     assert not found
 
 
-def test_block_stands_in_the_readme() -> None:
-    text = (ROOT / report.README).read_text()
-    assert gpus.render(report.load_results(ROOT / "benchmarks" / "results"), gpus.load(gpus.SHIPPED)) in text
+def test_blocks_stand_in_the_files() -> None:
+    arguments = report.load_results(ROOT / "benchmarks" / "results"), gpus.load(gpus.SHIPPED)
+    assert gpus.line(*arguments) in (ROOT / report.README).read_text()
+    assert gpus.table(*arguments) in (ROOT / report.DETAILS).read_text()

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import gpus, pictures, record, report, tables
+from benchmarks import counts, gpus, pictures, record, report, tables
 from benchmarks.family import discover
 
 FIRST, SECOND = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
@@ -149,7 +150,8 @@ def _write(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     record.append(record.path(folder / "results", "toy", "lora_linear"), records)
     readme = folder / "README.md"
     if not readme.exists():
-        readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\n{gpus.BEGIN}\n{gpus.END}\n")
+        blocks = ((gpus.BEGIN, gpus.END), (counts.BEGIN, counts.END), (report.BEGIN, report.END))
+        readme.write_text("\n".join(["# Title", *(line for block in blocks for line in block), ""]))
     return ["--results", str(folder / "results"), "--checks", str(folder / "checks"), "--root", str(folder)]
 
 
@@ -162,7 +164,7 @@ def test_check_fails_until_both_files_are_written(tmp_path: Path, capsys: pytest
     for name in (report.README, report.DETAILS):
         path = tmp_path / name
         written = path.read_text()
-        path.write_text(written.replace("1 of", "7 of").replace("No baseline", "A baseline"))
+        path.write_text(written.replace("the 0 in", "the 7 in").replace("No baseline", "A baseline"))
         assert (report.main([*options, "--check"]) == 1) == (path.read_text() != written)
         path.write_text(written)
     _write(tmp_path, problem_lines({**TIMES, "ours_torch": 70.0}, run=SECOND))
@@ -174,12 +176,31 @@ def test_files_say_device_date_commit_and_losses(tmp_path: Path) -> None:
     assert report.main(options) == 0
     readme, details = ((tmp_path / name).read_text() for name in (report.README, report.DETAILS))
     assert readme.startswith("# Title\n")
-    for text in (readme, details):
-        assert "## lora_linear on Toy" in text
-        assert "2026-01-01, commit abcdef012345;" in text
-        assert "A baseline is faster in 1 of 2 measurements" in text
+    assert "On Toy (a CPU has no kernels: the torch backend is timed): time of a step" in readme
+    assert "\n* PEFT: `lora_linear` 1.50 (1.50 to 1.50)\n" in readme
+    assert "\n* the frozen product, then `addmm_`: `lora_linear` 0.80 (0.50 to 1.10)\n" in readme
+    assert "eager PyTorch" not in readme
+    assert "has all 2 measurements, and lists the 1 in which a baseline is faster." in readme
+    assert "## lora_linear on Toy" in details
+    assert "2026-01-01, commit abcdef012345;" in details
+    assert "A baseline is faster in 1 of 2 measurements" in details
     assert "* Toy q m=16 n=4 k=2 r=1 bf16 fp32 p=0, both: addmm takes 0.50 of our time" in details
     assert "| Toy | q | 16 | 4 | 2 | 1 | bf16 | fp32 | 0 | both | 80.0 | 150.0 | - | **50.0** |" in details
+    assert "| both | bf16 | fp32 | 0 | 2 | 0.80 (0.80 to 0.80) | 1.50 (1.50 to 1.50) |" in details
+
+
+def test_the_frozen_layer_alone_is_no_baseline(tmp_path: Path) -> None:
+    """It computes something else; a layer with an adapter cannot be faster."""
+    assert report.main(_write(tmp_path, problem_lines({**TIMES, "base": 1.0, "addmm": None}))) == 0
+    readme = (tmp_path / report.README).read_text()
+    assert "lists the 0 in which" in readme
+    assert "base" not in readme.partition(report.BEGIN)[2].replace("baseline", "")
+
+
+def test_summary_is_of_whole_steps(tmp_path: Path) -> None:
+    records = problem_lines(TIMES) + problem_lines({**TIMES, "peft": 1.0}, mode="forward")
+    assert report.main(_write(tmp_path, records)) == 0
+    assert "* PEFT: `lora_linear` 1.50\n" in (tmp_path / report.README).read_text()
 
 
 def test_a_readme_without_marks_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,8 +218,29 @@ def test_gpus_come_first_and_nothing_is_said_plainly(tmp_path: Path) -> None:
     record.append(record.path(tmp_path / "results", "z-gpu", "lora_linear"), cuda)
     results, families = report.load_results(tmp_path / "results"), discover()
     for text in (report.render_summary(results, families), report.render_details(results, families, tmp_path)):
-        assert text.index("Zed GPU") < text.index("on Toy")
+        assert text.index("n Zed GPU") < text.index("n Toy")
     assert report.render_summary({}, families) == "No measurements are recorded yet."
+
+
+@pytest.mark.cpu_only
+def test_counts() -> None:
+    """By hand for LoRA, in passes over x: W is half a pass, what has rank 16 next to nothing."""
+    layer = next(counts.layers())
+    today, here = counts.count_today(layer), counts.count_here(layer)
+    # x W', x A', S B', times s, the sum; times s, dY B, dY'S, dS A, dS'x, dY W, the sum of x's two gradients.
+    assert (today.forward, today.backward) == (5, 7)
+    assert today.bytes / layer.activation == pytest.approx(2.5 + 1 + 1 + 2 + 3 + 2 + 1 + 1 + 1 + 1 + 2.5 + 3, abs=0.05)
+    # S, y; dS and dB, three sums, dX, dA, two casts. The partial dS are half of x.
+    assert (here.forward, here.backward) == (2, 8)
+    assert here.bytes / layer.activation == pytest.approx(1 + 2.5 + 1.25 + 0.25 + 2.5 + 1, abs=0.15)
+    assert today.kept / layer.activation == pytest.approx(1, abs=0.01)
+    assert here.kept == layer.activation + 4 * 8192 * 16
+
+
+@pytest.mark.cpu_only
+def test_an_expanded_tensor_counts_once() -> None:
+    assert counts.bytes_of(torch.empty(4, 1, device="meta").expand(4, 100)) == 16
+    assert counts.bytes_of(torch.empty(0, 3, device="meta")) == 0
 
 
 @pytest.mark.cpu_only

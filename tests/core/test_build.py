@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,27 @@ def test_no_extension_at_all(tmp_path: Path, also: dict[str, str]) -> None:
     assert_not_built(outcome, "PEFT_KERNELS_NO_EXTENSION=1 was set")
     assert outcome[1]["reason"].count("was set") == 1
     assert not extension_in(tmp_path)
+
+
+@pytest.mark.parametrize("without", ["PEFT_KERNELS_NO_EXTENSION", "PEFT_KERNELS_NO_CUDA"])
+def test_a_wheel_s_tag_says_whether_it_has_a_binary(tmp_path: Path, without: str) -> None:
+    commands = [
+        *("egg_info", f"--egg-base={tmp_path}"),
+        *("build", f"--build-base={tmp_path}/build"),
+        *("bdist_wheel", f"--dist-dir={tmp_path}/dist", f"--bdist-dir={tmp_path}/bdist"),
+    ]
+    environment = {**os.environ, "CXX": fake_cxx(tmp_path), without: "1"}
+    environment.pop("PEFT_KERNELS_REQUIRE_CUDA", None)
+    command = [sys.executable, "setup.py", *commands]
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as contents:
+        (about,) = [contents.read(name).decode() for name in contents.namelist() if name.endswith(".dist-info/WHEEL")]
+        binaries = [name for name in contents.namelist() if name.endswith(".so")]
+    pure = without == "PEFT_KERNELS_NO_EXTENSION"
+    assert bool(binaries) is not pure
+    assert wheel.name.endswith("-py3-none-any.whl") is pure
+    assert (f"Root-Is-Purelib: {str(pure).lower()}" in about) and (("Tag: py3-none-any" in about) is pure)
 
 
 def test_no_nvcc(tmp_path: Path) -> None:

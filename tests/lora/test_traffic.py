@@ -6,15 +6,13 @@ Counted on meta tensors, which take the code that CUDA tensors take. A mask kern
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.counts import Traffic, bytes_of
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear import torch_impl
@@ -26,34 +24,6 @@ SIZE, RANK, SCALE = 1024, 16, 0.5
 BF16, FP32 = torch.bfloat16, torch.float32
 PAIRS = [(BF16, FP32), (BF16, BF16), (FP32, FP32)]
 ALL = Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=False)
-
-# They move nothing: views, and memory that is asked for.
-FREE = {"t", "transpose", "view", "_unsafe_view", "detach", "slice", "expand", "as_strided", "unsqueeze", "alias"}
-FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "permute", "select", "reshape"}
-
-
-def bytes_of(*values: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in tree_leaves(values) if isinstance(value, Tensor))
-
-
-class Traffic(TorchDispatchMode):
-    """Adds up what each operator reads and writes; what it writes in place it has as a result too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.launches = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        if name not in FREE:
-            # copy_ overwrites its first argument without reading it.
-            self.add(bytes_of(args[1:] if name == "copy_" else args, kwargs, result))
-        return result
-
-    def add(self, count: int) -> None:
-        self.bytes += count
-        self.launches += 1
 
 
 def kernel_of(traffic: Traffic) -> type[masks.Mask]:

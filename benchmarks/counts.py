@@ -1,0 +1,336 @@
+"""Kernels, bytes and kept memory of a training step of one layer, by methods as they are run today and here: counts.
+
+Nothing is run. Operators and launches are counted on tensors without memory, each by the bytes of the tensors that it
+reads and writes, each tensor once; caches are left out. A pass is one reading or one writing of the activations, x (or
+q, or the token embeddings) in its own dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.tables import markdown
+from python_ref import adapter as adapter_oracle
+from python_ref import prompt as prompt_oracle
+
+BEGIN = "<!-- counts:begin -->"
+END = "<!-- counts:end -->"
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# An H200's, whose choice of configs is counted.
+ARCH, SM_COUNT = 90, 132
+
+# They move nothing: views, and memory that is asked for.
+FREE = {"t", "transpose", "view", "_unsafe_view", "detach", "slice", "expand", "as_strided", "unsqueeze", "alias"}
+FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "permute", "select", "reshape"}
+FREE |= {"unbind", "split", "split_with_sizes"}
+
+
+def bytes_of(*values: Any) -> int:
+    """Bytes of the tensors among values; of an expanded one, those that it has in memory."""
+    return sum(_bytes(value) for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
+    return math.prod(sizes) * tensor.element_size()
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up what each operator reads and writes; what it writes in place it has as a result too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.launches = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name not in FREE:
+            # copy_ overwrites its first argument without reading it.
+            self.add(bytes_of(args[1:] if name == "copy_" else args, kwargs, result))
+        return result
+
+    def add(self, count: int) -> None:
+        self.bytes += count
+        self.launches += 1
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one training step; bytes kept are those that wait for the backward pass, parameters left out."""
+
+    forward: int
+    backward: int
+    bytes: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One method's layer.
+
+    Attributes:
+        name: of the table's row.
+        activation: bytes of one pass.
+        today: its forward, from the tensors that have a gradient or a value of their own.
+        activations: its tensors that are no parameters and have a gradient.
+        parameters: its tensors that are trained.
+        weights: those that are frozen.
+        here: (forward, backward) by this package's Triton kernels; the backward pass takes what forward returned.
+        keeps: bytes that these keep.
+    """
+
+    name: str
+    activation: int
+    today: Callable[[], Tensor]
+    activations: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    here: tuple[Callable[[], Any], Callable[[Any], Any]]
+    keeps: Callable[[Any], int]
+
+
+def layers() -> Iterator[Layer]:
+    """The rows: sizes are those of docs/design."""
+    yield lora("LoRA", BF16, 0.0)
+    yield lora("LoRA, float32 adapters, dropout 0.1", FP32, 0.1)
+    yield adapter("bottleneck adapter, serial, gelu")
+    yield prefix("prefix attention, causal")
+    yield prompt("prompt tuning", 1)
+    yield prompt("prompt tuning, 5 prompts as one batch", 5)
+
+
+def lora(name: str, adapter_dtype: torch.dtype, p: float) -> Layer:
+    from peft_kernels.lora.linear import op, problem, triton_impl
+
+    m, n, r, scale = 8192, 4096, 16, 0.5
+    make = functools.partial(torch.empty, device="meta")
+    x, weight = _leaf(m, n), make(n, n, dtype=BF16)
+    a, b = _leaf(r, n, dtype=adapter_dtype), _leaf(n, r, dtype=adapter_dtype)
+    seed = make((), dtype=torch.int64) if p else None
+
+    def today() -> Tensor:
+        result = F.linear(x, weight)
+        branch = x.to(adapter_dtype)
+        if p:
+            branch = torch.native_dropout(branch, p, True)[0]  # what F.dropout is on CUDA
+        return (result + F.linear(F.linear(branch, a), b) * scale).to(result.dtype)
+
+    call = problem.Inputs(x.detach(), weight, a.detach(), b.detach(), scale, None, p, seed)
+    needs = problem.Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=False)
+    return Layer(
+        name,
+        bytes_of(x),
+        today,
+        (x,),
+        (a, b),
+        (weight,),
+        here=_by_triton(triton_impl, problem, call, lambda kept: (*kept, make(m, n, dtype=BF16), needs)),
+        keeps=_keeps(op.OPERATOR, call, needs, ("x",)),
+    )
+
+
+def adapter(name: str) -> Layer:
+    from peft_kernels.adapter import op, problem, triton_impl
+
+    m, k, r, scale = 8192, 4096, 64, 0.5
+    x, down, up, down_bias, up_bias = _leaf(m, k), _leaf(r, k), _leaf(k, r), _leaf(r), _leaf(k)
+    options = {"down_bias": down_bias, "up_bias": up_bias, "residual": x, "activation": "gelu", "scale": scale}
+    call = problem.Inputs(
+        x=x.detach(),
+        down_weight=down.detach(),
+        up_weight=up.detach(),
+        down_bias=down_bias.detach(),
+        up_bias=up_bias.detach(),
+        residual=None,
+        serial=True,
+        activation="gelu",
+        scale=scale,
+    )
+    needs = problem.Needs(*[True] * 5)
+    return Layer(
+        name,
+        bytes_of(x),
+        functools.partial(adapter_oracle.eager, x, down, up, **options),
+        (x,),
+        (down, up, down_bias, up_bias),
+        (),
+        here=_by_triton(triton_impl, problem, call, lambda kept: (*kept, torch.empty_like(call.x), needs)),
+        keeps=_keeps(op.OPERATOR, call, needs, ("x",)),
+    )
+
+
+def prefix(name: str) -> Layer:
+    """Today: what PEFT's cache and transformers' SDPA path run.
+
+    The mask is one for all layers, and here in q's dtype already: torch makes that of a boolean one in each layer.
+    """
+    from peft_kernels.prefix import op, problem, triton_impl
+
+    batch, heads, key_heads, length, tokens, d = 4, 32, 8, 64, 2048, 128
+    q = _leaf(batch, heads, tokens, d)
+    k, v = _leaf(batch, key_heads, tokens, d), _leaf(batch, key_heads, tokens, d)
+    prefixes = _leaf(key_heads, length, d), _leaf(key_heads, length, d)
+    mask = torch.empty(batch, 1, tokens, length + tokens, dtype=BF16, device="meta")
+
+    def today() -> Tensor:
+        joined = (
+            torch.cat((given.expand(batch, -1, -1, -1), rows), dim=2)
+            for given, rows in zip(prefixes, (k, v), strict=True)
+        )
+        keys, values = (
+            rows[:, :, None].expand(-1, -1, heads // key_heads, -1, -1).reshape(batch, heads, length + tokens, d)
+            for rows in joined
+        )
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, keys, values, mask.expand(-1, heads, -1, -1), True
+        )[0]
+
+    plain = [tensor.detach() for tensor in (q, k, v, *prefixes)]
+    call = problem.Inputs(*plain, causal=True, scale=d**-0.5, key_padding_mask=None)
+    needs = problem.Needs(*[True] * 5)
+    return Layer(
+        name,
+        bytes_of(q),
+        today,
+        (q, k, v),
+        prefixes,
+        (mask,),
+        here=_by_triton(triton_impl, problem, call, lambda kept: (*kept, torch.empty_like(call.q), needs), with_y=True),
+        keeps=_keeps(op.OPERATOR, call, needs, ("q", "k", "v")),
+    )
+
+
+def prompt(name: str, n: int) -> Layer:
+    from peft_kernels.prompt import problem, triton_impl
+
+    tokens, prompts = torch.empty(8, 512, 4096, dtype=BF16, device="meta"), _leaf(n, 20, 4096)
+    call = problem.Inputs(token_embeddings=tokens, prompts=prompts.detach())
+    needs = problem.Needs(token_embeddings=False, prompts=True)
+    described = problem.make_problem(call)
+    return Layer(
+        name,
+        bytes_of(tokens),
+        lambda: prompt_oracle.eager(prompts, tokens),
+        (),
+        (prompts,),
+        (tokens,),
+        here=(
+            lambda: triton_impl.forward(described, call),
+            lambda y: triton_impl.backward(described, y, needs),
+        ),
+        keeps=lambda kept: 0,
+    )
+
+
+def _leaf(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def _by_triton(
+    implementation: Any, family: Any, call: Any, rest: Callable[[tuple[Any, ...]], Sequence[Any]], with_y: bool = False
+) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """The two passes of an implementation whose results, behind y, are kept; y too where the backward pass reads it."""
+    problem = family.make_problem(call)
+
+    def forward() -> tuple[Any, ...]:
+        y, *kept = implementation.forward(problem, call)
+        return (y, *kept) if with_y else tuple(kept)
+
+    return forward, lambda kept: implementation.backward(problem, call, *rest(kept))
+
+
+def _keeps(operator: Any, call: Any, needs: Any, activations: tuple[str, ...]) -> Callable[[tuple[Any, ...]], int]:
+    """What an operator keeps: of the call, activations that its backward pass reads, and its results' kept part."""
+    read = [getattr(call, name) for name in operator.reads(needs) if name in activations]
+    return lambda kept: bytes_of(read, kept)
+
+
+def count_today(layer: Layer) -> Count:
+    """Count torch's operators, forward and backward."""
+    known = {_memory(tensor) for tensor in (*layer.parameters, *layer.weights)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _memory(tensor) not in known:
+            kept[_memory(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Traffic() as forward:
+        y = layer.today()
+    with Traffic() as backward:
+        torch.autograd.grad(y, (*layer.activations, *layer.parameters), torch.empty_like(y))
+    return Count(forward.launches, backward.launches, forward.bytes + backward.bytes, sum(kept.values()))
+
+
+def count_here(layer: Layer) -> Count:
+    """Count this package's launches, and torch's operators between them."""
+    forward, backward = layer.here
+    with launches_are_counted(Traffic()) as first:
+        kept = forward()
+    with launches_are_counted(Traffic()) as second:
+        backward(kept)
+    return Count(first.launches, second.launches, first.bytes + second.bytes, layer.keeps(kept))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def launches_are_counted(traffic: Traffic) -> Iterator[Traffic]:
+    """Let Triton's launches add to a count in the place of running, with the configs of the device above."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from peft_kernels._core import device, launch
+
+    def counted(self: Any, grid: Any, pointers: tuple[Any, ...], *rest: Any) -> None:
+        bases = [pointer.base if isinstance(pointer, TensorDescriptor) else pointer for pointer in pointers]
+        traffic.add(bytes_of(*{id(base): base for base in bases}.values()))
+
+    described = device.Hardware(arch=ARCH, sm_count=SM_COUNT)
+    with (
+        mock.patch.object(device, "INTERPRETER", described),
+        mock.patch.object(launch.Launcher, "__call__", counted),
+        traffic,
+    ):
+        yield traffic
+
+
+def render() -> str:
+    """Lay out the README's table.
+
+    Raises:
+        ImportError: Triton is not installed, whose launches are counted.
+    """
+    what = ("kernels, {}", "passes, {}", "kept, {}")
+    header = ["one layer's step", *(name.format(whose) for name in what for whose in ("today", "here"))]
+    rows = []
+    for layer in layers():
+        today, here = count_today(layer), count_here(layer)
+        rows.append(
+            [
+                layer.name,
+                *(f"{count.forward} + {count.backward}" for count in (today, here)),
+                *(f"{count.bytes / layer.activation:.1f}" for count in (today, here)),
+                *(_share(count.kept / layer.activation) for count in (today, here)),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def _share(value: float) -> str:
+    return "0" if value == 0 else f"{math.ceil(100 * value) / 100:.2f}"

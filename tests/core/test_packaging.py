@@ -1,0 +1,95 @@
+"""What the package says of itself, and that what checks it in three places checks the same."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib", reason="Python has it since 3.11")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.cpu_only
+
+
+@pytest.fixture
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pinned() -> dict[str, str]:
+    lines = "".join(
+        (ROOT / "requirements" / name).read_text() for name in ("constraints.txt", "torch.txt")
+    ).splitlines()
+    return dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line)
+
+
+def requirements(project: dict) -> list[tuple[str, str, str]]:
+    """(name, operator, version) of all that is asked for."""
+    asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
+    return [re.fullmatch(r"([\w-]+)(>=|==)?([\w.]*)", each).groups() for each in asked]
+
+
+def test_every_requirement_has_a_version_that_the_tests_run_with(project: dict) -> None:
+    versions = pinned()
+    for name, operator, version in requirements(project):
+        tested = versions[name.lower()]
+        assert operator, name
+        if operator == "==":
+            assert version == tested, name
+        else:
+            numbers = [tuple(int(part) for part in text.split(".")[:3]) for text in (version, tested)]
+            assert numbers[0] <= numbers[1], name
+
+
+def test_the_least_releases_are_those_that_errors_name(project: dict) -> None:
+    from peft_kernels.integrations import versions
+
+    least = {name: version for name, _, version in requirements(project)}
+    for library in ("peft", "transformers"):
+        assert versions._OLDEST[library].removesuffix(".0") == least[library]
+
+
+def test_metadata(project: dict) -> None:
+    assert project["authors"] and project["license"] == "Apache-2.0"
+    assert len(set(project["classifiers"])) == len(project["classifiers"])
+    # None is known that exists.
+    assert "urls" not in project
+    assert (ROOT / project["readme"]).is_file() and all((ROOT / name).is_file() for name in project["license-files"])
+
+
+def test_the_source_distribution_has_what_it_names() -> None:
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        kind, *names = line.split()
+        if kind != "global-exclude":
+            assert all((ROOT / name).exists() for name in names), line
+
+
+def test_hooks_and_lint_check_the_same_files() -> None:
+    """pre-commit by a pattern, the Makefile by what it finds."""
+    if shutil.which("make") is None or shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this test runs in a repository, with git and make")
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    (pattern,) = re.findall(r"id: clang-format\n(?:.*\n)*?        files: (\S+)\n", config)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    command = [
+        "make",
+        "--silent",
+        "--eval=print-sources: ; @echo $(CSRC) $(EMULATOR)",
+        "print-sources",
+        "PYTHON=python3",
+    ]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {path for path in tracked if re.search(pattern, path)} == set(found) & set(tracked)
+    lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    assert re.findall(r"mypy ([\w ]+)", lint) == re.findall(r"mypy ([\w ]+)", config)
+
+
+def test_the_workflow_calls_what_developers_call() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"- run: (.*)", workflow) == [".ci/run"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
