@@ -72,7 +72,7 @@ GemmArguments gemm_arguments(const GemmParams& params) {
     arguments.up = matrix(params.up, params.n, params.r, params.up_stride, Config::kBlockN, kRankLine);
   }
   arguments.s_half = matrix(params.s_half, params.m, Config::kRank, Config::kRank, Config::kBlockM, kRankLine);
-  arguments.y = matrix(params.y, params.m, params.n, params.n, Config::kConsumerRows, Config::kChunkN);
+  arguments.y = matrix(params.y, params.m, params.n, params.n, Config::kWarpRows, Config::kChunkN);
 
   arguments.bias = static_cast<const uint16_t*>(params.bias);
   arguments.s = params.s;

@@ -37,6 +37,18 @@ constexpr int64_t gemm_workspace_bytes(int64_t m, int64_t r) {
   return 8 * gemm_flags(m) + 2 * m * gemm_padded_rank(r);
 }
 
+// How many stages fit into `limit` bytes beside what the larger takes, the stages' copies of down or y's staging.
+constexpr int gemm_stages(int stage_bytes, int down_bytes, int staging_bytes, int limit) {
+  int stages = 1;
+  while (stages < 6 &&
+         (stages + 1) * stage_bytes +
+                 ((stages + 1) * down_bytes > staging_bytes ? (stages + 1) * down_bytes : staging_bytes) <=
+             limit) {
+    ++stages;
+  }
+  return stages;
+}
+
 template <HalfType kType_, int kRank_, Direction kDirection_>
 struct GemmConfig {
   static constexpr HalfType kType = kType_;
@@ -49,6 +61,11 @@ struct GemmConfig {
   // Whether W, down and up lie in memory by rows of what is summed over, so that wgmma transposes them.
   static constexpr bool kTransposed = kDirection == Direction::kBackward;
 
+  // Whether S up^T is more steps of the reduction, on its accumulators: f is then in the half-precision S, rounded once
+  // as S itself would be. Backward it always is. Forward in float16, f S may leave the range of what it is kept in
+  // where S does not, so f multiplies a product of its own, in float32.
+  static constexpr bool kFolded = kTransposed || kType == HalfType::kBf16;
+
   // A tile of y, and the depth of a step of the reduction: 64 half-precision values are the widest swizzle, 128 bytes.
   // At rank 128 the tile n = 0 has 64 accumulators of S a thread; beside 128 of y they spill, beside 96 they do not.
   static constexpr int kBlockM = kGemmBlockM;
@@ -56,12 +73,16 @@ struct GemmConfig {
   static constexpr int kBlockK = 64;
   static constexpr int kLineBytes = 128;
 
-  // The rank product takes steps of kRankChunk ranks. y leaves in chunks of kChunkN columns.
+  // The rank product takes steps of kRankChunk ranks. y leaves in chunks of kChunkN columns, each warp's 16 rows by
+  // themselves, through kBuffers buffers in turn.
   static constexpr int kRankChunk = kRank < 64 ? kRank : 64;
   static constexpr int kRankSteps = kRank / kRankChunk;
   static constexpr int kRankLineBytes = 2 * kRankChunk;
   static constexpr int kChunkN = 64;
   static constexpr int kChunks = kBlockN / kChunkN;
+  static constexpr int kBiasWords = kFolded ? kBlockN / 8 : 1;
+  static constexpr int kWarpRows = 16;
+  static constexpr int kBuffers = 2;
 
   // Warpgroup 0 copies (one thread of it), warpgroups 1 and 2 multiply, 64 rows of the tile each. A block has the
   // multiprocessor's 65536 registers to itself: 384 threads enter with 168 each, then 128 * 24 + 256 * 240 = 384 * 168.
@@ -82,31 +103,33 @@ struct GemmConfig {
   static constexpr int kSBytes = kBlockM * kRankLineBytes;
   static constexpr int kUpBytes = kBlockN * kRankLineBytes;
   static_assert(kSBytes <= kXBytes && kUpBytes <= kWBytes, "a rank step fits a stage");
-  static constexpr int kStagingBytes = kConsumerRows * kChunkN * 2;
+  static constexpr int kStagingBytes = kWarpRows * kChunkN * 2;
 
   // What the swizzles of 128 bytes ask for; 1024 bytes of slack, since nobody promises the start of dynamic memory.
   static constexpr int kAlignment = 1024;
   static constexpr int kSharedLimit = 227 * 1024;
-  static constexpr int kMaxStages = 4;
-  static constexpr int kStageBytes = kXBytes + kWBytes + kDownBytes;
-  static constexpr int kFixedBytes = kConsumers * kStagingBytes + 2 * kMaxStages * 8;
-  static constexpr int kFittingStages = (kSharedLimit - 2 * kAlignment - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kFittingStages < kMaxStages ? kFittingStages : kMaxStages;
+  static constexpr int kStages = gemm_stages(
+      kXBytes + kWBytes, kDownBytes, kConsumerWarps * kBuffers * kStagingBytes, kSharedLimit - 2 * kAlignment);
   static_assert(kStages > kRankSteps, "the next tile's first step has a slot beside the rank steps");
 };
 
 template <typename Config>
 struct alignas(Config::kAlignment) GemmShared {
   struct alignas(Config::kAlignment) Stage {
-    uint8_t x[Config::kXBytes];        // x (128, 64); S (128, ranks) in a rank step
-    uint8_t w[Config::kWBytes];        // W (block n, 64), or blocks of (64, 64) transposed; up in a rank step
-    uint8_t down[Config::kDownBytes];  // down (rank, 64), or (64, rank) transposed; only for tiles n = 0
+    uint8_t x[Config::kXBytes];  // x (128, 64); S (128, ranks) in a rank step
+    uint8_t w[Config::kWBytes];  // W (block n, 64), or blocks of (64, 64) transposed; up in a rank step
   };
   Stage stage[Config::kStages];
-  uint8_t staging[Config::kConsumers][Config::kStagingBytes];  // y (64, 64) on its way out
+  // Only tiles n = 0 have a down beside x and W. It is where y passes between tiles, so that neither takes from the
+  // other's room: down is loaded after the last tile's y has left, and y staged after the last product by down.
+  union {
+    alignas(Config::kAlignment) uint8_t down[Config::kStages][Config::kDownBytes];  // (rank, 64) | (64, rank)
+    alignas(Config::kAlignment) uint8_t staging[Config::kConsumerWarps][Config::kBuffers][Config::kStagingBytes];
+  };
 
   uint64_t full[Config::kStages];  // a stage's copies have arrived: one arrival, and their bytes
   uint64_t free[Config::kStages];  // its operands have been read: one arrival a consumer warp
+  uint64_t drained;                // y has left `staging`: one arrival a consumer warp, once a tile n = 0
 };
 
 template <typename Config>
@@ -116,7 +139,8 @@ constexpr size_t gemm_shared_bytes() {
   return bytes;
 }
 
-// Named barriers of the consumers; 0 is __syncthreads'.
+// Named barriers: one for each consumer, and one for both; 0 is __syncthreads'.
 constexpr uint32_t kConsumerBarrier = 1;
+constexpr uint32_t kBothConsumersBarrier = kConsumerBarrier + kGemmConsumers;
 
 }  // namespace peft_kernels::lora

@@ -20,7 +20,7 @@ struct GemmArguments {
   sm90::TensorMap down;    // (rank, 64)  (64, rank chunk)
   sm90::TensorMap up;      // (block n, rank chunk)  (rank chunk, 64)
   sm90::TensorMap s_half;  // (128, rank chunk)
-  sm90::TensorMap y;       // (64, 64)
+  sm90::TensorMap y;       // (16, 64)
 
   const uint16_t* bias;    // (n,) or null
   float* s;                // (m, r)
@@ -57,8 +57,12 @@ PEFT_KERNELS_DEVICE int steps_of(const GemmArguments& arguments) {
 
 // One step of the reduction: x, W and, for the tiles that make S, down.
 template <typename Config>
-PEFT_KERNELS_DEVICE void load_step(
-    const GemmArguments& arguments, GemmShared<Config>& shared, int slot, TileIndex tile, int step) {
+PEFT_KERNELS_DEVICE void load_step(const GemmArguments& arguments,
+                                   GemmShared<Config>& shared,
+                                   uint32_t& drained_parity,
+                                   int slot,
+                                   TileIndex tile,
+                                   int step) {
   auto& stage = shared.stage[slot];
   uint64_t* full = &shared.full[slot];
   const int row = tile.m * Config::kBlockM, col = tile.n * Config::kBlockN, k = step * Config::kBlockK;
@@ -73,13 +77,18 @@ PEFT_KERNELS_DEVICE void load_step(
     sm90::tma_load(stage.w, &arguments.w, full, col, k);
   }
   if (makes_s) {
+    if (step == 0) {
+      sm90::barrier_wait(&shared.drained, drained_parity);
+      drained_parity ^= 1;
+    }
+    uint8_t* down = shared.down[slot];
     if constexpr (Config::kTransposed) {
       for (int block = 0; block < Config::kRankSteps; ++block) {
-        sm90::tma_load(stage.down + block * Config::kBlockK * Config::kRankLineBytes, &arguments.down, full, k,
+        sm90::tma_load(down + block * Config::kBlockK * Config::kRankLineBytes, &arguments.down, full, k,
                        block * Config::kRankChunk);
       }
     } else {
-      sm90::tma_load(stage.down, &arguments.down, full, 0, k);
+      sm90::tma_load(down, &arguments.down, full, 0, k);
     }
   }
 }
@@ -118,12 +127,13 @@ template <typename Config>
 PEFT_KERNELS_DEVICE void produce(const GemmArguments& arguments, GemmShared<Config>& shared) {
   const int steps = steps_of<Config>(arguments);
   Ring<Config> ring;
+  uint32_t drained_parity = 0;
   for (int64_t number = blockIdx.x; number < arguments.order.count(); number += gridDim.x) {
     const TileIndex tile = arguments.order.at(number);
     for (int step = 0; step < steps + Config::kRankSteps; ++step) {
       sm90::barrier_wait(&shared.free[ring.slot], ring.parity ^ 1);
       if (step < steps) {
-        load_step(arguments, shared, ring.slot, tile, step);
+        load_step(arguments, shared, drained_parity, ring.slot, tile, step);
       } else {
         load_rank_step(arguments, shared, ring.slot, tile, step - steps);
       }

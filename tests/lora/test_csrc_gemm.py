@@ -89,6 +89,17 @@ def test_exact(seed: int) -> None:
     compare.assert_bitwise_equal("S", s.double() + 0.0, exact[1] + 0.0)
 
 
+@pytest.mark.parametrize(("scale", "a", "b"), [(4096.0, 1e2, 1e-3), (1e-5, 1e-3, 1e4)])
+def test_float16_keeps_its_range(scale: float, a: float, b: float) -> None:
+    """Scale times S is inf or zero in float16, and scale times S B^T is neither, as in eager."""
+    case = Case(m=40, n=72, k=136, r=17, dtype=FP16, scale=scale, bias=False)
+    tensors = cases.make(case, CPU)
+    tensors.weight.zero_()
+    tensors.lora_a.mul_(a)
+    tensors.lora_b.mul_(b)
+    _check_forward(case, tensors, *simt_gemm.forward(case, tensors, 1, schedules=1))
+
+
 def test_infinite_x_stays_infinite() -> None:
     """0 * inf in the columns that pad the rank must not make nan of y's inf."""
     case = Case(m=140, n=264, k=72, r=3, dtype=BF16)
@@ -108,6 +119,7 @@ def _with_an_infinite_row(case: Case) -> Tensors:
 # Faults: the text that is replaced, what replaces it, and which kernel must see it. In one program, each in a namespace
 # of its own, because compiling one more costs a second and compiling another program five.
 PLAIN, BACKWARD_CONFIG = "kBf16-16-kForward", "kBf16-16-kBackward"
+ONE_BLOCK = "kBf16-16-kForward-1"  # whose block has more than one tile n = 0
 FAULTS = {
     "no fault": ("", "", PLAIN),
     "no fault, backward": ("", "", BACKWARD_CONFIG),
@@ -123,33 +135,24 @@ FAULTS = {
     ),
     "the producer waits for the wrong parity": ("ring.parity ^ 1", "ring.parity", PLAIN),
     "a stage is freed before its products are done": (
-        """    if (step > 0) {
-      sm90::wgmma_wait<1>();
-      free_stage(shared, previous);
-    }
-    previous = ring.slot;
-    ring.advance();
-  }
-  sm90::wgmma_wait<0>();
-  sm90::wgmma_results(rY);
-  if constexpr (kMakesS) {
-    sm90::wgmma_results(rS);
-  }
-  free_stage(shared, previous);
-""",
-        """    free_stage(shared, ring.slot);
-    sm90::wgmma_wait<1>();
-    previous = ring.slot;
-    ring.advance();
-  }
-  sm90::wgmma_wait<0>();
-""",
+        "    if (step > 0) {\n      sm90::wgmma_wait<1>();\n      free_stage(shared, previous);\n    }\n",
+        "    if (step > 0) {\n      free_stage(shared, previous);\n      sm90::wgmma_wait<1>();\n    }\n",
+        PLAIN,
+    ),
+    "the last stage is freed before its products are done": (
+        "  sm90::wgmma_wait<0>();\n  sm90::wgmma_results(rY);\n  if constexpr (kMakesS) {",
+        "  free_stage(shared, previous); sm90::wgmma_wait<0>(); return;\n  if constexpr (kMakesS) {",
+        PLAIN,
+    ),
+    "a rank step does not wait for its copies": (
+        "      sm90::barrier_wait(&shared.full[ring.slot], ring.parity);\n      sm90::wgmma_fence();",
+        "      sm90::wgmma_fence();",
         PLAIN,
     ),
     "the rank steps' stages are freed before the rank product": (
-        "    finish<Config>(arguments, shared, slots, tile, consumer, up_factor, rY);\n",
-        "    for (int slot : slots) free_stage(shared, slot);\n"
-        "    finish<Config>(arguments, shared, slots, tile, consumer, up_factor, rY); continue;\n",
+        "  sm90::wgmma_commit();\n  sm90::wgmma_wait<0>();\n  sm90::wgmma_results(rY);\n  free_rank_steps(shared, slots);",
+        "  sm90::wgmma_commit();\n  free_rank_steps(shared, slots);\n"
+        "  sm90::wgmma_wait<0>();\n  sm90::wgmma_results(rY);\n",
         PLAIN,
     ),
     "S is not waited for": (
@@ -189,20 +192,44 @@ FAULTS = {
         "(sY + 16 * (i / 4 + lane / 16))",
         PLAIN,
     ),
-    "y is staged while the last chunk is still read": ("    sm90::tma_store_wait_read<0>();\n", "", PLAIN),
-    "y is not fenced for TMA": (
-        "  sm90::fence_async_shared();\n  sm90::named_barrier_sync(barrier, Config::kWarpgroup);\n",
-        "  sm90::named_barrier_sync(barrier, Config::kWarpgroup);\n",
+    "y is staged while the last chunk but one is still read": (
+        "    sm90::tma_store_wait_read<Config::kBuffers - 1>();\n",
+        "",
         PLAIN,
     ),
-    "y leaves before the warpgroup has staged it": (
-        "  sm90::fence_async_shared();\n  sm90::named_barrier_sync(barrier, Config::kWarpgroup);\n",
-        "  sm90::fence_async_shared();\n",
+    "one more buffer of y is taken to be free": (
+        "tma_store_wait_read<Config::kBuffers - 1>",
+        "tma_store_wait_read<Config::kBuffers>",
+        PLAIN,
+    ),
+    "down comes while y is still read": (
+        "      sm90::barrier_wait(&shared.drained, drained_parity);\n",
+        "",
+        ONE_BLOCK,
+    ),
+    "y is said to have left before it has": (
+        "        sm90::tma_store_wait_read<0>();\n        sm90::barrier_arrive(&shared.drained);",
+        "        sm90::barrier_arrive(&shared.drained);",
+        ONE_BLOCK,
+    ),
+    "y is staged where the other consumer still multiplies by down": (
+        "      sm90::named_barrier_sync(kBothConsumersBarrier, Config::kConsumers * Config::kWarpgroup);\n",
+        "",
+        PLAIN,
+    ),
+    "y is not fenced for TMA": (
+        "  sm90::fence_async_shared();\n  __syncwarp();\n  if (lane == 0) {\n    sm90::tma_store(",
+        "  __syncwarp();\n  if (lane == 0) {\n    sm90::tma_store(",
+        PLAIN,
+    ),
+    "y leaves before the warp has staged it": (
+        "  sm90::fence_async_shared();\n  __syncwarp();\n  if (lane == 0) {\n    sm90::tma_store(",
+        "  sm90::fence_async_shared();\n  if (lane == 0) {\n    sm90::tma_store(",
         PLAIN,
     ),
     "the block exits before its stores are done": ("    sm90::tma_store_wait<0>();\n", "", PLAIN),
     "fewer bytes are announced than come": ("(makes_s ? Config::kDownBytes : 0)", "0", PLAIN),
-    "columns past the rank are not cleared": ("col < arguments.r ? rS[i] * factor : 0.0f", "rS[i] * factor", PLAIN),
+    "columns past the rank are not cleared": ("col < arguments.r ? rS[i] : 0.0f", "rS[i]", PLAIN),
     "rows past the end are written": (
         "      if (row < arguments.m) {\n        if (col",
         "      {\n        if (col",
@@ -228,6 +255,8 @@ MUTATED = (
     "gemm_sm90_config.h",
     "tile_order.h",
     "gemm_sm90_producer.cuh",
+    "gemm_sm90_products.cuh",
+    "gemm_sm90_epilogue.cuh",
     "gemm_sm90.cuh",
     "gemm_sm90_arguments.h",
 )
@@ -251,7 +280,7 @@ def faulty() -> Path:
     entries = []
     for number, (fault, (old, new, config)) in enumerate(FAULTS.items()):
         assert old in kernel, f"{fault}: there is nothing to replace"
-        space, (kind, rank, direction) = f"peft_kernels::fault_{number}", config.split("-")
+        space, (kind, rank, direction) = f"peft_kernels::fault_{number}", config.split("-")[:3]
         text += f"namespace {space} {{ using lora::GemmParams; }}\n"
         text += (kernel.replace(old, new) if old else kernel).replace("peft_kernels::lora", space)
         text += f"namespace {space} {{\n{test}}}\n"
@@ -264,7 +293,7 @@ def faulty() -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_seen(faulty: Path, fault: str) -> None:
-    backward = FAULTS[fault][2] == BACKWARD_CONFIG
+    backward, grid = FAULTS[fault][2] == BACKWARD_CONFIG, 1 if FAULTS[fault][2] == ONE_BLOCK else 3
     case = FAULT_CASE_BACKWARD if backward else FAULT_CASE
     tensors, dy = _with_an_infinite_row(case), cases.output_gradient(case, CPU)
     x, weight, lora_a, lora_b, bias = tensors
@@ -273,11 +302,11 @@ def test_faults_are_seen(faulty: Path, fault: str) -> None:
         number = str(list(FAULTS).index(fault))
         if backward:
             operands, sizes = {"x": dy, "w": weight, "down": lora_b, "up": lora_a}, (case.m, case.k, case.n)
-            got = simt_gemm.run(faulty, number, operands, None, case, sizes, grid=3, schedules=schedules)
+            got = simt_gemm.run(faulty, number, operands, None, case, sizes, grid=grid, schedules=schedules)
             _check_backward(case, tensors, dy, *got)
         else:
             operands, sizes = {"x": x, "w": weight, "down": lora_a, "up": lora_b}, (case.m, case.n, case.k)
-            got = simt_gemm.run(faulty, number, operands, bias, case, sizes, grid=3, schedules=schedules)
+            got = simt_gemm.run(faulty, number, operands, bias, case, sizes, grid=grid, schedules=schedules)
             _check_forward(case, tensors, *got)
 
     if fault.startswith("no fault"):
