@@ -15,8 +15,8 @@ from peft_kernels.lora.kernels.cuda_reduce import OverDy, OverX
 from peft_kernels.lora.kernels.dropout import Dropout, keep_scale
 from python_ref import compare
 from tests.lora.cases import Case, check_budget, make, output_gradient
-from tests.lora.test_csrc_gemm import BACKWARD, FORWARD
 from tests.lora.simt_reduce import Operands, Task
+from tests.lora.test_csrc_gemm import BACKWARD, FORWARD
 from tests.lora.test_csrc_reduce import TASKS, draw, expected
 from tests.lora.test_cuda_backend import _by_cuda
 from tests.lora.test_cuda_decode import GRID
