@@ -9,11 +9,11 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 | triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | any  | tested in Triton's interpreter and compiled for |
 |         |                       |                        |      | sm_80, 89, 90, 100; in `auto` where a machine's |
 |         |                       |                        |      | own check finds it right                        |
-| cuda    | CUDA, sm_80 and newer | bf16, fp16; adapters   | any  | decode: M <= 16, no dropout; backward by torch. |
+| cuda    | CUDA, sm_80 and newer | bf16, fp16; adapters   | any  | decode: M <= 16, no dropout; dX by cuBLAS.      |
 |         |                       | likewise or fp32       |      | Device body tested in the emulator; in `auto`   |
 |         |                       |                        |      | as Triton is                                    |
 |         | CUDA, sm_90           | bf16, fp16; adapters   | 128  | gemm: no dropout, N and K multiples of 8; dX    |
-|         |                       | likewise               |      | and dS in one launch, the rest by torch. As     |
+|         |                       | likewise               |      | and dS in one launch, dA and dB in one. As      |
 |         |                       |                        |      | above: emulator, and in `auto` after a check    |
 
 Map, bottom to top:
@@ -24,9 +24,10 @@ Map, bottom to top:
         triton_fwd.py      `narrow_product`, `rank_product`, `add_rank_product`            (S, update of y; dS, of dX)
         triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                              (dS, dB, dbias; dA)
         triton_dropout.py  the mask, recomputed in a kernel's registers; `drop` and `add_dropped` alone
-        cuda_workspace.py  memory and nonces of launches whose blocks wait for each other
+        cuda_workspace.py  memory and nonces of launches whose blocks hand each other results
         cuda_decode.py     the launch of csrc/lora/decode.cuh                              (S, y; M <= 16)
         cuda_gemm.py       the launches of csrc/lora/gemm_sm90.cuh                         (S, y; dS, dX)
+        cuda_reduce.py     the launch of csrc/lora/reduce.cuh                              (dA, dB, dbias; also dS)
     linear/                the operator `lora_linear`
         problem.py         the arguments of a call, the facts that backends decide on, every check
         torch_impl.py      the torch backend

@@ -38,7 +38,7 @@ def test_json_names_every_family_and_backend() -> None:
     for backends in report["operators"].values():
         assert backends["torch"] == info.AVAILABLE
         assert all(isinstance(answer, str) and answer for answer in backends.values())
-    assert report["operators"]["lora_linear"]["cuda"].endswith("; what it has no kernels for is done by torch")
+    assert report["operators"]["bottleneck_adapter"]["cuda"].endswith("; what it has no kernels for is done by torch")
 
 
 def test_verdicts_and_where_they_come_from(tmp_path: Path) -> None:

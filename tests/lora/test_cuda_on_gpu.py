@@ -1,5 +1,5 @@
 """The CUDA backend on the GPUs that its kernels are written for. What the host's emulator shows without one is in
-test_cuda_backend.py, test_cuda_decode.py and test_cuda_gemm.py."""
+test_cuda_backend.py, test_cuda_decode.py, test_cuda_gemm.py and test_csrc_reduce.py."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import torch
 
 import peft_kernels as pk
 from peft_kernels._core.device import hardware
-from peft_kernels.lora.kernels import cuda_gemm
+from peft_kernels.lora.kernels import cuda_gemm, cuda_reduce
+from peft_kernels.lora.kernels.cuda_reduce import OverDy, OverX
+from peft_kernels.lora.kernels.dropout import Dropout, keep_scale
 from python_ref import compare
-from tests.lora.cases import Case, check_budget, make
+from tests.lora.cases import Case, check_budget, make, output_gradient
+from tests.lora.simt_reduce import Operands, Task
 from tests.lora.test_csrc_gemm import BACKWARD, FORWARD
+from tests.lora.test_csrc_reduce import TASKS, draw, expected
 from tests.lora.test_cuda_backend import _by_cuda
 from tests.lora.test_cuda_decode import GRID
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
-BF16 = torch.bfloat16
+BF16, FP16 = torch.bfloat16, torch.float16
 GEMM = [case for case, _ in (*FORWARD, *BACKWARD) if case.m > 16]
 # One token and as many as the decode kernel takes; many tiles a block, and row blocks that end in one row.
 REPEATED = [
@@ -53,17 +57,70 @@ def test_same_bits(case: Case, device: torch.device) -> None:
         compare.assert_bitwise_equal("y", call(), first)
 
 
+# All blocks of a GPU, several to a tile and several tiles to a block; with them what the emulator runs.
+REDUCED = [
+    *TASKS,
+    Task(m=8193, n=4096, k=4096, r=16, dtype=BF16, adapter_dtype=BF16, threshold=6554),
+    Task(m=2048, n=520, k=264, r=128, dtype=FP16, adapter_dtype=FP16),
+    Task(m=1000, n=14336, k=8, r=64, dtype=BF16, adapter_dtype=BF16, da=False, ds=True),
+    Task(m=300, n=4096, k=1000, r=40, dtype=BF16, adapter_dtype=torch.float32),
+]
+
+
+def _reduced(task: Task, device: torch.device) -> tuple[cuda_reduce.Sums, Operands]:
+    operands = draw(task)
+    dy, s, x, ds, lora_b = (tensor.to(device) for tensor in operands[:5])
+    seed = torch.tensor(operands.seed, device=device) if task.threshold else None
+    over_dy = OverDy(dy, 0.5, s if task.db else None, lora_b if task.ds else None, task.dbias)
+    over_x = OverX(x, ds, Dropout(seed, task.threshold, keep_scale(task.threshold))) if task.da else None
+    return cuda_reduce.reduce_rows(over_dy, over_x, task.r, task.adapter_dtype), operands
+
+
+@pytest.mark.parametrize("task", REDUCED, ids=str)
+def test_sums_over_tokens(task: Task, device: torch.device) -> None:
+    got, operands = _reduced(task, device)
+    scales = 0.5, keep_scale(task.threshold)
+    eager = expected(task, operands, *scales, task.adapter_dtype)
+    oracle = expected(task, operands, *scales, torch.float64)
+    for name in ("db", "dbias", "da", "ds"):
+        ours = getattr(got, name)
+        assert (ours is None) == (getattr(oracle, name) is None), name
+        if ours is not None:
+            ours = ours.cpu()
+            compare.assert_close(f"{task} {name}", ours, getattr(eager, name).to(ours.dtype), getattr(oracle, name))
+
+
+@pytest.mark.parametrize("task", REDUCED, ids=str)
+def test_sums_have_the_same_bits(task: Task, device: torch.device) -> None:
+    first, _ = _reduced(task, device)
+    for _ in range(20):
+        for name, one, other in zip(first._fields, first, _reduced(task, device)[0], strict=True):
+            if one is not None:
+                compare.assert_bitwise_equal(name, one, other)
+
+
 @pytest.mark.parametrize("case", REPLAYED, ids=str)
 def test_graph_replays(case: Case, device: torch.device) -> None:
-    """Each replay must compute again: flags of the replay before may not count."""
+    """Each replay must compute again: flags and tickets of the replay before may not count."""
     _skip_where_none_is_for(case, device)
     x, weight, lora_a, lora_b, _ = make(case, device)
-    call = functools.partial(pk.lora_linear, x, weight, lora_a, lora_b, backend="cuda")
-    call()
+    leaves = tuple(tensor.requires_grad_() for tensor in (x, lora_a, lora_b))
+    dy = output_gradient(case, device)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        y = pk.lora_linear(x, weight, lora_a, lora_b, backend="cuda")
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = call()
+        results = call()
     for seed in range(20):
-        x.copy_(make(case, device, seed).x)
+        x.data.copy_(make(case, device, seed).x)
         graph.replay()
-        compare.assert_bitwise_equal("y", y, call())
+        for name, one, other in zip(("y", "dx", "da", "db"), results, call(), strict=True):
+            compare.assert_bitwise_equal(name, one, other)
