@@ -59,8 +59,9 @@ class Traffic(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name not in FREE:
-            # copy_ overwrites its first argument without reading it.
-            self.add(bytes_of(args[1:] if name == "copy_" else args, kwargs, result))
+            # The first argument is overwritten without being read.
+            is_output = name == "copy_" or (name == "addmm_" and (kwargs or {}).get("beta") == 0)
+            self.add(bytes_of(args[1:] if is_output else args, kwargs, result))
         return result
 
     def add(self, count: int) -> None:

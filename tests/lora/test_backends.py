@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import peft_kernels as pk
+from peft_kernels.lora.linear import torch_impl
+from tests.contract.draw import DTYPES
 from tests.contract.operators import assert_close
-from tests.lora.cases import OPERATOR, SEED, VARIANTS, WITH_AUTO, Case, Tensors, keep_mask, make
+from tests.lora.cases import OPERATOR, SEED, VARIANTS, WITH_AUTO, Case, Tensors, check_budget, keep_mask, make
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -74,3 +78,18 @@ def test_what_base_product_and_update_leave_of_each_other_is_finite(
     expected = torch.full_like(y, update + (bias or 0.0) - 6e4)
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=0.0)
     torch.testing.assert_close(OPERATOR.eager(case, tensors), expected, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(Case(m=70, n=136, k=264, r=12), dtype=dtype, adapter_dtype=adapter, p=p, bias=bias, scale=scale)
+        for dtype, adapter in DTYPES
+        for p, bias, scale in ((0.0, True, 0.75), (0.0, False, torch.tensor(-1.5)), (0.3, True, torch.tensor(0.5)))
+    ],
+    ids=str,
+)
+def test_order_of_a_gpu_keeps_the_budget(case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the torch backend adds base products last for some dtypes alone; on a GPU for all that keep range."""
+    monkeypatch.setattr(torch_impl, "_adds_base_last", lambda problem: True)
+    check_budget(case, device, lambda *given: OPERATOR.run_ours(*given, "torch"))

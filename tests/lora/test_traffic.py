@@ -6,13 +6,15 @@ Counted on meta tensors, which take the code that CUDA tensors take. A mask kern
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.counts import Traffic, bytes_of
+from benchmarks import counts
+from benchmarks.counts import bytes_of
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear import torch_impl
@@ -24,6 +26,30 @@ SIZE, RANK, SCALE = 1024, 16, 0.5
 BF16, FP32 = torch.bfloat16, torch.float32
 PAIRS = [(BF16, FP32), (BF16, BF16), (FP32, FP32)]
 ALL = Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=False)
+
+
+class Traffic(counts.Traffic):
+    """Apart from that, the bytes that no base product hides: those of all other operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = 0
+
+    @property
+    def exposed(self) -> int:
+        return self.bytes - self.hidden
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.bytes
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if is_base_product(function.overloadpacket.__name__, args, result):
+            self.hidden += self.bytes - before
+        return result
+
+
+def is_base_product(name: str, args: Any, result: Any) -> bool:
+    """Whether no dimension of a product is the rank."""
+    return name in ("mm", "addmm", "addmm_") and min(*result.shape, args[-1].shape[0]) > RANK
 
 
 def kernel_of(traffic: Traffic) -> type[masks.Mask]:
@@ -147,6 +173,22 @@ def show(inputs: Inputs, ours: tuple[Traffic, Traffic], theirs: tuple[Traffic, T
 
 
 @pytest.mark.parametrize(("dtype", "adapter"), PAIRS, ids=str)
+def test_updates_written_first_expose_a_pass_less(
+    dtype: torch.dtype, adapter: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way: the product reads y0 or dX0 where a sum in place read and wrote y or dX after it."""
+    inputs = inputs_of(dtype, adapter, 0.0)
+    first = of_torch_backend(inputs, kernel_of, monkeypatch)
+    monkeypatch.setattr(torch_impl, "_adds_base_last", lambda problem: False)
+    last = of_torch_backend(inputs, kernel_of, monkeypatch)
+    narrow = SIZE * RANK * 4
+    for ours, before in zip(first, last, strict=True):
+        print(f"{ours.exposed / bytes_of(inputs.x):.1f} of {before.exposed / bytes_of(inputs.x):.1f} passes exposed")
+        assert ours.exposed <= before.exposed - bytes_of(inputs.x) + 2 * narrow
+        assert ours.bytes <= before.bytes + 2 * narrow
+
+
+@pytest.mark.parametrize(("dtype", "adapter"), PAIRS, ids=str)
 def test_blocks_of_rows_multiply_no_launches(
     dtype: torch.dtype, adapter: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,12 +201,19 @@ def test_blocks_of_rows_multiply_no_launches(
 
 
 def test_counts_are_of_what_is_moved() -> None:
-    """A product, a sum in place, a cast and a view, by hand."""
+    """A product, a sum in place, a cast and a view, by hand; and products that write, and that add."""
     x = torch.empty(8, 16, dtype=BF16, device="meta")
     with Traffic() as traffic:
         y = x @ x.t()
         y.add_(y)
         y.float()
     one, square = 8 * 16 * 2, 8 * 8 * 2
-    assert traffic.bytes == (2 * one + square) + 3 * square + 3 * square
+    assert traffic.bytes == traffic.exposed == (2 * one + square) + 3 * square + 3 * square
     assert traffic.launches == 3
+    x = torch.empty(8, 2 * RANK, dtype=BF16, device="meta")
+    y = torch.empty(2 * RANK, 2 * RANK, dtype=BF16, device="meta")
+    with Traffic() as traffic:
+        y.addmm_(x.t(), x, beta=0)
+        y.addmm_(y, y)
+    assert traffic.exposed == bytes_of(x, x, y)
+    assert traffic.bytes == traffic.exposed + bytes_of(y, y, y, y)

@@ -2,7 +2,7 @@
 
 Equation  narrow_and_reduce: dS_part = f dY B and dB_part = f dY^T S in one pass over dY, and dbias_part = sum dY
           reduce_rows: out_part = f S^T drop(x); dS for S gives dA, dY for x gives dB^T  (docs/design/lora.md)
-Tensors   dY (M, N), x (M, K), B (N, r): any strides; S, dS (M, r) float32, contiguous
+Tensors   dY (M, N), x (M, K), B (N, r): any strides; S, dS (M, r) float32, contiguous rows
           partial sums float32: dS (tiles of N, M, r), dB (splits, N, r), dbias (splits, N), out (splits, r, K)
 Tiles     narrow_and_reduce: a program owns BLOCK_N columns of dY and one of the ranges of rows
           reduce_rows: likewise of x, and BLOCK_R ranks
@@ -28,6 +28,7 @@ from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision
 from peft_kernels.lora.kernels.config import NarrowAndReduceConfig, ReduceRowsConfig
 from peft_kernels.lora.kernels.dropout import Dropout
 from peft_kernels.lora.kernels.triton_dropout import keep_tile
+from peft_kernels.lora.kernels.triton_fwd import partials_for, summed
 
 
 @triton.jit(do_not_specialize=("blocks",))
@@ -37,7 +38,7 @@ def narrow_and_reduce_kernel(
     # free
     blocks,
     # specialized
-    M, N, R, stride_ym, stride_yn, stride_bn, stride_br,
+    M, N, R, stride_ym, stride_yn, stride_sm, stride_bn, stride_br, stride_dsm,
     # constexprs
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, NEEDS_DBIAS: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -63,11 +64,11 @@ def narrow_and_reduce_kernel(
         dy = tl.load(dy_ptr + dy_offsets, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         mask_s = mask_m[:, None] & mask_r[None, :]
         if NEEDS_DB:
-            s = tl.load(s_ptr + rows * R + offs_r[None, :], mask=mask_s, other=0.0)
+            s = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask_s, other=0.0)
             db = dot(tl.trans(dy), s, db, EXACT, PRECISION)
         if NEEDS_DS:
             ds = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), EXACT, PRECISION) * scale
-            tl.store(ds_ptr + (pid_n.to(tl.int64) * M + rows) * R + offs_r[None, :], ds, mask=mask_s)
+            tl.store(ds_ptr + (pid_n.to(tl.int64) * M + rows) * stride_dsm + offs_r[None, :], ds, mask=mask_s)
         if NEEDS_DBIAS:
             dbias += tl.sum(dy.to(tl.float32), axis=0)
 
@@ -85,7 +86,7 @@ def reduce_rows_kernel(
     # free
     blocks, dropout_threshold,
     # specialized
-    M, K, R, stride_xm, stride_xk,
+    M, K, R, stride_xm, stride_xk, stride_sm,
     # constexprs
     HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -103,7 +104,7 @@ def reduce_rows_kernel(
         rows = offs_m.to(tl.int64)[:, None]
         x_offsets = rows * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
         x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        s = tl.load(s_ptr + rows * R + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        s = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if HAS_DROPOUT:
             keep = keep_tile(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, dropout_threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
@@ -130,19 +131,22 @@ def narrow_and_reduce(
     r: int,
     exact: bool,
     config: NarrowAndReduceConfig,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch one pass over dy; return dS (M, r), dB (N, r) and dbias (N,), float32, those that ``needs`` asks for.
 
     Args:
-        dy: (M, N). s: (M, r) float32, contiguous, for dB alone. b: (N, r), for dS alone. factor: float or 0-d tensor.
+        dy: (M, N). s: (M, r) float32 with contiguous rows, for dB alone. b: (N, r), for dS alone. factor: float or 0-d
+            tensor.
         needs: of dS, dB and dbias.
         exact: keep all bits of the float32 operands beside a half-precision dy.
+        out: dS, where it is a part of a wider matrix's columns.
     """
     m, n = dy.shape
     needs_ds, needs_db, needs_dbias = needs
     tiles_n = cdiv(n, config.BLOCK_N)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=dy.device)
-    ds = empty(shape_of_partials(tiles_n, m, r)) if needs_ds else None
+    ds = partials_for(out, tiles_n, m, r, dy.device) if needs_ds else None
     db = empty(shape_of_partials(config.splits, n, r)) if needs_db else None
     dbias = empty(shape_of_partials(config.splits, n)) if needs_dbias else None
 
@@ -150,12 +154,20 @@ def narrow_and_reduce(
         (tiles_n, config.splits, 1),
         (dy, s, b, ds, db, dbias, factor),
         (blocks_of_range(m, config.BLOCK_M, config.splits),),
-        (m, n, r, *dy.stride(), *((0, 0) if b is None else b.stride())),
+        (
+            m,
+            n,
+            r,
+            *dy.stride(),
+            0 if s is None else s.stride(0),
+            *((0, 0) if b is None else b.stride()),
+            0 if ds is None else ds.stride(-2),
+        ),
         (*needs, isinstance(factor, Tensor), exact, dot_precision(dy.dtype)),
         config,
     )
     return (
-        None if ds is None else sum_partials(ds, tiles_n),
+        None if ds is None else summed(ds, tiles_n, out),
         None if db is None else sum_partials(db, config.splits),
         None if dbias is None else sum_partials(dbias, config.splits),
     )
@@ -167,7 +179,7 @@ def reduce_rows(
     """Launch factor * s^T drop(x) and return it (r, K) float32.
 
     Args:
-        x: (M, K). s: (M, r) float32, contiguous. factor: float or 0-d tensor; holds the dropout's keep_scale.
+        x: (M, K). s: (M, r) float32 with contiguous rows. factor: float or 0-d tensor; holds the dropout's keep_scale.
         dropout: of x, or ``NO_DROPOUT``.
         exact: keep all bits of s beside a half-precision x.
     """
@@ -178,7 +190,7 @@ def reduce_rows(
         (cdiv(k, config.BLOCK_K), cdiv(r, config.BLOCK_R), config.splits),
         (x, s, partials, dropout.seed, factor),
         (blocks_of_range(m, config.BLOCK_M, config.splits), dropout.threshold),
-        (m, k, r, *x.stride()),
+        (m, k, r, *x.stride(), s.stride(0)),
         (dropout.seed is not None, isinstance(factor, Tensor), exact, dot_precision(x.dtype)),
         config,
     )

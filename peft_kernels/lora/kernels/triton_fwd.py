@@ -3,7 +3,7 @@
 Equation  narrow_product: S = f drop(x) A^T | rank_product: out = bias + f drop'(S B^T)
           add_rank_product: y += f drop'(S B^T), in place
           (Hu et al. 2021, section 4.1; f is the scale or 1 / (1 - p), drop' masks the product instead of x)
-Tensors   x (M, K), A (r, K), B (N, r), bias (N,): any strides; out, y (M, N); S (M, r) float32, contiguous
+Tensors   x (M, K), A (r, K), B (N, r), bias (N,): any strides; out, y (M, N); S (M, r) float32, contiguous rows
           backward: dS is a narrow product of dY with B^T for A; dX's update a rank product of dS for S, A^T for B
 Tiles     narrow_product: a program owns BLOCK_M rows, BLOCK_R ranks and one of the ranges of K
           rank_product: a program owns a (BLOCK_M, BLOCK_N) tile
@@ -29,7 +29,13 @@ from peft_kernels.lora.kernels.triton_dropout import keep_tile
 
 
 class RankProduct(NamedTuple):
-    """The product factor * s b^T: s (M, r) float32, contiguous; b (N, r), any strides; factor a float or 0-d tensor."""
+    """The product factor * s b^T.
+
+    Attributes:
+        s: (M, r) float32, contiguous rows.
+        b: (N, r), any strides.
+        factor: float or 0-d tensor.
+    """
 
     s: Tensor
     b: Tensor
@@ -43,7 +49,7 @@ def narrow_product_kernel(
     # free
     blocks, dropout_threshold,
     # specialized
-    M, K, R, stride_xm, stride_xk, stride_ar, stride_ak,
+    M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
     # constexprs
     HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -71,7 +77,7 @@ def narrow_product_kernel(
         acc = dot(x, a, acc, EXACT, PRECISION)
 
     acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
-    s_rows = s_ptr + (pid_split.to(tl.int64) * M + offs_m.to(tl.int64))[:, None] * R
+    s_rows = s_ptr + (pid_split.to(tl.int64) * M + offs_m.to(tl.int64))[:, None] * stride_sm
     tl.store(s_rows + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
 
 
@@ -82,7 +88,7 @@ def rank_product_kernel(
     # free
     M, dropout_threshold, keep_scale,
     # specialized
-    N, R, stride_om, stride_bn, stride_br,
+    N, R, stride_om, stride_sm, stride_bn, stride_br,
     # constexprs
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, ADDS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -108,7 +114,7 @@ def rank_product_kernel(
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
-        s_offsets = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+        s_offsets = offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
         s = tl.load(s_ptr + s_offsets, mask=mask_m[:, None] & mask_r[None, :], other=0.0) * scale
         b_offsets = offs_r.to(tl.int64)[:, None] * stride_br + offs_n.to(tl.int64)[None, :] * stride_bn
         b = tl.load(b_ptr + b_offsets, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
@@ -133,7 +139,13 @@ _launch_rank_product = Launcher(
 
 
 def narrow_product(
-    x: Tensor, a: Tensor, factor: float | Tensor, dropout: Dropout, exact: bool, config: NarrowProductConfig
+    x: Tensor,
+    a: Tensor,
+    factor: float | Tensor,
+    dropout: Dropout,
+    exact: bool,
+    config: NarrowProductConfig,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Launch S = factor * drop(x) a^T and return S (M, r) float32.
 
@@ -141,19 +153,32 @@ def narrow_product(
         x: (M, K). a: (r, K). factor: float or 0-d tensor; holds the dropout's keep_scale.
         dropout: of x, or ``NO_DROPOUT``.
         exact: keep all bits of a float32 ``a`` beside a half-precision x.
+        out: S, where it is a part of a wider matrix's columns.
     """
     (m, k), r = x.shape, a.shape[0]
-    partials = torch.empty(shape_of_partials(config.splits, m, r), dtype=torch.float32, device=x.device)
+    partials = partials_for(out, config.splits, m, r, x.device)
 
     _launch_narrow_product(
         (cdiv(m, config.BLOCK_M), cdiv(r, config.BLOCK_R), config.splits),
         (x, a, partials, dropout.seed, factor),
         (blocks_of_range(k, config.BLOCK_K, config.splits), dropout.threshold),
-        (m, k, r, *x.stride(), *a.stride()),
+        (m, k, r, *x.stride(), *a.stride(), partials.stride(-2)),
         (dropout.seed is not None, isinstance(factor, Tensor), exact, dot_precision(x.dtype)),
         config,
     )
-    return sum_partials(partials, config.splits)
+    return summed(partials, config.splits, out)
+
+
+def partials_for(out: Tensor | None, splits: int, m: int, r: int, device: torch.device) -> Tensor:
+    """Where a launch leaves what makes S or dS (M, r): partial sums, or ``out`` where there are none."""
+    if out is not None and splits == 1:
+        return out
+    return torch.empty(shape_of_partials(splits, m, r), dtype=torch.float32, device=device)
+
+
+def summed(partials: Tensor, splits: int, out: Tensor | None) -> Tensor:
+    """Their sum, in ``out`` if there is one."""
+    return sum_partials(partials, splits) if out is None or splits == 1 else torch.sum(partials, 0, out=out)
 
 
 def rank_product(
@@ -186,7 +211,7 @@ def _launch(
         (cdiv(m, config.BLOCK_M), cdiv(n, config.BLOCK_N), 1),
         (out, s, b, bias, dropout.seed, factor),
         (m, dropout.threshold, dropout.keep_scale),
-        (n, b.shape[1], out.stride(0), *b.stride()),
+        (n, b.shape[1], out.stride(0), s.stride(0), *b.stride()),
         (bias is not None, dropout.seed is not None, isinstance(factor, Tensor), adds, precision),
         config,
     )

@@ -1,7 +1,7 @@
 """LoRA linear with torch alone, as a very good user would write it: a backend in its own right, on any device.
 
-Forward   y = x W^T + bias;  S = drop(x) A^T;  y += scale S B^T, in place
-Backward  dS = scale dY B;  dB = scale dY^T S;  dX = dY W + drop'(dS A);  dA = dS^T drop(x)
+Forward   S = drop(x) A^T;  y = bias + scale S B^T;  y += x W^T, in place; or the base product first
+Backward  dS = scale dY B;  dB = scale dY^T S;  dX = drop'(dS A) + dY W likewise;  dA = dS^T drop(x)
 Tensors   as problem.Inputs; S (M, r) float32, or float64 with x
 Saved     x, S and the seed; never a mask, never a dropped or cast copy of x
 Temporary what dropout or float32 adapters on a half-precision x need is made for a block of rows at a time; on a CPU
@@ -20,7 +20,7 @@ from torch import Tensor
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.torch_products import add_product, has_bfloat16_products, is_slow, product_in_float32
 from peft_kernels.lora.kernels import masks
-from peft_kernels.lora.kernels.config import torch_rows_per_block
+from peft_kernels.lora.kernels.config import torch_rows_per_block, writes_update_first
 from peft_kernels.lora.linear.mask_choice import mask_of
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
@@ -29,12 +29,12 @@ _FEW_ROWS = 16  # up to here, torch reads a float16 W once, as it is, and may su
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r)."""
-    s = _down(problem, inputs)
-    if _adds_base_last(problem):
-        y = _product(problem, s, inputs.lora_b.t(), inputs.scale, inputs.bias).addmm_(inputs.x, inputs.weight.t())
+    s, b, bias = _down(problem, inputs), inputs.lora_b.t(), inputs.bias
+    if _adds_base_last(problem) and writes_update_first(problem.dtype, problem.adapter_dtype, bias is not None):
+        y = _product(problem, s, b, inputs.scale, bias).addmm_(inputs.x, inputs.weight.t())
     else:
         y = _base(inputs)
-        _add_product(problem, y, s, inputs.lora_b.t(), inputs.scale)
+        _add_product(problem, y, s, b, inputs.scale)
     return y, s.to(problem.wide_dtype)
 
 
@@ -42,11 +42,15 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
     """Return the gradients that ``needs`` asks for."""
     x, weight = inputs.x, inputs.weight
     dx = da = db = None
-    if needs.x:
-        dx = product_in_float32(dy, weight) if is_slow(dy.dtype, dy.device.type) else dy @ weight
     if needs.x or needs.lora_a or needs.lora_b:
         ds, db = _grad_up(problem, inputs, s, dy, needs)
-        if ds is not None:
+        if ds is not None and needs.x and _adds_base_last(problem) and not problem.has_dropout:
+            # Of dX eager torch, too, rounds each part in any dtype.
+            dx = _product(problem, ds, inputs.lora_a, 1.0, None).addmm_(dy, weight)
+            da = _grad_down(problem, inputs, ds, None, needs)
+        elif ds is not None:
+            if needs.x:
+                dx = product_in_float32(dy, weight) if is_slow(dy.dtype, dy.device.type) else dy @ weight
             da = _grad_down(problem, inputs, ds, dx, needs)
     return Gradients(
         x=dx,
@@ -65,16 +69,16 @@ def _base(inputs: Inputs) -> Tensor:
 
 
 def _adds_base_last(problem: LoraLinearProblem) -> bool:
-    """Whether the base product is added to the update: where oneDNN sums in float32 and reads what it adds to but once.
+    """Whether base products are added to updates, which are small and so lose less when they are rounded.
 
-    With few rows another BLAS may run, which adds term by term, each with the sum's rounding.
+    The product then reads what it adds to, which a GPU hides behind it, and no further pass reads and writes the sum.
+    On a CPU another BLAS may run with few rows, which adds term by term, each with the sum's rounding, as torch's own
+    loops do for half precision; beside float32 adapters nothing was won there.
     """
-    return (
-        problem.device.type == "cpu"
-        and problem.dtype == problem.adapter_dtype == torch.bfloat16
-        and problem.m > _FEW_ROWS
-        and has_bfloat16_products()
-    )
+    if problem.device.type != "cpu":
+        return True
+    sums_in_float32 = problem.dtype != torch.float16 and (problem.dtype != torch.bfloat16 or has_bfloat16_products())
+    return _is_uniform(problem) and problem.m > _FEW_ROWS and sums_in_float32
 
 
 def _product(
@@ -82,8 +86,23 @@ def _product(
 ) -> Tensor:
     """scale left right + bias in x's dtype."""
     if isinstance(scale, Tensor):
+        if problem.dtype == torch.float16 and _is_uniform(problem):
+            return (left.to(right.dtype) @ right).mul_(scale)  # in eager's order, which keeps eager's range
         left, scale = left.to(problem.wide_dtype) * scale, 1.0
-    left = left.to(right.dtype)
+    if _is_uniform(problem):
+        return _scaled_product(left.to(right.dtype), right, scale, bias)
+    out = torch.empty(problem.m, right.shape[1], dtype=problem.dtype, device=problem.device)
+    for rows in _blocks(problem, right.shape[1]):
+        product = _scaled_product(left[rows], right, scale, None)
+        if bias is None:
+            out[rows] = product
+        else:
+            torch.add(product, bias, out=out[rows])
+    return out
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """scale left right + bias of one dtype."""
     if bias is not None:
         return torch.addmm(bias, left, right, alpha=scale)
     out = torch.empty(left.shape[0], right.shape[1], dtype=right.dtype, device=right.device)
