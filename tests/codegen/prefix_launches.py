@@ -102,11 +102,13 @@ def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     if kernel == "merge_kernel":
         # Sums of parts in order, and no product.
         return ("LDG", "FFMA")
-    dtype, _, _, _, s, *_ = launch.split("/")
+    dtype, prefix, _, _, s, *_ = launch.split("/")
     if dtype == "fp32":
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)
-    if s in ("S1", "S8") or arch < 90:
-        # A block of fewer than 64 rows does not fill Hopper's instruction.
-        return ("HMMA",) if arch < 100 else ("HMMA|UTCHMMA",)
-    return ("HGMMA|HMMA",) if arch < 100 else ("HMMA|UTCHMMA",)
+    if arch >= 100:
+        return ("HMMA|UTCHMMA",)
+    # A block of fewer than 64 rows does not fill Hopper's instruction; and the pieces of float32 operands are as many
+    # products, in blocks of 32.
+    is_small = s in ("S1", "S8") or (kernel == "grad_prefix_kernel" and prefix == "fp32")
+    return ("HGMMA",) if arch == 90 and not is_small else ("HMMA",)

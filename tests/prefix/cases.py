@@ -129,6 +129,7 @@ GRID = (
     Case(b=1, h=2, d=128, dtype=torch.bfloat16),
     Case(b=1, h=2, h_kv=1, d=256, dtype=torch.bfloat16, causal=False),
     Case(b=1, h=2, h_kv=1, d=256, s=20, l=20),
+    Case(b=1, h=2, h_kv=1, d=256, s=40, l=90, dtype=torch.bfloat16),
     Case(b=1, d=20, p=33),
     Case(b=1, p=130, s=9, l=7),
     Case(b=1, h=2, h_kv=1, p=1024, s=5, l=6, dtype=torch.bfloat16),

@@ -190,7 +190,7 @@ def grad_q_config(attention: Attention, hardware: Hardware) -> GradQConfig:
 def grad_kv_config(attention: Attention, hardware: Hardware) -> GradKVConfig:
     """Two accumulators of keys, and two products of a block of rows before the other two."""
     block_d = _block_d(attention.d)
-    block_m, block_n = _keys_blocks(attention.dtype, block_d)
+    block_m, block_n = _keys_blocks(attention.dtype, block_d, hardware.arch)
     return GradKVConfig(
         BLOCK_M=_rows_at_most(attention, block_m),
         BLOCK_N=_keys_at_most(attention.l, block_n),
@@ -203,7 +203,7 @@ def grad_kv_config(attention: Attention, hardware: Hardware) -> GradKVConfig:
 def grad_prefix_config(attention: Attention, hardware: Hardware) -> GradPrefixConfig:
     """As dk and dv; rows are split until there is a program per multiprocessor (assumed: a prefix has few blocks)."""
     block_d = _block_d(attention.d)
-    block_m, block_n = _keys_blocks(attention.dtype, block_d)
+    block_m, block_n = _keys_blocks(attention.dtype, block_d, hardware.arch)
     if attention.prefix_dtype != attention.dtype:
         # The pieces of the float32 operands live in registers.
         block_m, block_n = (32, 32) if block_d <= 128 else (16, 32)
@@ -238,8 +238,11 @@ def _keys_at_most(keys: int, block_n: int) -> int:
     return min(block_n, max(16, next_power_of_2(keys)))
 
 
-def _keys_blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int]:
+def _keys_blocks(dtype: torch.dtype, block_d: int, arch: int) -> tuple[int, int]:
     """Rows and keys of a block of the kernels that sum over rows."""
     if dtype == torch.float32:
         return (16, 32) if block_d <= 128 else (16, 16)
-    return (64, 64) if block_d <= 128 else (32, 32)
+    if block_d <= 128:
+        return 64, 64
+    # Keys are the rows of these products, and sm_90's instruction multiplies 64 of them; 64 by 64 spill.
+    return (32, 64) if arch == 90 else (32, 32)

@@ -88,7 +88,7 @@ def why_not_pieces(attention: Attention) -> str | None:
     """Reason why an attention cannot be in two pieces, whatever the operator, or None.
 
     In float32 the sequence's lse, about log L, is rounded to float32 before the prefix is weighed against it: with 40
-    keys gradients were up to 1.03 times the error that the budget grants, whatever the operator computes in.
+    keys gradients were up to 1.06 times the error that the budget grants, whatever the operator computes in.
     """
     if attention.dtype.itemsize != 2:
         return "it is for half precision"

@@ -214,6 +214,9 @@ def grad_kv_kernel(
         # Before the first block no query sees these keys; from the second on every query sees all of them.
         begin = min(blocks_m, max(0, pid_n * BLOCK_N - shift) * GROUP // BLOCK_M)
         whole = min(blocks_m, tl.cdiv(max(0, pid_n * BLOCK_N + BLOCK_N - 1 - shift) * GROUP, BLOCK_M))
+        if BLOCK_N * BLOCK_D > 64 * 128:
+            # A loop without the mask besides is more than the registers hold.
+            whole = blocks_m
         for block in range(begin, whole):
             dk, dv = _add_block(
                 k, v, dk, dv, q_group, dy_group, top_ptr + head_rows, total_ptr + head_rows, delta_ptr + head_rows,
