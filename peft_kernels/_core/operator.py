@@ -163,7 +163,7 @@ class Operator:
         if is_transformed() or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in call):
             return self.composite(self.make_problem(call), call)
         is_scalar = self.signature.is_scalar
-        scalars = {name: as_symbol(getattr(call, name), call[0]) for name in call._fields if is_scalar(name)}
+        scalars = {name: as_symbol(getattr(call, name), call[0]) for name in self.signature.types if is_scalar(name)}
         return self.visible(self._operator(*self.signature.flat(call._replace(**scalars)), backend))
 
     def _composed(self, problem: Any, call: Any, backend: str, reason: str) -> Any:
