@@ -1,10 +1,10 @@
 """Fine-tune a pre-trained model on real data, fused and unfused side by side: python -m examples.finetune
 
 The first act, for each method: both models start from the same values and take turns on the same batches; then the
-held-out words are classified, also by what is served in the model's place, and by what a file brings back. The second:
-one model learns a second task, and is switched between the two. Then everything is checked and written down. It ends
-with exit status 1 if the curves part, if fine-tuning does not beat what needs none (in an epoch; earlier it has to beat
-guessing), or if a merge, a file or a switch changes an answer.
+held-out words are classified, also by what is served in the model's place, and by what a file brings back. The
+second, of LoRA: one model learns a second task, and is switched between the two. Then everything is checked and
+written down. It ends with exit status 1 if the curves part, if fine-tuning does not beat what needs none (in an
+epoch; earlier it has to beat guessing), or if a merge, a file or a switch changes an answer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -30,9 +31,9 @@ from examples.report import Report, Row
 
 # One epoch, its smaller last batch left out.
 STEPS = 163
-# Most of a short run is evaluation, so that a quick one has fewer texts too: a quarter, of which it sees most once.
-QUICK_STEPS = 33
-QUICK_SHARE = 0.25
+# An eighth of an epoch in two minutes of one core. Much of a short run is evaluation, so that it has fewer texts too.
+QUICK_STEPS = 20
+QUICK_SHARE = 0.125
 # The training loss of the table is the mean over this many last batches: one batch's says little.
 LAST_BATCHES = 50
 ADAPTER_FILE = "{method}_adapter.pt"
@@ -55,15 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result.rows += [row_of(rival) for rival in rivals]
     # What was fitted until it converged is no measure of a fraction of an epoch.
     demanded = len(rivals) if options.steps >= STEPS else 1
-    for method in methods.discover():
+    chosen = methods.discover(options.methods)
+    for method in chosen:
         play(method, texts, rivals[:demanded], result, options)
-    second = {name: Texts(getattr(data, name), device, "strong") for name in task.SHARES}
-    rivals = beat_these(second, device)
-    result.second_rows += [row_of(rival) for rival in rivals]
-    switch(second, rivals[:demanded], result, options)
+    if switching.METHOD in chosen:
+        second = {name: Texts(getattr(data, name), device, "strong") for name in task.SHARES}
+        rivals = beat_these(second, device)
+        result.second_rows += [row_of(rival) for rival in rivals]
+        switch(second, rivals[:demanded], result, options)
 
     paths = report.write(result, options.out)
-    print("\n" + "\n\n".join(report.tables(result)) + "\n")
+    print("\n" + "\n\n".join([result.title, *report.tables(result), *report.notes(result.rows)]) + "\n")
     print("\n".join(map(str, result.checks)))
     print(f"\nwritten: {', '.join(map(str, paths))}")
     if not result.passed:
@@ -75,7 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.finetune", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, a quarter of the texts")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, an eighth of the texts")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=methods.names(),
+        metavar="METHOD",
+        help=f"of {', '.join(methods.names())}; else all",
+    )
     parser.add_argument("--steps", type=int, help="steps of training, whatever --quick says")
     parser.add_argument("--seed", type=int, default=0, help="of start values and batches; the split is always the same")
     parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for the results")
@@ -137,6 +147,8 @@ def play(
     models = pair | served(method, pair)
     logits = {label: predict(model, texts["test"]) for label, model in models.items()}
 
+    if "fused" in pair:
+        result.backends |= backends_of(pair["fused"], texts["train"])
     result.facts[method.name] = {**method.settings, "learning rate": method.learning_rate}
     result.curves[method.name] = {label: run.losses for label, run in runs.items()}
     result.rows += rows_of(method, models, runs, peaks, logits, texts["test"])
@@ -146,6 +158,13 @@ def play(
     reached = accuracy(pair[best].answers(logits[best]), texts["test"].labels)
     result.checks += [checks.beats(f"{method.name}, {best}", reached, rival.name, rival.accuracy) for rival in rivals]
     result.checks += after_training(method, best, models, logits, texts["test"], options)
+
+
+def backends_of(model: Classifier, texts: Texts) -> dict[str, str]:
+    """Ask which backend runs each operation of this package in a training step."""
+    ids, mask, _ = texts.take(torch.arange(min(train.BATCH_SIZE, len(texts))))
+    model.train()
+    return dict(re.findall(r"^(\w+): (torch|triton|cuda)\b", peft_kernels.explain(model, ids, mask), re.MULTILINE))
 
 
 def served(method: Method, pair: dict[str, Classifier]) -> dict[str, Classifier]:

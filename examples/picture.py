@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
+from examples import labels
 from examples.checks import loss_tolerance
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _COLUMNS = 4
 _SMOOTHED = 20
+# Bars that are this much longer than the middle one end at the edge, with an arrow.
+_OUTLIER = 2.0
 _DARK, _LIGHT, _GREY, _RED = "#1d3557", "#f4a259", "#8d99ae", "#c1121f"
 
 
@@ -31,18 +34,26 @@ def draw(report: Report, path: Path) -> None:
 
     # The curves' panels, and one for the switch.
     lines = math.ceil((len(report.curves) + 1) / _COLUMNS)
-    figure = plt.figure(figsize=(19.0, 5.6 + 3.4 * lines), layout="constrained")
+    figure = plt.figure(figsize=(19.0, 6.0 + 3.4 * lines), layout="constrained")
+    figure.suptitle(report.title, fontsize="large")
     grid = figure.add_gridspec(1 + lines, _COLUMNS, height_ratios=(1.6, *[1.0] * lines))
     colors = {name: plt.get_cmap("tab10")(number) for number, name in enumerate(report.curves)}
 
-    _draw_accuracy(figure.add_subplot(grid[0, :2]), report.rows, colors)
+    accuracy = figure.add_subplot(grid[0, :2])
+    named, rivals = _draw_accuracy(accuracy, report.rows, colors)
     _draw_ratios(figure.add_subplot(grid[0, 2]), report.rows)
     _draw_differences(figure.add_subplot(grid[0, 3]), report.curves, colors)
     panels = [figure.add_subplot(grid[1 + number // _COLUMNS, number % _COLUMNS]) for number in range(_COLUMNS * lines)]
     _draw_curves(panels, report.curves)
-    _draw_switch(panels[len(report.curves)], report.switch_rows)
-    for panel in panels[len(report.curves) + 1 :]:
+    used = len(report.curves)
+    if report.switch_rows:
+        _draw_switch(panels[used], report.switch_rows)
+        used += 1
+    for panel in panels[used:]:
         panel.set_visible(False)
+    # Labels need to know where the points are.
+    figure.draw_without_rendering()
+    labels.place(accuracy, [*rivals, *named], [point for point, _ in named])
     _save(figure, path)
     plt.close(figure)
 
@@ -55,66 +66,52 @@ def _method(row: Row) -> str:
     return row.method.partition(",")[0]
 
 
-def _draw_accuracy(axes: Axes, rows: Sequence[Row], colors: Mapping[str, object]) -> None:
-    """Show accuracy against trained parameters: fused where that exists, for unfused is the same."""
+def _draw_accuracy(
+    axes: Axes, rows: Sequence[Row], colors: Mapping[str, object]
+) -> tuple[list[labels.Label], list[labels.Label]]:
+    """Show accuracy against trained parameters, fused where that exists, for unfused is the same.
+
+    Returns:
+        Labels of the points, and those of what has no point.
+    """
     axes.set_title("held-out accuracy against trained parameters")
     # The last of a method's trained rows is the fused one, where there is one.
     best = {_method(row): row for row in rows if row.milliseconds is not None and row.parameters is not None}
-    labels = []
+    named = []
     for name, row in best.items():
         color = colors.get(name, _DARK)
         axes.plot(row.parameters, row.accuracy, "o", color=color, markersize=10)
-        labels.append((row.accuracy, row.parameters, f"{name} {row.accuracy:.1%}"))
+        named.append(((row.parameters, row.accuracy), f"{name} {row.accuracy:.1%}"))
         if row.member_accuracy is not None:
             axes.plot(row.parameters, row.member_accuracy, "o", color=color, fillstyle="none", markersize=8)
-            labels.append((row.member_accuracy, row.parameters, f"its members {row.member_accuracy:.1%}"))
-    if labels:
+            named.append(((row.parameters, row.member_accuracy), f"its members {row.member_accuracy:.1%}"))
+    if named:
         axes.set_xscale("log")
-        values = [y for y, _, _ in labels]
+        parameters, values = zip(*(point for point, _ in named), strict=True)
         room = 0.3 * max(0.02, max(values) - min(values))
-        # The label of the point on the right has room, and so have labels that were pushed up.
-        axes.set_xlim(min(x for _, x, _ in labels) / 2, 30 * max(x for _, x, _ in labels))
+        axes.set_xlim(min(parameters) / 4, 8 * max(parameters))
         axes.set_ylim(min(values) - room, max(values) + room)
-        _write_apart(axes, labels)
-    _draw_rivals(axes, [row for row in rows if _method(row) not in colors])
+    rivals = _draw_rivals(axes, [row for row in rows if _method(row) not in colors])
     axes.set_xlabel("trained parameters, the classifier's included")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.grid(alpha=0.25)
+    return named, rivals
 
 
-def _write_apart(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Write to the right of each point, from the lowest up; above what stands there already."""
+def _draw_rivals(axes: Axes, rows: Sequence[Row]) -> list[labels.Label]:
+    """A line for each, on which its label stands. One far below would press the others together: it has none."""
     low, high = axes.get_ylim()
-    height = 0.055 * (high - low)
-    placed: list[tuple[float, float]] = []
-    for y, x, text in sorted(labels):
-        at = y
-        for there, taken in sorted(placed):
-            if abs(there - at) < height and 1 / 30 < x / taken < 30:
-                at = there + height
-        placed.append((at, x))
-        axes.annotate(text, (x, at), xytext=(12, 0), textcoords="offset points", va="center")
-
-
-def _draw_rivals(axes: Axes, rows: Sequence[Row]) -> None:
-    """A line for each; one that is far below would press all others together, and is written only."""
-    low, high = axes.get_ylim()
-    at = low + 0.02 * (high - low)
+    line = 0.035 * (high - low)
+    right, at = axes.get_xlim()[1], low + line
+    named = []
     for row in rows:
         inside = low < row.accuracy < high
-        text = f"{row.method} {row.accuracy:.1%}" + ("" if inside else ": outside of this panel")
         if inside:
             axes.axhline(row.accuracy, color=_GREY, linestyle=":", linewidth=1.2)
-        axes.text(
-            0.99,
-            row.accuracy if inside else at,
-            text,
-            color="#5c677d",
-            va="bottom",
-            ha="right",
-            transform=_across(axes),
-        )
-        at += 0 if inside else 0.055 * (high - low)
+        text = f"{row.method} {row.accuracy:.1%}" + ("" if inside else ": outside of this panel")
+        named.append(((right, row.accuracy + line if inside else at), text))
+        at += 0 if inside else 2 * line
+    return named
 
 
 def _across(axes: Axes) -> object:
@@ -126,16 +123,26 @@ def _draw_ratios(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_title("fused as a part of unfused\n(left of the line: less)")
     compared = [row for row in rows if row.time_ratio is not None]
     kinds = (("time_ratio", "step", _DARK), ("forward_ratio", "forward", _GREY), ("memory_ratio", "memory", _LIGHT))
+    longest = longest_bar([getattr(row, field) for row in compared for field, _, _ in kinds])
     for number, (field, label, color) in enumerate(kinds):
         values = [getattr(row, field) for row in compared]
         heights = [place + 0.27 * (number - 1) for place in range(len(compared))]
-        bars = axes.barh(heights, values, height=0.25, color=color, label=label)
-        axes.bar_label(bars, fmt=" %.2f", fontsize="small")
+        bars = axes.barh(heights, [min(value, longest) for value in values], height=0.25, color=color, label=label)
+        texts = [f" {value:.2f}" if value <= longest else f" \u2192 {value:.2f}" for value in values]
+        axes.bar_label(bars, texts, fontsize="small")
     axes.axvline(1.0, color=_RED, linewidth=1.2)
+    axes.set_xlim(0.0, 1.2 * longest)
     axes.set_yticks(range(len(compared)), [_method(row) for row in compared])
     axes.invert_yaxis()
-    axes.margins(x=0.15)
     axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+
+
+def longest_bar(values: Sequence[float]) -> float:
+    """The length at which bars end: the longest of those that are no outliers, and no less than 1."""
+    if not values:
+        return 1.0
+    bound = max(1.0, _OUTLIER * median(values))
+    return max(1.0, *(value for value in values if value <= bound))
 
 
 def _draw_differences(
@@ -195,6 +202,5 @@ def _draw_switch(axes: Axes, rows: Sequence[SwitchRow]) -> None:
         axes.text(0.01, place - 0.32, row.way, transform=_across(axes), fontsize="small")
     axes.set_yticks([])
     axes.set_ylim(len(rows) - 0.5, -0.7)
-    if rows:
-        axes.set_xscale("log")
+    axes.set_xscale("log")
     axes.margins(x=0.2)

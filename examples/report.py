@@ -85,6 +85,7 @@ class Report:
         rows: of the first task; second_rows of the second.
         switch_rows: times of changing between them.
         curves: losses by method, then by "fused" and "unfused".
+        backends: which backend ran each operation of this package, as ``explain`` says.
     """
 
     facts: dict[str, object]
@@ -93,6 +94,16 @@ class Report:
     switch_rows: list[SwitchRow] = field(default_factory=list)
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
+    backends: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Where it ran, and by which backend: a picture travels without its files."""
+        kinds = sorted(set(self.backends.values()))
+        ran = ", ".join(f"{name} by {backend}" for name, backend in sorted(self.backends.items()))
+        if len(kinds) == 1:
+            ran = f"fused runs by the {kinds[0]} backend" + (", without a kernel" if kinds == ["torch"] else "")
+        return "; ".join([f"on {self.facts.get('device', 'an unknown device')}", ran or "nothing fused"])
 
     @property
     def passed(self) -> bool:
@@ -101,13 +112,39 @@ class Report:
 
 
 def tables(report: Report) -> list[str]:
-    """Lay the report's rows out as Markdown tables."""
-    return [
-        table(_HEADINGS, [row.cells() for row in report.rows]),
+    """Lay the report's rows out as Markdown tables; what did not happen has none."""
+    parts = [
+        (_HEADINGS, [row.cells() for row in report.rows]),
         # Only what the second task has: it was trained once, fused, and not timed.
-        table(("second task", *_HEADINGS[1:5]), [row.cells()[:5] for row in report.second_rows]),
-        table(_SWITCH_HEADINGS, [(row.way, _number(row.milliseconds, 3)) for row in report.switch_rows]),
+        (("second task", *_HEADINGS[1:5]), [row.cells()[:5] for row in report.second_rows]),
+        (_SWITCH_HEADINGS, [(row.way, _number(row.milliseconds, 3)) for row in report.switch_rows]),
     ]
+    return [table(headings, rows) for headings, rows in parts if rows]
+
+
+# Of the quotient of two medians to the median of quotients: below it nobody looks twice.
+_DISAGREEMENT = 0.03
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Explain each quotient that is another than that of the two medians beside it."""
+    found = []
+    unfused: dict[str, Row] = {}
+    kinds = (("step", "milliseconds", "time_ratio"), ("forward", "forward_milliseconds", "forward_ratio"))
+    for row in rows:
+        beside = unfused.setdefault(row.method.partition(",")[0], row)
+        for name, time, quotient in kinds:
+            mine, theirs, shown = getattr(row, time), getattr(beside, time), getattr(row, quotient)
+            if mine is None or theirs is None or shown is None:
+                continue
+            of_medians = mine / theirs
+            if abs(of_medians / shown - 1) > _DISAGREEMENT or (of_medians > 1) != (shown > 1):
+                found.append(
+                    f"{row.method}: its quotient of a {name} is {shown:.2f}, the median over the turns, in which both "
+                    f"ran one after the other; the two medians alone would give {of_medians:.2f}. Times changed while "
+                    "it ran, and a change falls on both of a turn alike."
+                )
+    return found
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -130,7 +167,9 @@ def write(report: Report, folder: Path) -> list[Path]:
     paths = [folder / name for name in (TABLE_FILE, NUMBERS_FILE, PICTURE_FILE)]
     facts = "\n".join(f"- {name}: {plain(value)}" for name, value in report.facts.items())
     checks = "\n".join(f"- {check}" for check in report.checks)
-    paths[0].write_text("\n\n".join([*tables(report), facts, checks]) + "\n", encoding="utf-8")
+    explained = "\n".join(f"- {note}" for note in notes(report.rows))
+    parts = [report.title, *tables(report), explained, facts, checks]
+    paths[0].write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     numbers = {**asdict(report), "passed": report.passed}
     paths[1].write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     draw(report, paths[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,7 +56,13 @@ class Method:
     serving: Serving | None = None
 
 
-def discover() -> list[Method]:
-    """Collect the METHOD of every file in this folder, in the order of the files' names."""
-    names = sorted(found.name for found in pkgutil.iter_modules(__path__))
-    return [importlib.import_module(f"{__name__}.{name}").METHOD for name in names]
+def names() -> list[str]:
+    """The names of this folder's files, in their order."""
+    return sorted(found.name for found in pkgutil.iter_modules(__path__))
+
+
+def discover(chosen: Sequence[str] | None = None) -> list[Method]:
+    """Collect the METHOD of every file in this folder, or of those chosen, in the order of the files' names."""
+    return [
+        importlib.import_module(f"{__name__}.{name}").METHOD for name in names() if chosen is None or name in chosen
+    ]

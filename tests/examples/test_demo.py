@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from examples import checks, finetune, methods, report, switching, task, train
+from examples import checks, finetune, labels, methods, picture, report, switching, task, train
 from examples.methods import lora, prompt_ensemble, prompt_tuning
 from examples.model import Texts, mean_token, model_folder
 from peft_kernels import FusedLoRALinear, ParallelAdapter, PrefixEncoder, PromptEmbedding, SerialAdapter
@@ -245,6 +246,96 @@ def test_model_of_two_tasks_answers_as_two_models(data: task.Task, device: torch
     assert not all(check.passed for check in found)
 
 
+@pytest.mark.cpu_only
+def test_chosen_methods_are_found() -> None:
+    assert [method.name for method in methods.discover(["prefix_tuning", "lora"])] == ["LoRA", "prefix tuning"]
+    assert len(methods.names()) == len(methods.discover())
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("seed", range(4))
+def test_no_label_lies_on_a_point_or_on_a_label(seed: int) -> None:
+    """Points in clusters, as methods with about the same parameters and accuracies are."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    draw = random.Random(seed)
+    figure, axes = plt.subplots(figsize=(9.5, 4.5))
+    points = [(10 ** draw.choice((3.0, 3.1, 5.5, 7.3)), draw.choice((0.8, 0.801, 0.83, 0.9))) for _ in range(12)]
+    axes.plot(*zip(*points, strict=True), "o", markersize=10)
+    axes.set_xscale("log")
+    axes.set_xlim(200, 2e8)
+    axes.set_ylim(0.75, 0.95)
+    figure.draw_without_rendering()
+    rival = ((2e8, 0.83), "linear probe 83 %")
+    labels.place(axes, [rival, *((point, f"method number {n} 80 %") for n, point in enumerate(points))], points)
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    drawn = [axes.transData.transform(point) for point in points]
+    assert len(boxes) == 13
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    assert not any(box.padded(2).contains(*point) for box in boxes for point in drawn)
+    inside = axes.get_window_extent(renderer).padded(1)
+    assert all(inside.contains(*corner) for box in boxes for corner in box.corners())
+    plt.close(figure)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("values", "longest"),
+    [
+        ([0.5, 0.9, 1.1, 7.0], 1.1),
+        ([0.2, 0.3], 1.0),
+        ([1.2, 1.3, 1.5], 1.5),
+        ([], 1.0),
+        ([30.0, 0.9, 0.8], 1.0),
+        ([1.9, 2.0, 9.0], 2.0),
+    ],
+)
+def test_an_outlier_sets_no_scale(values: list[float], longest: float) -> None:
+    assert picture.longest_bar(values) == longest
+
+
+def row(method: str, step: float | None, forward: float, **ratios: float) -> report.Row:
+    return report.Row(method, 1, 0.5, 0.5, 0.8, milliseconds=step, forward_milliseconds=forward, **ratios)
+
+
+@pytest.mark.cpu_only
+def test_quotients_that_disagree_with_their_medians_are_explained() -> None:
+    unfused = row("LoRA, PEFT", 10.0, 4.0)
+    agrees = row("LoRA, fused", 8.0, 4.4, time_ratio=0.81, forward_ratio=1.09)
+    assert report.notes([row("other, torch", 1.0, 1.0), unfused, agrees]) == []
+    (note,) = report.notes([unfused, row("LoRA, fused", 8.0, 4.0, time_ratio=0.95, forward_ratio=1.0)])
+    assert note.startswith("LoRA, fused: its quotient of a step is 0.95,") and "would give 0.80" in note
+    (note,) = report.notes([unfused, row("LoRA, fused, merged", None, 4.04, forward_ratio=0.99)])
+    assert note.startswith("LoRA, fused, merged: its quotient of a forward is 0.99,") and "would give 1.01" in note
+
+
+@pytest.mark.cpu_only
+def test_the_title_says_which_backend_ran() -> None:
+    on_cpu = report.Report({"device": "CPU"}, backends={"lora_linear": "torch", "prompt_tuning": "torch"})
+    assert on_cpu.title == "on CPU; fused runs by the torch backend, without a kernel"
+    mixed = report.Report({"device": "H200"}, backends={"prompt_tuning": "torch", "lora_linear": "triton"})
+    assert mixed.title == "on H200; lora_linear by triton, prompt_tuning by torch"
+    assert report.Report({"device": "CPU"}).title == "on CPU; nothing fused"
+
+
+def test_one_method_alone(data: task.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not LoRA: no second task, and no switch."""
+    few = task.Task(data.train[:32], data.validation[:8], data.test[:8])
+    monkeypatch.setattr(task, "load_task", lambda: few)
+    monkeypatch.setattr(train, "BATCH_SIZE", 8)
+    monkeypatch.setattr(train, "FORWARD_REPETITIONS", 2)
+    finetune.main(["--steps", "2", "--out", str(tmp_path), "--methods", "prompt_tuning"])
+    numbers = json.loads((tmp_path / report.NUMBERS_FILE).read_text())
+    assert [row["method"] for row in numbers["rows"]][2:] == ["prompt tuning, PEFT", "prompt tuning, fused"]
+    assert not numbers["second_rows"] and not numbers["switch_rows"]
+    assert "second task |" not in (tmp_path / report.TABLE_FILE).read_text()
+    assert (tmp_path / report.PICTURE_FILE).exists()
+
+
 @pytest.fixture(scope="module")
 def short_run(data: task.Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, dict]:
     """Run the whole program on a few texts; so few that it need not learn anything."""
@@ -286,6 +377,15 @@ def test_table_holds_the_numbers_of_the_json_file(short_run: tuple[int, Path, di
     assert fused["parameters"] == unfused["parameters"]
     last = numbers["curves"]["LoRA"]["fused"][-finetune.LAST_BATCHES :]
     assert fused["train_loss"] == pytest.approx(sum(last) / len(last))
+
+
+def test_backends_are_those_that_ran(short_run: tuple[int, Path, dict], device: torch.device) -> None:
+    _, folder, numbers = short_run
+    operators = {"bottleneck_adapter", "lora_linear", "prefix_attention", "prompt_tuning"}
+    assert numbers["backends"].keys() == operators
+    if device.type == "cpu":
+        assert set(numbers["backends"].values()) == {"torch"}
+        assert "fused runs by the torch backend, without a kernel" in (folder / report.TABLE_FILE).read_text()
 
 
 def test_short_run_status_is_that_of_its_checks(short_run: tuple[int, Path, dict]) -> None:
