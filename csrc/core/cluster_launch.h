@@ -3,8 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -17,17 +17,18 @@ namespace peft_kernels {
 // Bytes of shared memory that a block may take on sm_90.
 constexpr int kHopperSharedLimit = 227 * 1024;
 
-// Make a kernel ready for launches of this shape on the current device, an sm_90. The device is asked once for each
-// kernel and shape whether it can hold such a cluster at all: multiprocessors that are switched off, or shared out
-// among processes, may leave none with room.
+// Make a kernel ready for launches of this shape on the current device, an sm_90, and return how many such clusters it
+// can hold at a time, whatever the shape's grid. The device is asked once for each kernel and shape: multiprocessors
+// that are switched off, or shared out among processes, may leave none with room, which is an error.
 template <typename... Params>
-void prepare_clusters(const char* name, void (*kernel)(Params...), const LaunchShape& shape) {
+int prepare_clusters(const char* name, void (*kernel)(Params...), const LaunchShape& shape) {
   const int device = require_hopper(name);
   static std::mutex mutex;
-  static std::set<std::tuple<int, void (*)(Params...), size_t, unsigned>> known;
+  static std::map<std::tuple<int, void (*)(Params...), size_t, unsigned>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (known.count({device, kernel, shape.shared_bytes, shape.cluster}) > 0) {
-    return;
+  const auto found = known.find({device, kernel, shape.shared_bytes, shape.cluster});
+  if (found != known.end()) {
+    return found->second;
   }
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kHopperSharedLimit), name);
   // All of the multiprocessor's memory as shared memory, so that a second block finds room beside the first.
@@ -42,7 +43,8 @@ void prepare_clusters(const char* name, void (*kernel)(Params...), const LaunchS
                              std::to_string(shape.cluster) + " blocks with " + std::to_string(shape.shared_bytes) +
                              " bytes of shared memory each");
   }
-  known.insert({device, kernel, shape.shared_bytes, shape.cluster});
+  known[{device, kernel, shape.shared_bytes, shape.cluster}] = clusters;
+  return clusters;
 }
 
 }  // namespace peft_kernels

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "core/sm90/barrier.cuh"
+#include "core/sm90/cluster.cuh"
 #include "core/sm90/memory.cuh"
 #include "core/sm90/registers.cuh"
 #include "core/sm90/tma.cuh"
@@ -27,8 +28,9 @@ PEFT_KERNELS_DEVICE void consume(const GemmArguments& arguments, GemmShared<Conf
   const Factors factors = factors_of<Config>(arguments);
   const int steps = steps_of<Config>(arguments), lane = threadIdx.x % 32;
   Ring<Config> ring;
-  for (int64_t number = blockIdx.x; number < arguments.order.count(); number += gridDim.x) {
-    const TileIndex tile = arguments.order.at(number);
+  for (int64_t number = blockIdx.x / arguments.cluster; number < arguments.order.count();
+       number += arguments.clusters) {
+    const TileIndex tile = tile_of(arguments, number);
     float rY[Config::kBlockN / 2];
     uint32_t rBias[Config::kBiasWords];
     int slots[Config::kRankSteps];
@@ -39,18 +41,18 @@ PEFT_KERNELS_DEVICE void consume(const GemmArguments& arguments, GemmShared<Conf
         sm90::barrier_arrive(&shared.drained);
       }
       float rS[Config::kRank / 2];
-      reduce<Config, true>(shared, ring, steps, consumer, rY, rS, [] {});
+      reduce<Config, true>(shared, ring, steps, arguments.cluster, consumer, rY, rS, [] {});
       wait_rank_steps(shared, ring, slots);
       publish_s<Config>(arguments, shared, slots, tile.m, consumer, factors, rS);
       load_bias<Config>(arguments, tile.n, rBias);
       if constexpr (Config::kFolded) {
-        add_rank_steps<Config>(shared, slots, consumer, rY);
+        add_rank_steps<Config>(shared, slots, arguments.cluster, consumer, rY);
       }
       // Both have multiplied by down, before y is staged where it was.
       sm90::named_barrier_sync(kBothConsumersBarrier, Config::kConsumers * Config::kWarpgroup);
     } else {
       float rUnused[Config::kRank / 2];
-      reduce<Config, false>(shared, ring, steps, consumer, rY, rUnused,
+      reduce<Config, false>(shared, ring, steps, arguments.cluster, consumer, rY, rUnused,
                             [&] { load_bias<Config>(arguments, tile.n, rBias); });
       if constexpr (!Config::kFolded) {
         wait_rank_steps(shared, ring, slots);
@@ -58,7 +60,7 @@ PEFT_KERNELS_DEVICE void consume(const GemmArguments& arguments, GemmShared<Conf
     }
     finish<Config>(arguments, shared, slots, tile, consumer, factors.product, rY, rBias);
     if constexpr (!Config::kFolded) {
-      free_rank_steps(shared, slots);
+      free_rank_steps(shared, slots, arguments.cluster);
     }
   }
   if (lane == 0) {
@@ -72,14 +74,14 @@ PEFT_KERNELS_DEVICE void gemm(const GemmArguments& arguments, GemmShared<Config>
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < Config::kStages; ++slot) {
       sm90::barrier_init(&shared.full[slot], 1);
-      sm90::barrier_init(&shared.free[slot], Config::kConsumerWarps);
+      sm90::barrier_init(&shared.free[slot], Config::kConsumerWarps * arguments.cluster);
     }
     sm90::barrier_init(&shared.drained, Config::kConsumerWarps);
-    // The barriers, for TMA and, after the barrier below, for the other threads.
+    // The barriers, for TMA and, after the barrier below, for the other threads of the cluster.
     sm90::fence_barrier_init();
     sm90::fence_async_shared();
   }
-  __syncthreads();
+  sm90::cluster_sync();
 
   const int warpgroup = threadIdx.x / Config::kWarpgroup;
   if (warpgroup == 0) {
@@ -91,6 +93,9 @@ PEFT_KERNELS_DEVICE void gemm(const GemmArguments& arguments, GemmShared<Config>
     sm90::acquire_registers<Config::kConsumerRegisters>();
     consume<Config>(arguments, shared, warpgroup - 1);
   }
+  // The other block may still arrive at this one's barriers, or copy to its last stages.
+  __syncwarp();
+  sm90::cluster_sync();
 }
 
 }  // namespace peft_kernels::lora

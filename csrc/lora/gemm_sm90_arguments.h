@@ -47,14 +47,8 @@ inline void check_gemm_params(const GemmParams& params) {
   check_gemm_rows("s_half", params.s_half, 0, 0);
 }
 
-inline TileOrder gemm_tile_order(const GemmParams& params) {
-  const int64_t block_n = gemm_block_n(gemm_padded_rank(params.r));
-  return {static_cast<int>((params.m + kGemmBlockM - 1) / kGemmBlockM),
-          static_cast<int>((params.n + block_n - 1) / block_n)};
-}
-
 template <typename Config>
-GemmArguments gemm_arguments(const GemmParams& params) {
+GemmArguments gemm_arguments(const GemmParams& params, int cluster, int group_rows, int resident_clusters) {
   constexpr uint32_t kLine = Config::kBlockK, kRankLine = Config::kRankChunk;
   const auto matrix = [](const void* data, int64_t rows, int64_t cols, int64_t stride, uint32_t box_rows,
                          uint32_t box_cols) {
@@ -63,13 +57,13 @@ GemmArguments gemm_arguments(const GemmParams& params) {
   GemmArguments arguments = {};
   arguments.x = matrix(params.x, params.m, params.k, params.x_stride, Config::kBlockM, kLine);
   if (Config::kTransposed) {
-    arguments.w = matrix(params.w, params.k, params.n, params.w_stride, Config::kBlockK, kLine);
+    arguments.w = matrix(params.w, params.k, params.n, params.w_stride, Config::kWHalf, kLine);
     arguments.down = matrix(params.down, params.k, params.r, params.down_stride, Config::kBlockK, kRankLine);
-    arguments.up = matrix(params.up, params.r, params.n, params.up_stride, Config::kRankChunk, kLine);
+    arguments.up = matrix(params.up, params.r, params.n, params.up_stride, Config::kUpHalf, kLine);
   } else {
-    arguments.w = matrix(params.w, params.n, params.k, params.w_stride, Config::kBlockN, kLine);
+    arguments.w = matrix(params.w, params.n, params.k, params.w_stride, Config::kWHalf, kLine);
     arguments.down = matrix(params.down, params.r, params.k, params.down_stride, Config::kRank, kLine);
-    arguments.up = matrix(params.up, params.n, params.r, params.up_stride, Config::kBlockN, kRankLine);
+    arguments.up = matrix(params.up, params.n, params.r, params.up_stride, Config::kUpHalf, kRankLine);
   }
   arguments.s_half = matrix(params.s_half, params.m, Config::kRank, Config::kRank, Config::kBlockM, kRankLine);
   arguments.y = matrix(params.y, params.m, params.n, params.n, Config::kWarpRows, Config::kChunkN);
@@ -85,7 +79,11 @@ GemmArguments gemm_arguments(const GemmParams& params) {
   arguments.n = static_cast<int>(params.n);
   arguments.k = static_cast<int>(params.k);
   arguments.r = static_cast<int>(params.r);
-  arguments.order = gemm_tile_order(params);
+  arguments.cluster = cluster;
+  const int64_t rows = cluster * Config::kBlockM;
+  arguments.order = {static_cast<int>((params.m + rows - 1) / rows),
+                     static_cast<int>((params.n + Config::kBlockN - 1) / Config::kBlockN), group_rows};
+  arguments.clusters = static_cast<int>(std::min<int64_t>(resident_clusters, arguments.order.count()));
   return arguments;
 }
 

@@ -18,20 +18,32 @@ enum class Direction { kForward, kBackward };
 constexpr int kGemmMaxRank = 128;
 constexpr int kGemmBlockM = 128;
 constexpr int kGemmConsumers = 2;
+constexpr int kGemmMaxCluster = 2;
+constexpr int kGemmNarrow = 128;  // columns of a tile where wider ones are too few
 
 // The rank that S in half precision is padded to, with zeros.
 constexpr int gemm_padded_rank(int64_t r) {
   return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128;
 }
 
-constexpr int gemm_block_n(int padded_rank) {
-  return padded_rank <= 64 ? 256 : 192;
+// Whether S up^T is more steps of the reduction, on its accumulators: f is then in the half-precision S, rounded once
+// as S itself would be. Backward it always is. Forward in float16, f S may leave the range of what it is kept in where
+// S does not, so f multiplies a product of its own, in float32.
+constexpr bool gemm_folds(HalfType type, Direction direction) {
+  return direction == Direction::kBackward || type == HalfType::kBf16;
 }
 
-// What the caller lends: a flag of 8 bytes for each consumer's half of each row block, an even number of them, so that
-// S (m, padded rank) in half precision may follow on a 16-byte boundary.
+// Columns of the widest tile. At rank 128 the tile n = 0 has 64 accumulators of S a thread, which spill beside 128 of
+// y, and, with 32 of a rank product of its own, beside 96.
+constexpr int gemm_wide(int padded_rank, bool folds) {
+  return padded_rank <= 64 ? 256 : folds ? 192 : kGemmNarrow;
+}
+
+// What the caller lends: a flag of 8 bytes for each consumer's half of each row block, those past the end of y that a
+// cluster reaches among them; then S (m, padded rank) in half precision, on a 16-byte boundary.
 constexpr int64_t gemm_flags(int64_t m) {
-  return kGemmConsumers * ((m + kGemmBlockM - 1) / kGemmBlockM);
+  constexpr int64_t kRows = kGemmMaxCluster * kGemmBlockM;
+  return kGemmConsumers * kGemmMaxCluster * ((m + kRows - 1) / kRows);
 }
 constexpr int64_t gemm_workspace_bytes(int64_t m, int64_t r) {
   return 8 * gemm_flags(m) + 2 * m * gemm_padded_rank(r);
@@ -49,7 +61,7 @@ constexpr int gemm_stages(int stage_bytes, int down_bytes, int staging_bytes, in
   return stages;
 }
 
-template <HalfType kType_, int kRank_, Direction kDirection_>
+template <HalfType kType_, int kRank_, Direction kDirection_, int kBlockN_>
 struct GemmConfig {
   static constexpr HalfType kType = kType_;
   static constexpr Direction kDirection = kDirection_;
@@ -61,15 +73,11 @@ struct GemmConfig {
   // Whether W, down and up lie in memory by rows of what is summed over, so that wgmma transposes them.
   static constexpr bool kTransposed = kDirection == Direction::kBackward;
 
-  // Whether S up^T is more steps of the reduction, on its accumulators: f is then in the half-precision S, rounded once
-  // as S itself would be. Backward it always is. Forward in float16, f S may leave the range of what it is kept in
-  // where S does not, so f multiplies a product of its own, in float32.
-  static constexpr bool kFolded = kTransposed || kType == HalfType::kBf16;
+  static constexpr bool kFolded = gemm_folds(kType, kDirection);
 
   // A tile of y, and the depth of a step of the reduction: 64 half-precision values are the widest swizzle, 128 bytes.
-  // At rank 128 the tile n = 0 has 64 accumulators of S a thread; beside 128 of y they spill, beside 96 they do not.
   static constexpr int kBlockM = kGemmBlockM;
-  static constexpr int kBlockN = gemm_block_n(kRank);
+  static constexpr int kBlockN = kBlockN_;
   static constexpr int kBlockK = 64;
   static constexpr int kLineBytes = 128;
 
@@ -85,16 +93,22 @@ struct GemmConfig {
   static constexpr int kBuffers = 2;
 
   // Warpgroup 0 copies (one thread of it), warpgroups 1 and 2 multiply, 64 rows of the tile each. A block has the
-  // multiprocessor's 65536 registers to itself: 384 threads enter with 168 each, then 128 * 24 + 256 * 240 = 384 * 168.
+  // multiprocessor's 65536 registers to itself: 384 threads enter with 168 each, then 128 * 40 + 256 * 232 = 384 * 168.
   static constexpr int kWarpgroup = 128;
   static constexpr int kConsumers = kGemmConsumers;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
   static constexpr int kConsumerRows = kBlockM / kConsumers;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= kThreads * 168,
                 "registers handed out are registers that were there");
+
+  // The blocks of a cluster each copy one half of W's and of up's slots to all of them: of its columns where these are
+  // lines, of every block's lines where they are not.
+  static constexpr int kHalves = kGemmMaxCluster;
+  static constexpr int kWHalf = kTransposed ? kBlockK / kHalves : kBlockN / kHalves;
+  static constexpr int kUpHalf = kTransposed ? kRankChunk / kHalves : kBlockN / kHalves;
 
   // Bytes of the slots of a stage. A rank step keeps S where x is and up where W is.
   static constexpr int kXBytes = kBlockM * kLineBytes;
@@ -128,7 +142,7 @@ struct alignas(Config::kAlignment) GemmShared {
   };
 
   uint64_t full[Config::kStages];  // a stage's copies have arrived: one arrival, and their bytes
-  uint64_t free[Config::kStages];  // its operands have been read: one arrival a consumer warp
+  uint64_t free[Config::kStages];  // its operands have been read: one arrival a consumer warp of the cluster
   uint64_t drained;                // y has left `staging`: one arrival a consumer warp, once a tile n = 0
 };
 

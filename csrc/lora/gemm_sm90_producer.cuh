@@ -6,6 +6,7 @@
 
 #include "core/flags.cuh"
 #include "core/sm90/barrier.cuh"
+#include "core/sm90/cluster.cuh"
 #include "core/sm90/memory.cuh"
 #include "core/sm90/tma.cuh"
 #include "lora/gemm_sm90_config.h"
@@ -16,9 +17,9 @@ namespace peft_kernels::lora {
 struct GemmArguments {
   // Boxes, (rows, columns) in elements; transposed operands in parentheses.
   sm90::TensorMap x;       // (128, 64)
-  sm90::TensorMap w;       // (block n, 64)  (64, 64)
+  sm90::TensorMap w;       // (block n / 2, 64)  (32, 64)
   sm90::TensorMap down;    // (rank, 64)  (64, rank chunk)
-  sm90::TensorMap up;      // (block n, rank chunk)  (rank chunk, 64)
+  sm90::TensorMap up;      // (block n / 2, rank chunk)  (rank chunk / 2, 64)
   sm90::TensorMap s_half;  // (128, rank chunk)
   sm90::TensorMap y;       // (16, 64)
 
@@ -33,8 +34,16 @@ struct GemmArguments {
   int n;
   int k;
   int r;
+  int cluster;   // 1 or 2 blocks
+  int clusters;  // in the grid
   TileOrder order;
 };
+
+// This block's tile of the unit `number` of the order, of which its cluster takes one in arguments.clusters.
+PEFT_KERNELS_DEVICE TileIndex tile_of(const GemmArguments& arguments, int64_t number) {
+  const TileIndex unit = arguments.order.at(number);
+  return {unit.m * arguments.cluster + static_cast<int>(sm90::cluster_rank()), unit.n};
+}
 
 // Where the ring of stages stands. Producer and consumers walk it in the same steps.
 template <typename Config>
@@ -55,6 +64,28 @@ PEFT_KERNELS_DEVICE int steps_of(const GemmArguments& arguments) {
   return (arguments.k + Config::kBlockK - 1) / Config::kBlockK;
 }
 
+// Load columns `first_col` on and `rows` rows on of an operand that the cluster shares, W or up, `kDepth` deep in what
+// is summed over: the whole of it, half by half, where the block is alone, else this block's half to both.
+template <typename Config, int kDepth>
+PEFT_KERNELS_DEVICE void load_shared_operand(
+    int cluster, uint8_t* destination, const sm90::TensorMap* map, uint64_t* full, int col, int depth) {
+  constexpr int kBlocks = Config::kTransposed ? Config::kChunks : 1;
+  constexpr int kLine = Config::kTransposed ? Config::kLineBytes : 2 * kDepth;
+  constexpr int kHalf = (Config::kTransposed ? kDepth : Config::kBlockN) / Config::kHalves;
+  for (int half = cluster > 1 ? static_cast<int>(sm90::cluster_rank()) : 0; half < Config::kHalves; half += cluster) {
+    for (int block = 0; block < kBlocks; ++block) {
+      uint8_t* to = destination + (block * Config::kHalves + half) * kHalf * kLine;
+      const int box_row = Config::kTransposed ? depth + half * kHalf : col + half * kHalf;
+      const int box_col = Config::kTransposed ? col + 64 * block : depth;
+      if (cluster > 1) {
+        sm90::tma_load_multicast(to, map, full, box_row, box_col, (1 << Config::kHalves) - 1);
+      } else {
+        sm90::tma_load(to, map, full, box_row, box_col);
+      }
+    }
+  }
+}
+
 // One step of the reduction: x, W and, for the tiles that make S, down.
 template <typename Config>
 PEFT_KERNELS_DEVICE void load_step(const GemmArguments& arguments,
@@ -69,13 +100,7 @@ PEFT_KERNELS_DEVICE void load_step(const GemmArguments& arguments,
   const bool makes_s = tile.n == 0;
   sm90::barrier_expect(full, Config::kXBytes + Config::kWBytes + (makes_s ? Config::kDownBytes : 0));
   sm90::tma_load(stage.x, &arguments.x, full, row, k);
-  if constexpr (Config::kTransposed) {
-    for (int block = 0; block < Config::kChunks; ++block) {
-      sm90::tma_load(stage.w + block * Config::kBlockK * Config::kLineBytes, &arguments.w, full, k, col + 64 * block);
-    }
-  } else {
-    sm90::tma_load(stage.w, &arguments.w, full, col, k);
-  }
+  load_shared_operand<Config, Config::kBlockK>(arguments.cluster, stage.w, &arguments.w, full, col, k);
   if (makes_s) {
     if (step == 0) {
       sm90::barrier_wait(&shared.drained, drained_parity);
@@ -102,14 +127,7 @@ PEFT_KERNELS_DEVICE void load_rank_step(
   const int row = tile.m * Config::kBlockM, col = tile.n * Config::kBlockN, rank = step * Config::kRankChunk;
   const bool takes_s = tile.n != 0;
   sm90::barrier_expect(full, Config::kUpBytes + (takes_s ? Config::kSBytes : 0));
-  if constexpr (Config::kTransposed) {
-    for (int block = 0; block < Config::kChunks; ++block) {
-      sm90::tma_load(stage.w + block * Config::kRankChunk * Config::kLineBytes, &arguments.up, full, rank,
-                     col + 64 * block);
-    }
-  } else {
-    sm90::tma_load(stage.w, &arguments.up, full, col, rank);
-  }
+  load_shared_operand<Config, Config::kRankChunk>(arguments.cluster, stage.w, &arguments.up, full, col, rank);
   if (takes_s) {
     if (step == 0) {
       for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
@@ -128,9 +146,11 @@ PEFT_KERNELS_DEVICE void produce(const GemmArguments& arguments, GemmShared<Conf
   const int steps = steps_of<Config>(arguments);
   Ring<Config> ring;
   uint32_t drained_parity = 0;
-  for (int64_t number = blockIdx.x; number < arguments.order.count(); number += gridDim.x) {
-    const TileIndex tile = arguments.order.at(number);
+  for (int64_t number = blockIdx.x / arguments.cluster; number < arguments.order.count();
+       number += arguments.clusters) {
+    const TileIndex tile = tile_of(arguments, number);
     for (int step = 0; step < steps + Config::kRankSteps; ++step) {
+      // By the consumers of all blocks that this one's copies reach.
       sm90::barrier_wait(&shared.free[ring.slot], ring.parity ^ 1);
       if (step < steps) {
         load_step(arguments, shared, drained_parity, ring.slot, tile, step);

@@ -12,11 +12,11 @@
 
 namespace peft_kernels::lora {
 
-// Tell the producer that this warp has read a stage: after wgmma_wait, which speaks for the warp alone.
+// Tell the producers of the cluster that this warp has read a stage: after wgmma_wait, which speaks for the warp alone.
 template <typename Config>
-PEFT_KERNELS_DEVICE void free_stage(GemmShared<Config>& shared, int slot) {
-  if (threadIdx.x % 32 == 0) {
-    sm90::barrier_arrive(&shared.free[slot]);
+PEFT_KERNELS_DEVICE void free_stage(GemmShared<Config>& shared, int slot, int cluster) {
+  if (static_cast<int>(threadIdx.x % 32) < cluster) {
+    sm90::barrier_hand_back(&shared.free[slot], threadIdx.x % 32);
   }
 }
 
@@ -78,6 +78,7 @@ template <typename Config, bool kMakesS, typename BeforeTheEnd>
 PEFT_KERNELS_DEVICE void reduce(GemmShared<Config>& shared,
                                 Ring<Config>& ring,
                                 int steps,
+                                int cluster,
                                 int consumer,
                                 float (&rY)[Config::kBlockN / 2],
                                 float (&rS)[Config::kRank / 2],
@@ -90,7 +91,7 @@ PEFT_KERNELS_DEVICE void reduce(GemmShared<Config>& shared,
     sm90::wgmma_commit();
     if (step > 0) {
       sm90::wgmma_wait<1>();
-      free_stage(shared, previous);
+      free_stage(shared, previous, cluster);
     }
     previous = ring.slot;
     ring.advance();
@@ -103,7 +104,7 @@ PEFT_KERNELS_DEVICE void reduce(GemmShared<Config>& shared,
       multiply_rank_step<Config>(shared.stage[ring.slot], consumer, rY);
       sm90::wgmma_commit();
       sm90::wgmma_wait<1>();
-      free_stage(shared, previous);
+      free_stage(shared, previous, cluster);
       previous = ring.slot;
       ring.advance();
     }
@@ -114,7 +115,7 @@ PEFT_KERNELS_DEVICE void reduce(GemmShared<Config>& shared,
   if constexpr (kMakesS) {
     sm90::wgmma_results(rS);
   }
-  free_stage(shared, previous);
+  free_stage(shared, previous, cluster);
 }
 
 // Wait for the stages of the tile's rank steps, and name them.
@@ -161,10 +162,12 @@ PEFT_KERNELS_DEVICE void rank_product(GemmShared<Config>& shared,
 
 // Free the stages of the rank steps that wait_rank_steps has named.
 template <typename Config>
-PEFT_KERNELS_DEVICE void free_rank_steps(GemmShared<Config>& shared, const int (&slots)[Config::kRankSteps]) {
+PEFT_KERNELS_DEVICE void free_rank_steps(GemmShared<Config>& shared,
+                                         const int (&slots)[Config::kRankSteps],
+                                         int cluster) {
 #pragma unroll
   for (int step = 0; step < Config::kRankSteps; ++step) {
-    free_stage(shared, slots[step]);
+    free_stage(shared, slots[step], cluster);
   }
 }
 
@@ -172,6 +175,7 @@ PEFT_KERNELS_DEVICE void free_rank_steps(GemmShared<Config>& shared, const int (
 template <typename Config>
 PEFT_KERNELS_DEVICE void add_rank_steps(GemmShared<Config>& shared,
                                         const int (&slots)[Config::kRankSteps],
+                                        int cluster,
                                         int consumer,
                                         float (&rY)[Config::kBlockN / 2]) {
   sm90::wgmma_fence();
@@ -182,7 +186,7 @@ PEFT_KERNELS_DEVICE void add_rank_steps(GemmShared<Config>& shared,
   sm90::wgmma_commit();
   sm90::wgmma_wait<0>();
   sm90::wgmma_results(rY);
-  free_rank_steps(shared, slots);
+  free_rank_steps(shared, slots, cluster);
 }
 
 }  // namespace peft_kernels::lora

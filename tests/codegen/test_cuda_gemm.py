@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from typing import NamedTuple
 
 import pytest
 
@@ -19,11 +21,12 @@ REGISTERS_AT_ENTRY = 168
 
 @pytest.fixture(scope="module")
 def kernels() -> list[cubin.Kernel]:
-    """bf16 and fp16, padded ranks 16, 32, 64 and 128, forward and backward."""
+    """bf16 and fp16, padded ranks 16, 32, 64 and 128, forward and backward, wide and narrow tiles, which are the
+    same in fp16 forward at rank 128."""
     if extension.why_not_importable() is None and ARCH not in extension.load().build_info()["archs"]:
         pytest.skip(f"the extension was not built for sm_{ARCH}")
     found = cubin.kernels(ARCH, PATTERN)
-    assert len(found) == 16
+    assert len(found) == 31
     return found
 
 
@@ -42,17 +45,19 @@ def test_products_are_of_warpgroups(kernels: list[cubin.Kernel]) -> None:
     """By W in both loops over k, four of 16 k each, perhaps unrolled, and as wide by the ranks at the end of either; by
     A or B beside those of one. Forward in float16 the rank product has accumulators of its own, 64 columns each."""
     for kernel in kernels:
-        rank, kind = _rank(kernel), "F32.BF16" if "HalfTypeE0" in kernel.name else "F32"
-        width = 256 if rank <= 64 else 192
-        folded = "HalfTypeE0" in kernel.name or "DirectionE1" in kernel.name
-        expected = {64: 0 if folded else width // 64 * rank // 16}
-        expected[rank] = expected.get(rank, 0) + 4
+        variant, kind = _variant(kernel), "F32.BF16" if "HalfTypeE0" in kernel.name else "F32"
+        rank, width = variant.rank, variant.width
+        expected = Counter({rank: 4})
+        if variant.folded:
+            expected[width] += 2 * rank // 16
+        else:
+            expected[64] += width // 64 * rank // 16
+        by_w = kernel.opcodes[f"HGMMA.64x{width}x16.{kind}"] - expected[width]
+        assert by_w >= 8 and by_w % 4 == 0, kernel.name
+        expected[width] += by_w
         for columns, count in expected.items():
             assert kernel.opcodes[f"HGMMA.64x{columns}x16.{kind}"] == count, (kernel.name, columns)
-        full = kernel.opcodes[f"HGMMA.64x{width}x16.{kind}"]
-        by_w = full - 2 * rank // 16 if folded else full
-        assert by_w >= 8 and by_w % 4 == 0, kernel.name
-        assert kernel.count("HGMMA") == full + sum(expected.values()), kernel.name
+        assert kernel.count("HGMMA") == expected.total(), kernel.name
 
 
 def test_products_are_not_serialised(kernels: list[cubin.Kernel]) -> None:
@@ -62,14 +67,24 @@ def test_products_are_not_serialised(kernels: list[cubin.Kernel]) -> None:
 
 
 def test_copy_engine_moves_operands_and_result(kernels: list[cubin.Kernel]) -> None:
+    """W's and up's halves to both blocks of a cluster, or to the only one: a box, or one for each 64 columns."""
     for kernel in kernels:
-        chunks = 4 if _rank(kernel) <= 64 else 3
-        assert kernel.count("UTMALDG.2D") >= 5, kernel.name
+        variant = _variant(kernel)
+        chunks = variant.width // 64
+        boxes = 2 * (chunks if variant.backward else 1)
+        assert kernel.opcodes["UTMALDG.2D.MULTICAST"] == boxes, kernel.name
+        assert kernel.opcodes["UTMALDG.2D"] >= 4, kernel.name
         assert kernel.count("UTMASTG.2D") == chunks, kernel.name
         assert kernel.count("STSM.16.M88.4") == 4 * chunks, kernel.name
         # A fence for y's chunks, for S and for the barriers in shared memory; for S on either side in global memory.
         assert kernel.count("FENCE.VIEW.ASYNC.S") >= chunks + 2, kernel.name
         assert kernel.count("FENCE.VIEW.ASYNC.G") >= 2, kernel.name
+
+
+def test_stages_are_handed_back_without_a_fence(kernels: list[cubin.Kernel]) -> None:
+    """Of the device: at the cluster's two barriers and the flag, not in the loops."""
+    for kernel in kernels:
+        assert kernel.count("MEMBAR.ALL.GPU") == 3, kernel.name
 
 
 def test_flags_are_acquired_and_released(kernels: list[cubin.Kernel]) -> None:
@@ -79,7 +94,15 @@ def test_flags_are_acquired_and_released(kernels: list[cubin.Kernel]) -> None:
         assert kernel.count("MEMBAR") >= 1, kernel.name
 
 
-def _rank(kernel: cubin.Kernel) -> int:
-    match = re.search(r"HalfTypeE\dELi(\d+)E", kernel.name)
+class Variant(NamedTuple):
+    rank: int
+    width: int
+    backward: bool
+    folded: bool
+
+
+def _variant(kernel: cubin.Kernel) -> Variant:
+    match = re.search(r"HalfTypeE(\d)ELi(\d+)ELNS\d_9DirectionE(\d)ELi(\d+)E", kernel.name)
     assert match, kernel.name
-    return int(match[1])
+    bf16, backward = match[1] == "0", match[3] == "1"
+    return Variant(int(match[2]), int(match[4]), backward, bf16 or backward)

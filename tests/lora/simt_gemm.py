@@ -7,6 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from python_ref import compare
+from python_ref import lora as oracle
+from tests.contract.operators import double
+from tests.lora import cases
 from tests.lora.cases import Case, Tensors
 from tests.simt import build
 
@@ -54,10 +58,13 @@ void test(const simt::Arguments& arguments) {
   simt::run_schedules(arguments, {&x, &w, &down, &up, &bias, &scale}, {&y, &s}, [&](uint64_t seed) {
     params.nonce = 0x9E3779B97F4A7C15u + seed;
     s_half.poison();
-    const GemmArguments device = gemm_arguments<Config>(params);
+    const int cluster = static_cast<int>(arguments.integer("cluster"));
+    const GemmArguments device = gemm_arguments<Config>(params, cluster, static_cast<int>(arguments.integer("group")),
+                                                        static_cast<int>(arguments.integer("grid")));
 
     simt::Config config;
-    config.grid = {static_cast<unsigned>(std::min(arguments.integer("grid"), device.order.count()))};
+    config.grid = {static_cast<unsigned>(cluster * device.clusters)};
+    config.cluster = {static_cast<unsigned>(cluster)};
     config.block = {Config::kThreads};
     config.shared_bytes = sizeof(GemmShared<Config>);
     config.seed = seed;
@@ -76,23 +83,25 @@ int main(int argc, char** argv) {
 }
 """
 
-# What a kernel is compiled for: dtype, padded rank, direction. Not all sixteen, for the time that compiling takes.
+# What a kernel is compiled for: dtype, padded rank, direction, columns of a tile. Not all, for the time that compiling
+# takes.
 CONFIGS = (
-    ("kBf16", 16, "kForward"),
-    ("kBf16", 64, "kForward"),
-    ("kFp16", 32, "kForward"),
-    ("kFp16", 128, "kForward"),
-    ("kBf16", 16, "kBackward"),
-    ("kBf16", 128, "kBackward"),
-    ("kFp16", 32, "kBackward"),
-    ("kFp16", 64, "kBackward"),
+    ("kBf16", 16, "kForward", 256),
+    ("kBf16", 64, "kForward", 128),
+    ("kFp16", 32, "kForward", 256),
+    ("kFp16", 128, "kForward", 128),
+    ("kBf16", 16, "kBackward", 256),
+    ("kBf16", 128, "kBackward", 192),
+    ("kFp16", 32, "kBackward", 128),
+    ("kFp16", 64, "kBackward", 256),
 )
 
 
 def program(text: str = PROGRAM) -> Path:
     """The compiled program, with a test for each of CONFIGS."""
     entries = ", ".join(
-        f'{{"{name(*config)}", test<GemmConfig<HalfType::{config[0]}, {config[1]}, Direction::{config[2]}>>}}'
+        f'{{"{name(*config[:3])}", test<GemmConfig<HalfType::{config[0]}, {config[1]}, Direction::{config[2]}, '
+        f"{config[3]}>>}}"
         for config in CONFIGS
     )
     tests = f"const std::map<std::string, void (*)(const simt::Arguments&)> tests = {{{entries}}};"
@@ -103,19 +112,21 @@ def name(kind: str, rank: int, direction: str) -> str:
     return f"{kind}-{rank}-{direction}"
 
 
-def forward(case: Case, tensors: Tensors, grid: int, schedules: int) -> tuple[Tensor, Tensor]:
+def forward(case: Case, tensors: Tensors, grid: int, schedules: int, cluster: int = 0) -> tuple[Tensor, Tensor]:
     """y (M, N) and S (M, r) float32 by the emulated kernel."""
     x, weight, lora_a, lora_b, bias = tensors
     operands = {"x": x, "w": weight, "down": lora_a, "up": lora_b}
     config = name(_kind(case), padded_rank(case.r), "kForward")
-    return run(program(), config, operands, bias, case, (case.m, case.n, case.k), grid, schedules)
+    return run(program(), config, operands, bias, case, (case.m, case.n, case.k), grid, schedules, cluster)
 
 
-def backward(case: Case, tensors: Tensors, dy: Tensor, grid: int, schedules: int) -> tuple[Tensor, Tensor]:
+def backward(
+    case: Case, tensors: Tensors, dy: Tensor, grid: int, schedules: int, cluster: int = 0
+) -> tuple[Tensor, Tensor]:
     """dX (M, K) and dS (M, r) float32 by the emulated kernel."""
     operands = {"x": dy, "w": tensors.weight, "down": tensors.lora_b, "up": tensors.lora_a}
     config = name(_kind(case), padded_rank(case.r), "kBackward")
-    return run(program(), config, operands, None, case, (case.m, case.k, case.n), grid, schedules)
+    return run(program(), config, operands, None, case, (case.m, case.k, case.n), grid, schedules, cluster)
 
 
 def run(
@@ -127,8 +138,10 @@ def run(
     sizes: tuple[int, int, int],
     grid: int,
     schedules: int,
+    cluster: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """y and S of one product; what lies between the operands' rows is nan and must not matter."""
+    """y and S of one product by at most ``grid`` clusters, by default of two blocks where there are two row blocks;
+    what lies between the operands' rows is nan and must not matter."""
     stored = {key: _in_rows_of_8(matrix) for key, matrix in operands.items()}
     m, n, k = sizes
     got = build.run(
@@ -138,6 +151,8 @@ def run(
         schedules=schedules,
         config=config,
         grid=grid,
+        cluster=cluster or (1 if m <= 128 else 2),
+        group=2,
         m=m,
         n=n,
         k=k,
@@ -146,6 +161,29 @@ def run(
         **{f"{key}_stride": matrix.shape[1] for key, matrix in stored.items()},
     )
     return got["y"], got["s"]
+
+
+def check_forward(case: Case, tensors: Tensors, y: Tensor, s: Tensor) -> None:
+    *factors, bias = double(tensors)
+    exact = oracle.forward(*factors, case.scale, bias)
+    compare.assert_close(f"{case} y", y, oracle.eager(*tensors[:4], case.scale, tensors.bias), exact[0])
+    compare.assert_close(f"{case} S", s, tensors.x.float() @ tensors.lora_a.float().t(), exact[1])
+
+
+def check_backward(case: Case, tensors: Tensors, dy: Tensor, dx: Tensor, ds: Tensor) -> None:
+    eager, exact = cases.run_eager(case, tensors, dy), cases.run_oracle(case, tensors, dy)
+    compare.assert_close(f"{case} dX", dx, eager.x, exact.x)
+    exact_ds = case.scale * (dy.double() @ tensors.lora_b.double())
+    compare.assert_close(f"{case} dS", ds, case.scale * (dy.float() @ tensors.lora_b.float()), exact_ds)
+
+
+def with_an_infinite_row(case: Case) -> Tensors:
+    """Factors without signs, so that the row of y is inf and not nan."""
+    tensors = cases.make(case, torch.device("cpu"))
+    tensors.x[7, 5] = float("inf")
+    for factor in (tensors.weight, tensors.lora_a, tensors.lora_b):
+        factor.abs_()
+    return tensors
 
 
 def padded_rank(r: int) -> int:

@@ -34,7 +34,7 @@ class EmulatedGemm:
 
     @staticmethod
     def workspace(m: int, r: int) -> tuple[int, int]:
-        flags = 2 * -(-m // 128)
+        flags = 4 * -(-m // 256)
         return flags, 8 * flags + 2 * m * simt_gemm.padded_rank(r)
 
     def launch(self, **call: Any) -> None:

@@ -40,6 +40,19 @@ PEFT_KERNELS_DEVICE void barrier_arrive_remote(uint64_t* barrier, uint32_t rank)
       : "memory");
 }
 
+// Arrive once at the same barrier of any block of the cluster, this one's too, to hand back memory that engines have
+// read: none of this thread's own accesses is ordered for another block, which would cost a fence.
+PEFT_KERNELS_DEVICE void barrier_hand_back(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Arrive once and announce bytes that copies will bring before the phase can end.
 PEFT_KERNELS_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

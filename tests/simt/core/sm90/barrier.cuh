@@ -70,6 +70,10 @@ inline void barrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
   simt::preempt("barrier_arrive_remote");
 }
 
+inline void barrier_hand_back(uint64_t* barrier, uint32_t rank) {
+  barrier_arrive_remote(barrier, rank);
+}
+
 inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   simt::preempt("barrier_expect");
   Mbarrier& state = mbarrier_at(*simt::self().cta, barrier);

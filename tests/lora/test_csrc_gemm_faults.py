@@ -1,0 +1,259 @@
+"""Faults that are put into the Hopper GEMM on purpose, each seen by the emulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.compiled import CSRC
+from tests.lora import cases, simt_gemm
+from tests.lora.cases import Case
+from tests.simt import build
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+
+pytestmark = pytest.mark.cpu_only
+
+# Faults: the text that is replaced, what replaces it, and which kernel must see it. In one program, each in a namespace
+# of its own, because compiling one more costs a second and compiling another program five.
+PLAIN, BACKWARD_CONFIG = "kBf16-16-kForward", "kBf16-16-kBackward"
+ONE_CLUSTER = "kBf16-16-kForward-1"  # which has more than one unit n = 0
+FAULTS = {
+    "no fault": ("", "", PLAIN),
+    "no fault, backward": ("", "", BACKWARD_CONFIG),
+    "consumers do not wait for a stage's copies": (
+        "    sm90::barrier_wait(&shared.full[ring.slot], ring.parity);\n    sm90::wgmma_fence();",
+        "    sm90::wgmma_fence();",
+        PLAIN,
+    ),
+    "the producer does not wait for a free stage": (
+        "sm90::barrier_wait(&shared.free[ring.slot], ring.parity ^ 1);",
+        "",
+        PLAIN,
+    ),
+    "the producer waits for the wrong parity": ("ring.parity ^ 1", "ring.parity", PLAIN),
+    "a stage is freed before its products are done": (
+        "    if (step > 0) {\n      sm90::wgmma_wait<1>();\n      free_stage(shared, previous, cluster);\n    }\n",
+        "    if (step > 0) {\n      free_stage(shared, previous, cluster);\n      sm90::wgmma_wait<1>();\n    }\n",
+        PLAIN,
+    ),
+    "the last stage is freed before its products are done": (
+        "  sm90::wgmma_wait<0>();\n  sm90::wgmma_results(rY);\n  if constexpr (kMakesS) {",
+        "  free_stage(shared, previous, cluster); sm90::wgmma_wait<0>(); return;\n  if constexpr (kMakesS) {",
+        PLAIN,
+    ),
+    "a rank step does not wait for its copies": (
+        "      sm90::barrier_wait(&shared.full[ring.slot], ring.parity);\n      sm90::wgmma_fence();",
+        "      sm90::wgmma_fence();",
+        PLAIN,
+    ),
+    "the rank steps' stages are freed before the rank product": (
+        "  sm90::wgmma_commit();\n  sm90::wgmma_wait<0>();\n  sm90::wgmma_results(rY);\n  free_rank_steps(",
+        "  sm90::wgmma_commit();\n  free_rank_steps(shared, slots, cluster);\n  sm90::wgmma_wait<0>();\n"
+        "  sm90::wgmma_results(rY);\n  if (false) free_rank_steps(",
+        PLAIN,
+    ),
+    "S is not waited for": (
+        "wait_until_published(&arguments.flags[Config::kConsumers * tile.m + consumer], arguments.nonce);",
+        "",
+        PLAIN,
+    ),
+    "one half of S is not waited for": (
+        "for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {\n        wait",
+        "for (int consumer = 0; consumer < 1; ++consumer) {\n        wait",
+        PLAIN,
+    ),
+    "S is published by a thread that does not wait for the others": (
+        "  sm90::fence_async_shared();\n  sm90::named_barrier_sync(kConsumerBarrier + consumer, Config::kWarpgroup);\n"
+        "  if (threadIdx.x % Config::kWarpgroup == 0) {\n    publish",
+        "  sm90::fence_async_shared();\n  if (threadIdx.x % Config::kWarpgroup == 0) {\n    publish",
+        PLAIN,
+    ),
+    "flags of an earlier launch count": ("arguments.nonce = params.nonce;", "arguments.nonce = 1;", PLAIN),
+    "S is not fenced for TMA": (
+        "  sm90::fence_async_global();\n  sm90::fence_async_shared();",
+        "  sm90::fence_async_shared();",
+        PLAIN,
+    ),
+    "S is not fenced for the tensor cores": (
+        "  sm90::fence_async_global();\n  sm90::fence_async_shared();",
+        "  sm90::fence_async_global();",
+        PLAIN,
+    ),
+    "S is kept without the swizzle": (
+        "sm90::swizzled(sS + tile_row * kLine + 2 * (col % Config::kRankChunk), kLine)",
+        "sS + tile_row * kLine + 2 * (col % Config::kRankChunk)",
+        PLAIN,
+    ),
+    "y is staged without the swizzle": (
+        "sm90::swizzled(sY + 16 * (i / 4 + lane / 16), Config::kLineBytes)",
+        "(sY + 16 * (i / 4 + lane / 16))",
+        PLAIN,
+    ),
+    "y is staged while the last chunk but one is still read": (
+        "    sm90::tma_store_wait_read<Config::kBuffers - 1>();\n",
+        "",
+        PLAIN,
+    ),
+    "one more buffer of y is taken to be free": (
+        "tma_store_wait_read<Config::kBuffers - 1>",
+        "tma_store_wait_read<Config::kBuffers>",
+        PLAIN,
+    ),
+    "down comes while y is still read": (
+        "      sm90::barrier_wait(&shared.drained, drained_parity);\n",
+        "",
+        ONE_CLUSTER,
+    ),
+    "y is said to have left before it has": (
+        "        sm90::tma_store_wait_read<0>();\n        sm90::barrier_arrive(&shared.drained);",
+        "        sm90::barrier_arrive(&shared.drained);",
+        ONE_CLUSTER,
+    ),
+    "y is staged where the other consumer still multiplies by down": (
+        "      sm90::named_barrier_sync(kBothConsumersBarrier, Config::kConsumers * Config::kWarpgroup);\n",
+        "",
+        PLAIN,
+    ),
+    "y is not fenced for TMA": (
+        "  sm90::fence_async_shared();\n  __syncwarp();\n  if (lane == 0) {\n    sm90::tma_store(",
+        "  __syncwarp();\n  if (lane == 0) {\n    sm90::tma_store(",
+        PLAIN,
+    ),
+    "y leaves before the warp has staged it": (
+        "  sm90::fence_async_shared();\n  __syncwarp();\n  if (lane == 0) {\n    sm90::tma_store(",
+        "  sm90::fence_async_shared();\n  if (lane == 0) {\n    sm90::tma_store(",
+        PLAIN,
+    ),
+    "the block exits before its stores are done": ("    sm90::tma_store_wait<0>();\n", "", PLAIN),
+    "fewer bytes are announced than come": ("(makes_s ? Config::kDownBytes : 0)", "0", PLAIN),
+    "columns past the rank are not cleared": ("col < arguments.r ? rS[i] : 0.0f", "rS[i]", PLAIN),
+    "rows past the end are written": (
+        "      if (row < arguments.m) {\n        if (col",
+        "      {\n        if (col",
+        PLAIN,
+    ),
+    "the tile n = 0 comes last": (
+        "  const TileIndex unit = arguments.order.at(number);",
+        "  TileIndex unit = arguments.order.at(number); unit.n = arguments.order.tiles_n - 1 - unit.n;",
+        PLAIN,
+    ),
+    "a producer does not wait for the other block's consumers": (
+        "sm90::barrier_hand_back(&shared.free[slot], threadIdx.x % 32);",
+        "sm90::barrier_hand_back(&shared.free[slot], sm90::cluster_rank());",
+        PLAIN,
+    ),
+    "a block exits while the other still needs it": (
+        "  __syncwarp();\n  sm90::cluster_sync();\n}",
+        "}",
+        PLAIN,
+    ),
+    "barriers are used before the other block has made them": (
+        "  sm90::cluster_sync();\n\n  const int warpgroup",
+        "  __syncthreads();\n\n  const int warpgroup",
+        PLAIN,
+    ),
+    "both blocks copy the same half of W": (
+        "cluster > 1 ? static_cast<int>(sm90::cluster_rank()) : 0",
+        "0",
+        PLAIN,
+    ),
+    "a half of W goes to one block alone": (
+        "(1 << Config::kHalves) - 1",
+        "1 << half",
+        PLAIN,
+    ),
+    "both blocks take the same rows": (
+        "unit.m * arguments.cluster + static_cast<int>(sm90::cluster_rank())",
+        "unit.m * arguments.cluster",
+        PLAIN,
+    ),
+    "the ghost has no flags": (
+        "constexpr int64_t kRows = kGemmMaxCluster * kGemmBlockM;\n  return kGemmConsumers * kGemmMaxCluster",
+        "constexpr int64_t kRows = kGemmBlockM;\n  return kGemmConsumers",
+        PLAIN,
+    ),
+    "halves of W's blocks are taken to be blocks": (
+        "destination + (block * Config::kHalves + half) * kHalf * kLine",
+        "destination + (half * kBlocks + block) * kHalf * kLine",
+        BACKWARD_CONFIG,
+    ),
+    "W's blocks of columns are taken to be closer together": (
+        "kWBlock = Config::kTransposed ? Config::kBlockK * kLine : 16",
+        "kWBlock = 1024",
+        BACKWARD_CONFIG,
+    ),
+    "steps along k are as far in transposed operands": (
+        "kAlongW = Config::kTransposed ? 16 * kLine : 32",
+        "kAlongW = 32",
+        BACKWARD_CONFIG,
+    ),
+}
+MUTATED = (
+    "gemm_sm90_config.h",
+    "tile_order.h",
+    "gemm_sm90_producer.cuh",
+    "gemm_sm90_products.cuh",
+    "gemm_sm90_epilogue.cuh",
+    "gemm_sm90.cuh",
+    "gemm_sm90_arguments.h",
+)
+
+
+FAULT_CASE = Case(m=300, n=520, k=200, r=3, dtype=BF16)  # two clusters high, with a ghost below the last row block
+FAULT_CASE_BACKWARD = Case(m=200, n=200, k=520, r=3, dtype=BF16)
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Path:
+    """One program with every faulty version of the kernel, by its number."""
+    kernel = "".join((CSRC / "lora" / name).read_text() for name in MUTATED).replace("#pragma once", "")
+    for name in MUTATED:
+        kernel = kernel.replace(f'#include "lora/{name}"\n', "")
+    includes, main = simt_gemm.PROGRAM.split("TESTS")
+    test = includes.split("using namespace peft_kernels::lora;")[1]
+    unused = ("parameter", "value", "but-set-variable", "variable")
+    text = "".join(f'#pragma GCC diagnostic ignored "-Wunused-{what}"\n' for what in unused)
+    text += '#include "lora/params.h"\nusing namespace peft_kernels;\n'
+    entries = []
+    for number, (fault, (old, new, config)) in enumerate(FAULTS.items()):
+        assert old in kernel, f"{fault}: there is nothing to replace"
+        space, (kind, rank, direction) = f"peft_kernels::fault_{number}", config.split("-")[:3]
+        text += f"namespace {space} {{ using lora::GemmParams; }}\n"
+        text += (kernel.replace(old, new) if old else kernel).replace("peft_kernels::lora", space)
+        text += f"namespace {space} {{\n{test}}}\n"
+        types = f"sm90::HalfType::{kind}, {rank}, {space}::Direction::{direction}, 256"
+        entries.append(f'{{"{number}", {space}::test<{space}::GemmConfig<{types}>>}}')
+    tests = f"const std::map<std::string, void (*)(const simt::Arguments&)> tests = {{{', '.join(entries)}}};"
+    return build.build(text + tests + main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(faulty: Path, fault: str) -> None:
+    backward, grid = FAULTS[fault][2] == BACKWARD_CONFIG, 1 if FAULTS[fault][2] == ONE_CLUSTER else 3
+    case = FAULT_CASE_BACKWARD if backward else FAULT_CASE
+    tensors, dy = simt_gemm.with_an_infinite_row(case), cases.output_gradient(case, CPU)
+    x, weight, lora_a, lora_b, bias = tensors
+
+    def check(schedules: int) -> None:
+        number = str(list(FAULTS).index(fault))
+        if backward:
+            operands, sizes = {"x": dy, "w": weight, "down": lora_b, "up": lora_a}, (case.m, case.k, case.n)
+            got = simt_gemm.run(faulty, number, operands, None, case, sizes, grid=grid, schedules=schedules)
+            simt_gemm.check_backward(case, tensors, dy, *got)
+        else:
+            operands, sizes = {"x": x, "w": weight, "down": lora_a, "up": lora_b}, (case.m, case.n, case.k)
+            got = simt_gemm.run(faulty, number, operands, bias, case, sizes, grid=grid, schedules=schedules)
+            simt_gemm.check_forward(case, tensors, *got)
+
+    if fault.startswith("no fault"):
+        check(4)
+        return
+    # What is wrong under every schedule is seen by one; a race by one of many.
+    with pytest.raises(AssertionError):
+        check(1)
+        check(100)
