@@ -32,6 +32,7 @@ class Kernel:
         registers: of a thread.
         stack, local: bytes of a thread's local memory; spills are among them.
         opcodes: how often each instruction stands in the code, with its modifiers, such as "LD.E.128".
+        code: the listing.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Kernel:
     stack: int
     local: int
     opcodes: Counter[str]
+    code: str
 
     def count(self, prefix: str) -> int:
         """Instructions whose names are ``prefix`` or go on from it with a modifier."""
@@ -79,6 +81,6 @@ def _kernels(binary: Path, arch: str) -> list[Kernel]:
     code = dict(part.split("\n", 1) for part in dump("-sass").split("Function : ")[1:])
     assert resources.keys() == code.keys(), "cuobjdump names other kernels than nvdisasm"
     return [
-        Kernel(name, registers, stack, local, Counter(_INSTRUCTION.findall(code[name])))
+        Kernel(name, registers, stack, local, Counter(_INSTRUCTION.findall(code[name])), code[name])
         for name, (registers, stack, _, local) in resources.items()
     ]

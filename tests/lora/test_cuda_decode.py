@@ -40,6 +40,9 @@ SHAPES = (
     (Case(m=16, n=64, k=520, r=65), (4, 2, 5)),
     (Case(m=16, n=40, k=136, r=128), (1, 3, 4)),
     (Case(m=16, n=96, k=64, r=130), (2, 2, 3)),  # more splits than chunks: empty ranges
+    # More steps than the loop over k has in a turn, and an end within one.
+    (Case(m=5, n=40, k=2376, r=3), (1, 1, 3)),
+    (Case(m=16, n=40, k=2888, r=20), (1, 1, 2)),
 )
 GRID = [
     (dataclasses.replace(case, dtype=dtype, adapter_dtype=adapter, bias=index % 2 == 0), split)
@@ -77,7 +80,7 @@ def test_exact_in_random_shapes_splits_and_blocks() -> None:
         case = Case(
             m=draw.randint(1, 16),
             n=draw.randint(1, 200),
-            k=8 * draw.randint(1, 90),
+            k=8 * draw.randint(1, draw.choice((90, 400))),
             r=draw.randint(1, 140),
             dtype=dtype,
             adapter_dtype=adapter,
