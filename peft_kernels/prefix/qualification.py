@@ -139,5 +139,20 @@ def _of_pieces(operator: str) -> Qualification:
     )
 
 
-PIECES = {path: _of_pieces(taken.operator.name) for path, taken in PATHS.items()}
-"""For each path in two pieces."""
+def _wide_cases(part: str, hardware: Hardware) -> Sequence[Case]:
+    """Several blocks of rows and of keys, whole and ragged, and sequences that are split on a GPU."""
+    pair, d = _TRITON[part]
+    dtypes = dtypes_of(pair)
+    return (
+        Case(2, 4, 2, 150, 300, 20, d, *dtypes, causal=True, padded=False, shared=True),
+        Case(2, 1, 1, 256, 256, 70, d, *dtypes, causal=True, padded=True, shared=False),
+        Case(1, 3, 1, 50, 1030, 33, d - 4, *dtypes, causal=False, padded=True, shared=True),
+    )
+
+
+_WIDE = Qualification(
+    FAMILY, tuple(f"{pair} d128" for pair in _HALVES), _touched, _wide_cases, quick=("bfloat16 d128",)
+)
+
+OF_PATH = {"wide": _WIDE, **{path: _of_pieces(taken.operator.name) for path, taken in PATHS.items()}}
+"""For each path of the Triton backend but the first, which is checked as ``TRITON``."""

@@ -17,7 +17,7 @@ from peft_kernels._core.explain import note
 from peft_kernels.prefix import pieces, qualification
 from peft_kernels.prefix.kernels import config, fused_operators
 from peft_kernels.prefix.kernels.attention import Segment
-from peft_kernels.prefix.kernels.fused_operators import PATHS, Sequence
+from peft_kernels.prefix.kernels.fused_operators import Sequence
 from peft_kernels.prefix.problem import Gradients, Inputs, Needs, PrefixAttentionProblem
 
 _LARGEST_HEAD = 256
@@ -45,7 +45,8 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs, path: str | None = 
         config_of_prefix = chosen(config.add_prefix_config, problem, chip)
         return y, _of_pieces().add_prefix(problem, q, prefix, y, lse, config_of_prefix)
     fwd, _ = _kernels()
-    blocks = chosen(config.forward_config, problem, chip)
+    choose = config.wide_forward_config if path == pieces.WIDE else config.forward_config
+    blocks = chosen(choose, problem, chip)
     merge = chosen(config.merge_config, problem.d, blocks.splits)
     return fwd.attend(problem, q, prefix, sequence, blocks, merge)
 
@@ -134,10 +135,10 @@ def _checked(path: str) -> Implementation:
         name=pieces.name_of(path),
         why_not_environment=triton_tools.why_not_environment,
         why_not=why_not_path,
-        qualification=qualification.PIECES[path],
+        qualification=qualification.OF_PATH[path],
         forward=triton_tools.on_device(partial(forward, path=path)),
         backward=triton_tools.on_device(fused_operators.deterministic(partial(backward, path=path))),
     )
 
 
-CHECKED = tuple(map(_checked, PATHS))
+CHECKED = tuple(map(_checked, qualification.OF_PATH))

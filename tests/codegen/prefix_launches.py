@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from peft_kernels._core.device import hardware
 from peft_kernels.prefix import triton_impl
+from peft_kernels.prefix.kernels import config
 from peft_kernels.prefix.kernels.fused_operators import deterministic
 from peft_kernels.prefix.problem import Inputs, Needs, default_scale, make_problem
 
@@ -39,6 +41,9 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield _case(BF16, BF16, 256, True, padded=True, s=8, l=4096)
     yield _case(FP32, FP32, 80, True, s=1, l=4096)
     yield _case(BF16, BF16, 32, True)
+    for causal, padded in ((True, False), (True, True), (False, True)):
+        yield _case(BF16, BF16, 128, causal, padded=padded, path="wide")
+    yield _case(FP16, FP32, 80, True, path="wide")
     # Beside torch's operator of the sequence.
     for d in (32, 64, 80, 128, 256):
         yield _case(BF16, BF16, d, True, path="flash both")
@@ -88,6 +93,8 @@ def _launch(
     )
     problem = make_problem(inputs)
     inputs = inputs._replace(prefix_k=given.to(dtype), prefix_v=given.to(dtype))
+    if path == "wide" and not config.takes_wide_blocks(problem, hardware(problem.device)):
+        path = "own"
     y, stats = triton_impl.forward(problem, inputs, path)
     if s > 8:
         dy, needs = make(1, H, s, d, dtype=dtype), Needs(*[True] * 5)

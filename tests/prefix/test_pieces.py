@@ -15,7 +15,7 @@ from benchmarks.aot import HARDWARE
 from peft_kernels._core import verdicts
 from peft_kernels.judge import check_case
 from peft_kernels.prefix import pieces, qualification, triton_impl
-from peft_kernels.prefix.kernels import fused_operators
+from peft_kernels.prefix.kernels import config, fused_operators
 from peft_kernels.prefix.kernels.fused_operators import CUDNN, EFFICIENT, FLASH, PATHS, FusedOperator, Sequence
 from peft_kernels.prefix.problem import Needs, PrefixAttentionProblem, make_problem
 from tests.prefix import stand_in
@@ -142,6 +142,10 @@ def test_efficient_backward_takes_the_call(operator: FusedOperator, problem: Pre
         ("cudnn", {"padded": True}, "padding"),
         ("efficient", {}, "padding"),
         ("efficient", {"padded": True, "d": 60}, "multiple of 8"),
+        ("wide", {"d": 128, "s": 256, "l": 256, "dtype": torch.float32}, "fit"),
+        ("wide", {"d": 128, "s": 60, "l": 256}, "filled"),
+        ("wide", {"d": 128, "s": 256, "l": 255}, "filled"),
+        ("wide", {"s": 256, "l": 256}, "fit"),
     ],
 )
 def test_what_operators_cannot_do_is_refused(path: str, change: dict[str, Any], reason: str) -> None:
@@ -188,12 +192,12 @@ def test_only_paths_that_are_right_here_are_taken(monkeypatch: pytest.MonkeyPatc
 
     def why_not(name: str, checked: object, problem: object) -> str | None:
         asked.append((name, checked))
-        return None if name == "flash pieces" else "it was wrong"
+        return None if name == "flash path" else "it was wrong"
 
     monkeypatch.setattr(verdicts, "why_not", why_not)
     monkeypatch.setattr(pieces, "hardware", lambda device: HOPPER)
     assert pieces.paths(_problem()) == ("own", "flash")
-    assert asked == [(f"{path} pieces", qualification.PIECES[path]) for path in ("flash", "cudnn")]
+    assert asked == [(f"{path} path", qualification.OF_PATH[path]) for path in ("flash", "cudnn")]
 
 
 def test_on_a_cpu_there_is_one_path() -> None:
@@ -202,7 +206,7 @@ def test_on_a_cpu_there_is_one_path() -> None:
 
 def test_every_path_has_its_check() -> None:
     names = {each.name for each in triton_impl.CHECKED}
-    assert names == {pieces.name_of(path) for path in PATHS}
+    assert names == {pieces.name_of(path) for path in (pieces.WIDE, *PATHS)}
     assert set(triton_impl.CHECKED) <= set(OPERATOR.op.OPERATOR.checked)
 
 
@@ -218,7 +222,31 @@ def test_problems_of_a_check_are_its_path_s(path: str) -> None:
                 causal=case.causal, padded=case.padded, deterministic=True,
             )  # fmt: skip
             assert (fused_operators.why_not_pieces(problem) or operator.why_not(problem, HOPPER)) is None, str(case)
-            assert part in qualification.PIECES[path].touched(replace(problem, prefix_dtype=case.prefix_dtype))
+            assert part in qualification.OF_PATH[path].touched(replace(problem, prefix_dtype=case.prefix_dtype))
+
+
+def test_wide_blocks_are_checked_where_they_are_taken() -> None:
+    """A problem of theirs has several blocks of rows and keys, and one is split where there are multiprocessors."""
+    checked, splits = qualification.OF_PATH["wide"], []
+    for part in checked.parts:
+        for case in checked.cases(part, HOPPER):
+            problem = _problem(
+                b=case.b, h=case.h, h_kv=case.h_kv, s=case.s, l=case.l, p=case.p, d=case.d, dtype=case.dtype,
+                prefix_dtype=case.prefix_dtype, causal=case.causal, padded=case.padded,
+            )  # fmt: skip
+            assert config.takes_wide_blocks(problem, HOPPER), str(case)
+            assert part in checked.touched(problem)
+            splits.append(config.wide_forward_config(problem, HOPPER).splits)
+    assert {1, 2} <= set(splits)
+
+
+def test_wide_blocks_attend_as_the_others_do() -> None:
+    if reason := triton_impl.IMPLEMENTATION.why_not_environment():
+        pytest.skip(reason)
+    (checked,) = (each for each in triton_impl.CHECKED if each.name == pieces.name_of(pieces.WIDE))
+    # Blocks of 128 keys: one that every row sees, the causal border's, and a part of one.
+    case = replace(checked.qualification.cases("bfloat16 d128", HOPPER)[0], b=1, h=1, h_kv=1, s=130, l=300, p=5, d=68)
+    assert check_case(OPERATOR.op.OPERATOR, checked, case, torch.device("cpu")) <= 1.0
 
 
 @pytest.mark.parametrize("path", ["flash", "flash both", "cudnn", "efficient both"])

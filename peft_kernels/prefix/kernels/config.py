@@ -6,7 +6,7 @@ shared memory of sm_80, 89, 90 and 100 (tests/codegen); docs/design/prefix.md ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -115,10 +115,27 @@ def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
         BLOCK_N=block_n,
         BLOCK_P=_keys_at_most(attention.p, block_n),
         BLOCK_D=block_d,
-        num_warps=_forward_warps(attention, block_m * block_d),
+        num_warps=_forward_warps(attention, block_m, block_d, hardware.arch),
         num_stages=2,
         splits=_splits(attention, block_m, block_n, hardware.sm_count),
     )
+
+
+def takes_wide_blocks(attention: Attention, hardware: Hardware) -> bool:
+    """Whether ``wide_forward_config`` is for an attention: where its blocks fit the registers and are filled."""
+    fits = hardware.arch == 90 and attention.dtype.itemsize == 2 and _block_d(attention.d) == 128
+    return fits and attention.group * attention.s >= 128 and attention.l >= 256
+
+
+def wide_forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
+    """Blocks of 128 keys, three of them in flight, 224 KiB; a multiprocessor has one program either way.
+
+    Half as many rescalings and barriers a key, and up to 64 masked keys more at the causal border: whether that is
+    faster is for the clock to say.
+    """
+    narrow = forward_config(attention, hardware)
+    splits = _splits(attention, narrow.BLOCK_M, 128, hardware.sm_count)
+    return replace(narrow, BLOCK_N=128, num_stages=3, splits=splits)
 
 
 def _splits(attention: Attention, block_m: int, block_n: int, sm_count: int) -> int:
@@ -140,10 +157,11 @@ def merge_config(d: int, splits: int) -> MergeConfig:
     return MergeConfig(BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4)
 
 
-def _forward_warps(attention: Attention, elements: int) -> int:
+def _forward_warps(attention: Attention, block_m: int, block_d: int, arch: int) -> int:
     if attention.dtype == torch.float32:
-        return 8 if attention.d <= 128 else 4
-    return 8 if elements >= 128 * 128 else 4
+        # The assembler keeps eight warps of 64 dimensions to 80 registers on sm_90, and the causal ones spill.
+        return 4 if block_d > 128 or (block_d == 64 and arch == 90) else 8
+    return 8 if block_m * block_d >= 128 * 128 else 4
 
 
 def add_prefix_config(attention: Attention, hardware: Hardware) -> AddPrefixConfig:
