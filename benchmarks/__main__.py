@@ -61,7 +61,7 @@ def _parser(families: dict[str, Family]) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads on a CPU; 1 if not given")
     parser.add_argument("--quick", action="store_true", help="a few problems, fewer repetitions")
     parser.add_argument("--out", type=Path, metavar="DIR", help="append records to DIR/<device>/<family>.jsonl")
-    parser.add_argument("--resume", action="store_true", help="leave out what DIR has for this commit and versions")
+    parser.add_argument("--resume", action="store_true", help="leave out what DIR has of these sources and versions")
     parser.add_argument("--budget-s", type=float, metavar="N", help="start no problem that would end after N seconds")
     names = sorted({provider.name for family in families.values() for provider in family.providers})
     parser.add_argument(

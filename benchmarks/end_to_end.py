@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without", action="append", default=[], choices=VARIANTS[1:], help="repeatable")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, two layers")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"append records to DIR/<device>/{NAME}/<model>.jsonl")
-    parser.add_argument("--resume", action="store_true", help="leave out what DIR has for this commit and versions")
+    parser.add_argument("--resume", action="store_true", help="leave out what DIR has of these sources and versions")
     parser.add_argument("--budget-s", type=float, metavar="N", help="start no step that would end after N seconds")
     parser.add_argument("--commit", help="what to record as the commit where the tree is no git checkout")
     return parser

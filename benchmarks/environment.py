@@ -1,7 +1,9 @@
-"""Where a record comes from: the device and its state, the versions, the commit. What cannot be had is None."""
+"""Where a record comes from: the device and its state, the versions, the commit, the sources. What cannot be had is
+None."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +17,12 @@ import torch
 from benchmarks.roofline import matmul_operands
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What the result of a test or a measurement may depend on.
+SOURCES = ("peft_kernels", "csrc", "python_ref", "tests", "benchmarks", "examples", "setup.py", "pyproject.toml")
+_SUFFIXES = (".py", ".toml", ".cpp", ".h", ".cu", ".cuh")
+# What the build wrote down: without a kernel there is another result than with it.
+_BUILT = "_build_info.json"
 
 # Assumed where the kernel does not say.
 _CPU_CACHE_BYTES = 32 << 20
@@ -48,6 +56,21 @@ def commit() -> tuple[str | None, bool | None]:
     # The records themselves are what a run changes.
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"])
     return head, bool(changed)
+
+
+def sources(root: Path = ROOT) -> str:
+    """Hash of the contents of the sources: what tells one state of a tree from another where no commit does.
+
+    A commit does not where there is no git, as in a copied tree, or where tracked files differ from it.
+    """
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        top = root / name
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file() and (path.suffix in _SUFFIXES or path.name == _BUILT):
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def slug(name: str) -> str:

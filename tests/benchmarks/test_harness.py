@@ -9,6 +9,7 @@ import signal
 import types
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +311,7 @@ HEADER = {
     "run": "2026-01-01T00:00:00+00:00",
     "commit": "c" * 40,
     "dirty": False,
+    "sources": "0123456789abcdef",
     "device": {"type": "cpu", "name": "Toy CPU", "cache_bytes": 1, "memory_bytes": 1 << 40},
     "versions": {"torch": "2"},
     "ceilings": {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": {"float32": 1e12}},
@@ -390,8 +392,24 @@ def test_forward_has_no_graph_and_backward_keeps_it() -> None:
 def test_resume_leaves_out_what_this_commit_has(measured: list[dict], session: harness.Session) -> None:
     problems = TOY.problems(None)
     assert harness.remaining(problems, measured, session) == [ToyProblem(8)]
-    for field, value in (("commit", "d" * 40), ("dirty", True), ("versions", {"torch": "3"})):
+    changes = (("commit", "d" * 40), ("dirty", True), ("sources", "other"), ("versions", {"torch": "3"}))
+    for field, value in changes:
         assert harness.remaining(problems, [{**line, field: value} for line in measured], session) == problems
+    without = [{name: value for name, value in line.items() if name != "sources"} for line in measured]
+    assert harness.remaining(problems, without, session) == problems
+
+
+def test_resume_asks_again_for_what_an_earlier_run_left_out(measured: list[dict], session: harness.Session) -> None:
+    problems = TOY.problems(None)
+    left_out = [
+        {**line, "status": "skipped", "reason": "left out with --without"} if line["provider"] == "peft" else line
+        for line in measured
+    ]
+    assert harness.remaining(problems, left_out, session) == problems
+    as_before = dataclasses.replace(session, without=frozenset({"peft"}))
+    assert harness.remaining(problems, left_out, as_before) == [ToyProblem(8)]
+    later = [{**line, "run": "2026-01-02T00:00:00+00:00"} for line in measured]
+    assert harness.remaining(problems, [*left_out, *later], session) == [ToyProblem(8)]
 
 
 def test_budget_stops_before_a_problem_that_would_not_end_in_it() -> None:
@@ -432,7 +450,7 @@ def test_a_wrong_record_is_refused(measured: list[dict], change: dict, message: 
 
 def test_every_field_is_demanded(measured: list[dict]) -> None:
     for name in measured[0]:
-        if name == "status":
+        if name in ("status", "sources"):  # the oldest records do not say of which sources they are
             continue
         line = copy.copy(measured[0])
         del line[name]
@@ -497,6 +515,32 @@ def test_discover_finds_families_by_their_files() -> None:
 def test_slug() -> None:
     assert environment.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert environment.slug("AMD EPYC (TM) 9654") == "amd-epyc-tm-9654"
+
+
+def test_sources_are_told_apart_by_their_contents(tmp_path: Path) -> None:
+    """In a copied tree, which has no git, nothing else tells."""
+
+    def write(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return environment.sources(tmp_path)
+
+    states = [
+        write("peft_kernels/a.py", "x = 1"),
+        write("peft_kernels/a.py", "x = 2"),
+        write("csrc/k.cu", "k"),
+        write("tests/test_it.py", "t"),
+        write("peft_kernels/_build_info.json", "{}"),
+    ]
+    assert len(set(states)) == len(states)
+    # Results, and what a build or an interpreter leaves behind, are no sources.
+    for name in ("benchmarks/results/cpu/x.jsonl", "peft_kernels/__pycache__/a.pyc", "peft_kernels/_C.so", "notes.md"):
+        assert write(name, "new") == states[-1]
+    assert write("peft_kernels/a.py", "x = 1") not in states
+    moved = environment.sources(tmp_path)
+    (tmp_path / "peft_kernels/a.py").rename(tmp_path / "peft_kernels/b.py")
+    assert environment.sources(tmp_path) != moved
 
 
 def test_a_tool_that_is_not_there_gives_none() -> None:
