@@ -55,7 +55,8 @@ inline EncodeTiled encode_tiled() {
 }
 
 // Bind the current device's context to the calling thread, which the driver asks of whoever encodes. A thread whose
-// first CUDA call this is has none: choosing a device binds one (since CUDA 12), and torch leaves that out for device 0.
+// first CUDA call this is has none: choosing a device binds one (since CUDA 12), and torch leaves that out for device
+// 0.
 inline void bind_context() {
   thread_local int bound = -1;
   int device = 0;
