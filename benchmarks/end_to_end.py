@@ -59,7 +59,7 @@ class Variant:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit status is 1 if a variant failed or gave a wrong result."""
+    """Run the benchmark; the exit status is 75 if a budget ended it, else 1 if a variant failed or was wrong."""
     options = _parser().parse_args(arguments)
     if options.resume and options.out is None:
         raise SystemExit("--resume goes by the records in --out DIR")
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record.append(_file(options.out, session, step.model), lines)
     if done < len(left):
         print(f"\nbudget spent: {len(left) - done} of {len(jobs)} steps left; --resume goes on with them")
+        return harness.MORE
     return int(failed)
 
 

@@ -31,6 +31,9 @@ _LEFT_OUT = "left out with --without"
 # What two records share that speak of the same code and libraries.
 _SAME = ("commit", "dirty", "sources", "versions")
 
+MORE = 75
+"""Exit status of a run that a budget ended."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -141,13 +144,18 @@ def remaining(problems: Sequence[Any], recorded: Sequence[Mapping[str, Any]], se
     provider are among them, if this session does not leave it out too."""
     done, short = set(), set()
     for line in recorded:
-        if all(line.get(name) == session.header.get(name) for name in _SAME):
+        if is_of(line, session):
             run = line["run"], record.key(line)
             done.add(run)
             if line["reason"] == _LEFT_OUT and line["provider"] not in session.without:
                 short.add(run)
     whole = {key for _, key in done - short}
     return [problem for problem in problems if record.key({"problem": dataclasses.asdict(problem)}) not in whole]
+
+
+def is_of(line: Mapping[str, Any], session: Session) -> bool:
+    """Whether a record is of the code and the libraries of this session."""
+    return all(line.get(name) == session.header.get(name) for name in _SAME)
 
 
 def within_budget(

@@ -1,6 +1,7 @@
 """A pytest plugin for machines that are lent by the minute: tests in slices, each recorded as soon as it has run.
 
     python -m pytest tests -p tests.slices --slices DIR [--budget-s 540]
+    python -m tests.slices tests --slices DIR ...    the same in a process of its own, whose death is no end
 
 DIR/<device>/tests/tests.jsonl gets a line when a test starts and one when it ends. A run leaves out what has an end
 there, from the same commit, sources, versions and device. It starts no test that would end after the budget, going by
@@ -17,9 +18,12 @@ Exit status: 0 all recorded tests passed or were skipped, 1 some failed, 75 ther
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -266,3 +270,20 @@ def _last_line(text: str) -> str:
     errors = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
     lines = errors or [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:300] if lines else "no message"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run pytest with this plugin; returns 75 also where a test took it down before the others were through."""
+    status = subprocess.run([sys.executable, "-m", "pytest", "-p", "tests.slices", *arguments], check=False).returncode
+    if status in (pytest.ExitCode.OK, MORE):
+        return status
+    options = argparse.ArgumentParser()
+    options.add_argument("--slices", type=Path, required=True)
+    folder = options.parse_known_args(arguments)[0].slices
+    header, slug = where()
+    died = any(line["outcome"] == STARTED for line in latest(folder / slug / "tests", header).values())
+    return MORE if died else status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from benchmarks import environment, harness, memory, record, timing
 from benchmarks.family import Call, Family, Provider, Work, discover
 from benchmarks.roofline import Ceilings
 from benchmarks.timing import Runner
+from peft_kernels._core import extension
 
 MIB = 1 << 20
 FLOATS = MIB // 4
@@ -531,16 +532,30 @@ def test_sources_are_told_apart_by_their_contents(tmp_path: Path) -> None:
         write("peft_kernels/a.py", "x = 2"),
         write("csrc/k.cu", "k"),
         write("tests/test_it.py", "t"),
-        write("peft_kernels/_build_info.json", "{}"),
     ]
     assert len(set(states)) == len(states)
     # Results, and what a build or an interpreter leaves behind, are no sources.
-    for name in ("benchmarks/results/cpu/x.jsonl", "peft_kernels/__pycache__/a.pyc", "peft_kernels/_C.so", "notes.md"):
+    for name in ("benchmarks/results/cpu/x.jsonl", "peft_kernels/__pycache__/a.pyc", "peft_kernels/_C.so", "a.md"):
         assert write(name, "new") == states[-1]
     assert write("peft_kernels/a.py", "x = 1") not in states
     moved = environment.sources(tmp_path)
     (tmp_path / "peft_kernels/a.py").rename(tmp_path / "peft_kernels/b.py")
     assert environment.sources(tmp_path) != moved
+
+
+def test_what_the_extension_was_built_for_is_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"built": True, "archs": ["80", "90a"], "nvcc": "13.0.88"}
+    monkeypatch.setattr(extension, "build_record", lambda: record)
+    assert environment.versions()["extension"] == "80+90a, nvcc 13.0.88"
+    for changes in ({"built": False}, {"archs": []}):
+        monkeypatch.setattr(extension, "build_record", lambda changes=changes: {**record, **changes})
+        assert environment.versions()["extension"] in (None, "host, nvcc 13.0.88")
+
+    def none() -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(extension, "build_record", none)
+    assert environment.versions()["extension"] is None
 
 
 def test_a_tool_that_is_not_there_gives_none() -> None:
