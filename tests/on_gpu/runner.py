@@ -4,9 +4,9 @@
     <part>.log    what it printed, try after try
     summary.md, summary.json
 
-A part that has come to an end is not run again for the same sources, versions and device. One that a budget cut short, or
-that says that there is more to do, goes on in the next call. One that began and has no end, because somebody ended all of
-this, is tried once more.
+A part that has come to an end is not run again for the same sources, versions and device. One that a budget cut short,
+or that says that there is more to do, goes on in the next call. One that began and has no end, because somebody ended
+all of this, is tried once more.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Part:
         timeout_s: beyond that it hangs.
         least_s: it is not begun with less time left.
         absent: exit status, or words in what it prints, that mean that it cannot be done here: no failure.
+        nothing: what its last words look like where it ended well because it had nothing to do here: no success.
         goes_on: whether another try goes on where this one was ended, so that its limit is no hang.
         environment: variables beside those of this process.
         shows: a file whose text belongs into the summary.
@@ -63,6 +64,7 @@ class Part:
     timeout_s: float
     least_s: float = 10.0
     absent: tuple[int | str, ...] = ()
+    nothing: str | None = None
     goes_on: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     shows: Path | None = None
@@ -150,6 +152,8 @@ class Runner:
             return ABSENT, words
         if code < 0:
             return DIED, f"by signal {-code}: {words}"
+        if code == 0 and part.nothing is not None and re.match(part.nothing, words):
+            return ABSENT, words
         if code in (0, MORE):
             return (OK if code == 0 else LEFT), words
         return FAILED, f"status {code}: {words}"

@@ -52,6 +52,8 @@ def test_what_one_part_does_stops_no_other(tmp_path: Path) -> None:
         Part("no program", ("no-such-tool-at-all",), 5.0, least_s=0.5),
         part("no device", "print('Device not supported.'); exit(1)", absent=("not supported",)),
         part("no gpu", "exit(3)", absent=(3,)),
+        part("skips", "print('== 3 skipped in 1s ==')", nothing=r"\d+ skipped"),
+        part("skips some", "print('== 1 passed, 3 skipped in 1s ==')", nothing=r"\d+ skipped"),
         part("last", f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"),
     )
     began = time.monotonic()
@@ -59,7 +61,7 @@ def test_what_one_part_does_stops_no_other(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
     assert states(tmp_path) == {
         "good": "ok", "bad": "failed", "dies": "died", "hangs": "hung", "no program": "not here",
-        "no device": "not here", "no gpu": "not here", "last": "ok",
+        "no device": "not here", "no gpu": "not here", "skips": "not here", "skips some": "ok", "last": "ok",
     }  # fmt: skip
     summary = (tmp_path / "summary.md").read_text()
     assert "| good | ok | 0 | fine \\| so far |" in summary
