@@ -88,6 +88,17 @@ def test_a_test_that_kills_its_process_twice_is_a_failure(tmp_path: Path) -> Non
     assert "test_kills: started twice, and took its process down" in (tmp_path / OUT / "summary.md").read_text()
 
 
+def test_whoever_runs_slices_learns_that_a_process_died(tmp_path: Path) -> None:
+    """Its status is the dead process's own, which may be any; there is more to do."""
+    (tmp_path / "test_it.py").write_text("import os\ndef test_kills(): os._exit(1)\ndef test_last(): pass\n")
+    command = [sys.executable, "-m", "tests.slices", "test_it.py", "-p", "no:cacheprovider", "--slices", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    statuses = [subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode for _ in range(3)]
+    assert statuses == [75, 75, 1]
+    (folder,) = tmp_path.glob("out/*/tests")
+    assert "1 crashed, 1 passed, 0 not run" in (folder / "summary.md").read_text()
+
+
 def test_a_test_that_overruns_is_the_first_of_the_next_slice(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
         "import time\ndef test_first(): time.sleep(1.0)\ndef test_long(): time.sleep(2.2)\ndef test_last(): pass\n"

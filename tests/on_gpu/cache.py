@@ -12,6 +12,7 @@ lies. Only what a launch needs is kept: cubins, metadata, launchers.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "triton-cache"
 # What records of finished tests lie in; no part of the pack.
 PROGRESS = "progress"
-_AT = "at"
+_MARK = "brought.json"
 _GROUP = "__grp__"
 # Others' intermediate results, which nobody reads at a launch.
 _LEFT_OUT = (".source", ".ttir", ".ttgir", ".llir", ".ptx")
@@ -34,17 +35,19 @@ SOURCES = ("checks", "quick", "soak")
 
 
 def bring(folder: Path) -> bool:
-    """Make a cache ready where it lies, out of its pack if there is only that; returns whether there is one."""
-    pack = packed(folder)
-    if not folder.exists() and pack.exists():
+    """Make a cache ready where it lies, and what a pack beside it adds; returns whether there is one."""
+    pack, mark = packed(folder), folder / _MARK
+    brought = hashlib.sha256(pack.read_bytes()).hexdigest() if pack.exists() else None
+    known = json.loads(mark.read_text()) if mark.exists() else {}
+    if brought not in (None, known.get("pack")):
         with tarfile.open(pack) as file:
             file.extractall(folder, filter="data")
-    if not folder.exists():
+    elif not folder.exists():
         return False
-    at = folder / _AT
-    if not at.exists() or at.read_text() != str(folder.resolve()):
+    now = {"at": str(folder.resolve()), "pack": brought}
+    if now != known:
         _relocate(folder.resolve())
-        at.write_text(str(folder.resolve()))
+        mark.write_text(json.dumps(now))
     return True
 
 
@@ -80,8 +83,8 @@ def pack(folder: Path) -> Path:
 
 def make(folder: Path, workers: int, budget_s: float | None, paths: Sequence[str], sources: Sequence[str]) -> int:
     """Compile in processes side by side; returns 75 where the budget ended some of it."""
-    folder.mkdir(parents=True, exist_ok=True)
     bring(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     jobs = [("source", name) for name in sources] + [("tests", path) for path in paths]
     for kind, name in jobs:

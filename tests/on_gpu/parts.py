@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,15 +79,19 @@ def sanitizer(timeout_s: float) -> list[Part]:
 
     initcheck is not asked: flags of kernels whose blocks wait for each other are uninitialized by design.
     """
+    program, tests = _program_of_cuda("compute-sanitizer"), (PYTHON, "-m", "pytest", *SANITIZED, "-q")
     return [
         Part(
             tool,
-            ("compute-sanitizer", "--tool", tool, "--error-exitcode", str(_AT_FAULT), PYTHON, "-m", "pytest",
-             *SANITIZED, "-q", "--timeout", "1800"),
-            timeout_s, 30, (_NO_DEVICE,), _ALL_SKIPPED, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            (program, "--tool", tool, "--error-exitcode", str(_AT_FAULT), *tests, "--timeout", "1800"),
+            timeout_s,
+            least_s=30,
+            absent=(_NO_DEVICE,),
+            nothing=_ALL_SKIPPED,
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         for tool in ("memcheck", "racecheck")
-    ]  # fmt: skip
+    ]
 
 
 def sanitize(out: Path, device: str) -> list[Part]:
@@ -97,6 +102,13 @@ def sanitize(out: Path, device: str) -> list[Part]:
 def tests(out: Path, device: str) -> list[Part]:
     """All tests."""
     return [_tests("tests", out, "tests", timeout_s=12 * HOURS)]
+
+
+def _program_of_cuda(name: str) -> str:
+    """Where a program of the toolkit is, which need not be on PATH."""
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders)) or name
 
 
 def _one_architecture() -> dict[str, str]:

@@ -126,12 +126,16 @@ def test_a_cache_is_packed_and_ready_where_it_is_brought(tmp_path: Path) -> None
     assert sorted(path.name for path in there.glob("*/*")) == ["__grp__k.json", "k.cubin", "k.json"]
     assert _children(there) == {name: str(there / "KEY" / name) for name in ("k.cubin", "k.json")}
 
-    # What is added there stays, and another place is another set of paths.
+    # A newer pack adds to it, what is added there stays, and another place is another set of paths.
+    _kernel(made, "NEWER")
+    cache.pack(made).rename(cache.packed(there))
+    assert cache.bring(there)
+    assert len(_children(there, "NEWER")) == 2
     _kernel(there, "NEW")
     moved = tmp_path / "moved"
     there.rename(moved)
     assert cache.bring(moved)
-    for key in ("KEY", "NEW"):
+    for key in ("KEY", "NEW", "NEWER"):
         assert all(Path(path).is_relative_to(moved) and Path(path).exists() for path in _children(moved, key).values())
 
 
