@@ -41,6 +41,8 @@ BAD = (FAILED, DIED, HUNG)
 # A part that is ended gets this long to leave by itself, and as long to be gone when it may not refuse any more: what
 # waits for a device that does not answer is never gone.
 PATIENCE_S = 5.0
+# For importing torch and leaving again, which budgets of tests and benchmarks do not count; at most a quarter.
+AROUND_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Part:
 
     Attributes:
         name: of the part and of its log.
-        command: ``{seconds}`` in it stands for what it may take.
+        command: ``{seconds}`` in it stands for what it may take once it has started.
         timeout_s: beyond that it hangs.
         least_s: it is not begun with less time left.
         absent: exit status, or words in what it prints, that mean that it cannot be done here: no failure.
@@ -126,7 +128,8 @@ class Runner:
 
     def _outcome(self, part: Part, limit: float) -> tuple[str, str]:
         log = self.folder / f"{part.name}.log"
-        command = [word.replace("{seconds}", f"{max(1.0, limit - PATIENCE_S):.0f}") for word in part.command]
+        seconds = f"{limit - min(AROUND_S, limit / 4):.0f}"
+        command = [word.replace("{seconds}", seconds) for word in part.command]
         with log.open("a", encoding="utf-8", errors="replace") as file:
             start = file.seek(0, os.SEEK_END)
             try:
