@@ -1,4 +1,4 @@
-"""Kernels that were compiled beforehand are those that launches ask for, and are found where the cache was carried to."""
+"""Kernels that were compiled beforehand are those that launches ask for, and are found where they were carried."""
 
 from __future__ import annotations
 
