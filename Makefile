@@ -51,7 +51,8 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test quick test-adapterhub codegen lint format docs demo bench report gpu gpu-tests gpu-bench gpu-sanitize clean
+.PHONY: help venv build test quick test-adapterhub codegen lint format docs demo bench report \
+  gpu gpu-first gpu-tests gpu-bench gpu-sanitize gpu-cache clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -91,7 +92,7 @@ test: build
 # takes long, and the exact tests of one path say most. What is left says within minutes whether the code still works.
 NOT_QUICK := compile or compiled or compiles or inductor or absent or another_process \
   or triton and (budget or runs or exact and (cublas or split))
-NOT_QUICK_PATHS := $(foreach path,benchmarks codegen examples simt soak core/test_slices.py,--ignore=tests/$(path)) \
+NOT_QUICK_PATHS := $(foreach path,benchmarks codegen examples on_gpu simt soak core/test_slices.py,--ignore=tests/$(path)) \
   $(foreach name,adapter/test_csrc adapter/test_cuda lora/test_csrc lora/test_cuda,--ignore-glob='*/$(name)*')
 
 ## quick    run the tests that take no more than seconds each
@@ -141,39 +142,36 @@ $(GPU_STAMP): setup.py setup_ninja.py pyproject.toml $(CSRC)
 	$(call build_extension,$(GPU_PYTHON))
 endif
 
-# Of a slice: what a machine that is lent for ten minutes has time for.
+# Of one call: what a machine that is lent for ten minutes has time for. `make gpu` takes what it takes.
 BUDGET_S ?= 540
 GPU_RECORDS ?= benchmarks/results
-# Under compute-sanitizer each launch takes a hundred times as long.
-SANITIZED := tests/soak/test_soak.py -k a_few_launches
-gpu_pytest = $(GPU_PYTHON) -m pytest tests -m "not cpu_only" -p tests.slices --slices $(GPU_RECORDS) $(PYTEST_ARGS)
-gpu_end_to_end = $(GPU_PYTHON) -m benchmarks.end_to_end --out $(GPU_RECORDS) --resume
+# Triton's compiled kernels, or GPU_CACHE.tar.xz of them, brought from a machine where gpu-cache made them.
+GPU_CACHE ?= build/triton-cache
+on_gpu = $(GPU_PYTHON) -m tests.on_gpu
+gpu_options = --out $(GPU_RECORDS) --cache $(GPU_CACHE)
 
 ## gpu      on a machine with a GPU: build, test and benchmark with PYTHON (else python3) as it is, without a network
-gpu: $(GPU_STAMP)
-	-$(GPU_PYTHON) -m peft_kernels.qualify # what fails, the tests show too
-	@status=75; while [ $$status -eq 75 ]; do $(gpu_pytest); status=$$?; done; exit $$status
-	$(MAKE) gpu-sanitize
-	$(GPU_PYTHON) -m benchmarks --out $(GPU_RECORDS) --resume
-	$(gpu_end_to_end)
-	$(gpu_end_to_end) --backend triton
+gpu:
+	$(on_gpu) all $(gpu_options)
 
-## gpu-tests, gpu-bench  the same in slices of BUDGET_S seconds; run again, each goes on where it stopped
+## gpu-first  what a GPU should be asked first, in BUDGET_S seconds; run again, it goes on where it stopped
+gpu-first:
+	$(on_gpu) first $(gpu_options) --budget-s $(BUDGET_S)
+
+## gpu-tests, gpu-bench  all tests, all benchmarks, likewise in slices
 gpu-tests: $(GPU_STAMP)
-	$(gpu_pytest) --budget-s $(BUDGET_S)
+	PYTEST_ADDOPTS="$(PYTEST_ARGS)" $(on_gpu) tests $(gpu_options) --budget-s $(BUDGET_S)
 
 gpu-bench: $(GPU_STAMP)
-	$(GPU_PYTHON) -m benchmarks --out $(GPU_RECORDS) --resume --budget-s $(BUDGET_S)
-	$(gpu_end_to_end) --budget-s $(BUDGET_S)
+	$(on_gpu) bench $(gpu_options) --budget-s $(BUDGET_S)
 
 ## gpu-sanitize  a few launches of every kernel under compute-sanitizer, where that is installed
 gpu-sanitize: $(GPU_STAMP)
-	@if command -v compute-sanitizer > /dev/null; then \
-	  for tool in memcheck racecheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	      $(GPU_PYTHON) -m pytest $(SANITIZED) || exit 1; \
-	  done; \
-	else echo "compute-sanitizer is not installed here: nothing was checked with it"; fi
+	$(on_gpu) sanitize $(gpu_options)
+
+## gpu-cache  without a GPU: compile what tests and quick benchmarks will ask for, by PYTHON's Triton, into GPU_CACHE
+gpu-cache:
+	$(GPU_PYTHON) -m tests.on_gpu.cache make --cache $(GPU_CACHE) --workers $(WORKERS)
 
 ## clean    remove what was built; the venvs stay
 clean:

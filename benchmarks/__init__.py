@@ -14,7 +14,8 @@ Map:
     memory.py        peak memory of one call
     roofline.py      measured ceilings, and the time they leave to a problem
     record.py        one line of results/<device>/<family>.jsonl, and its check
-    environment.py   device, versions, commit
+    environment.py   device, versions, commit, hash of the sources
+    sample.py        a few problems that say within minutes how the kernels stand
     harness.py       one problem: check, time, weigh, record
     tables.py        comparisons between the providers of one problem; Markdown
     report.py        README.md's parts and docs/benchmarks.md

@@ -21,7 +21,12 @@ from benchmarks.family import Family, Grid, discover
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmarks; the exit status is 1 if a provider failed or gave a wrong result."""
+    """Run the benchmarks.
+
+    Returns:
+        The exit status: 75 if a budget ended them, else 1 if a provider failed or gave a wrong result, also in what
+        --resume goes by, else 0.
+    """
     families = discover()
     options = _parser(families).parse_args(arguments)
     if options.resume and options.out is None:
@@ -40,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     by_family = ([(family, problem) for problem in _problems(family, session, options)] for family in chosen)
     jobs = [job for turn in itertools.zip_longest(*by_family) for job in turn if job is not None]
     done = 0
-    failed = False
+    failed = options.resume and any(_has_failed(family, session, options) for family in chosen)
     for family, problem in harness.within_budget(jobs, options.budget_s):
         records = harness.measure_problem(family, problem, session)
         done += 1
@@ -51,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record.append(record.path(options.out, session.device_slug, family.name), records)
     if done < len(jobs):
         print(f"\nbudget spent: {len(jobs) - done} of {len(jobs)} problems left; --resume goes on with them")
+        return harness.MORE
     return int(failed)
 
 
@@ -61,7 +67,7 @@ def _parser(families: dict[str, Family]) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads on a CPU; 1 if not given")
     parser.add_argument("--quick", action="store_true", help="a few problems, fewer repetitions")
     parser.add_argument("--out", type=Path, metavar="DIR", help="append records to DIR/<device>/<family>.jsonl")
-    parser.add_argument("--resume", action="store_true", help="leave out what DIR has for this commit and versions")
+    parser.add_argument("--resume", action="store_true", help="leave out what DIR has of these sources and versions")
     parser.add_argument("--budget-s", type=float, metavar="N", help="start no problem that would end after N seconds")
     names = sorted({provider.name for family in families.values() for provider in family.providers})
     parser.add_argument(
@@ -73,10 +79,17 @@ def _parser(families: dict[str, Family]) -> argparse.ArgumentParser:
 
 def _problems(family: Family, session: harness.Session, options: argparse.Namespace) -> list[Any]:
     problems = family.problems(Grid(session.device.type, options.quick))
-    if not options.resume:
-        return problems
-    recorded = record.path(options.out, session.device_slug, family.name)
-    return harness.remaining(problems, record.load(recorded), session) if recorded.exists() else problems
+    return harness.remaining(problems, _recorded(family, session, options), session) if options.resume else problems
+
+
+def _recorded(family: Family, session: harness.Session, options: argparse.Namespace) -> list[dict[str, Any]]:
+    path = record.path(options.out, session.device_slug, family.name)
+    return record.load(path) if path.exists() else []
+
+
+def _has_failed(family: Family, session: harness.Session, options: argparse.Namespace) -> bool:
+    lines = _recorded(family, session, options)
+    return any(line["status"] == "failed" and harness.is_of(line, session) for line in lines)
 
 
 def _print_header(session: harness.Session) -> None:

@@ -59,7 +59,7 @@ class Variant:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit status is 1 if a variant failed or gave a wrong result."""
+    """Run the benchmark; the exit status is 75 if a budget ended it, else 1 if a variant failed or was wrong."""
     options = _parser().parse_args(arguments)
     if options.resume and options.out is None:
         raise SystemExit("--resume goes by the records in --out DIR")
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record.append(_file(options.out, session, step.model), lines)
     if done < len(left):
         print(f"\nbudget spent: {len(left) - done} of {len(jobs)} steps left; --resume goes on with them")
+        return harness.MORE
     return int(failed)
 
 
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without", action="append", default=[], choices=VARIANTS[1:], help="repeatable")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, two layers")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"append records to DIR/<device>/{NAME}/<model>.jsonl")
-    parser.add_argument("--resume", action="store_true", help="leave out what DIR has for this commit and versions")
+    parser.add_argument("--resume", action="store_true", help="leave out what DIR has of these sources and versions")
     parser.add_argument("--budget-s", type=float, metavar="N", help="start no step that would end after N seconds")
     parser.add_argument("--commit", help="what to record as the commit where the tree is no git checkout")
     return parser

@@ -1,7 +1,9 @@
-"""Where a record comes from: the device and its state, the versions, the commit. What cannot be had is None."""
+"""Where a record comes from: the device and its state, the versions, the commit, the sources. What cannot be had is
+None."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,8 +15,13 @@ from typing import Any
 import torch
 
 from benchmarks.roofline import matmul_operands
+from peft_kernels._core import extension
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What the result of a test or a measurement may depend on.
+SOURCES = ("peft_kernels", "csrc", "python_ref", "tests", "benchmarks", "examples", "setup.py", "pyproject.toml")
+_SUFFIXES = (".py", ".toml", ".cpp", ".h", ".cu", ".cuh")
 
 # Assumed where the kernel does not say.
 _CPU_CACHE_BYTES = 32 << 20
@@ -37,17 +44,38 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "triton": _distribution("triton"),
         "peft": _distribution("peft"),
+        "extension": _extension(),
     }
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """The checked-out commit, and whether tracked files differ from it; None twice where this is no git checkout."""
+    """The checked-out commit, and whether tracked files differ from it; None twice where this is no git checkout.
+
+    Files that git does not know are told apart by ``sources``.
+    """
     head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     if head is None:
         return None, None
     # The records themselves are what a run changes.
-    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"])
+    changed = _output(
+        ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    )
     return head, bool(changed)
+
+
+def sources(root: Path = ROOT) -> str:
+    """Hash of the contents of the sources: what tells one state of a tree from another where no commit does.
+
+    A commit does not where there is no git, as in a copied tree, or where tracked files differ from it.
+    """
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        top = root / name
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file() and path.suffix in _SUFFIXES:
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def slug(name: str) -> str:
@@ -127,6 +155,15 @@ def _output(command: list[str]) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _extension() -> str | None:
+    """What the extension was built for, by which compiler; without a kernel there is another result than with it."""
+    try:
+        built = extension.build_record()
+    except (OSError, ValueError):
+        return None
+    return f"{'+'.join(built['archs']) or 'host'}, nvcc {built.get('nvcc')}" if built["built"] else None
 
 
 def _number(text: str | None) -> float | None:

@@ -27,6 +27,12 @@ QUICK_SHARE = 0.4
 
 # A product of torch's own has about this error in bfloat16 by a factor of four; anything above is another function.
 _UNACCEPTABLE_ERROR = 0.02
+_LEFT_OUT = "left out with --without"
+# What two records share that speak of the same code and libraries.
+_SAME = ("commit", "dirty", "sources", "versions")
+
+MORE = 75
+"""Exit status of a run that a budget ended."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def start_session(device: torch.device, quick: bool, commit: str | None, without
         "run": _now(),
         "commit": head or commit,
         "dirty": dirty,
+        "sources": environment.sources(),
         "device": environment.describe_device(device),
         "versions": environment.versions(),
         "ceilings": dataclasses.asdict(ceilings),
@@ -133,10 +140,22 @@ def measure_problem(family: Family, problem: Any, session: Session) -> list[dict
 
 
 def remaining(problems: Sequence[Any], recorded: Sequence[Mapping[str, Any]], session: Session) -> list[Any]:
-    """The problems that have no record of this commit, this state of the tree and these versions."""
-    same = ("commit", "dirty", "versions")
-    done = {record.key(line) for line in recorded if all(line[name] == session.header[name] for name in same)}
-    return [problem for problem in problems if record.key({"problem": dataclasses.asdict(problem)}) not in done]
+    """The problems that no run has recorded of this commit, these sources and versions; those of a run that left out a
+    provider are among them, if this session does not leave it out too."""
+    done, short = set(), set()
+    for line in recorded:
+        if is_of(line, session):
+            run = line["run"], record.key(line)
+            done.add(run)
+            if line["reason"] == _LEFT_OUT and line["provider"] not in session.without:
+                short.add(run)
+    whole = {key for _, key in done - short}
+    return [problem for problem in problems if record.key({"problem": dataclasses.asdict(problem)}) not in whole]
+
+
+def is_of(line: Mapping[str, Any], session: Session) -> bool:
+    """Whether a record is of the code and the libraries of this session."""
+    return all(line.get(name) == session.header.get(name) for name in _SAME)
 
 
 def within_budget(
@@ -180,7 +199,7 @@ def _both(call: Call) -> tuple[torch.Tensor, ...]:
 def _examine_all(family: Family, problem: Any, inputs: Any, session: Session) -> dict[str, Verdict]:
     check = family.checker(problem, inputs)
     return {
-        provider.name: Verdict("skipped", "left out with --without", {})
+        provider.name: Verdict("skipped", _LEFT_OUT, {})
         if provider.name in session.without
         else _examine(provider, problem, inputs, session.device, check)
         for provider in family.providers

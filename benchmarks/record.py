@@ -36,6 +36,9 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "reason": (str, _NONE),
 }
 
+# Not there in the oldest records, which are of no sources of today.
+_LATER: dict[str, tuple[type, ...]] = {"sources": (str,)}
+
 # There exactly when the status is ok.
 _MEASURED: dict[str, tuple[type, ...]] = {
     "timing": (str,),
@@ -61,7 +64,8 @@ def check(record: Mapping[str, Any]) -> None:
         ValueError: naming every field that is missing, unknown or wrong.
     """
     measured = record.get("status") == "ok"
-    expected = {**_COMMON, **(_MEASURED if measured else {})}
+    later = {name: types for name, types in _LATER.items() if name in record}
+    expected = {**_COMMON, **later, **(_MEASURED if measured else {})}
     wrong = [f"{name} is missing" for name in expected if name not in record]
     wrong += [f"{name} is unknown" for name in record if name not in expected]
     for name, types in expected.items():

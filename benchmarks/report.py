@@ -191,10 +191,12 @@ def _provenances(records: Records, comparisons: Sequence[tables.Comparison]) -> 
 
 def _provenance(line: Mapping[str, Any]) -> str:
     device, versions, ceilings = line["device"], line["versions"], line["ceilings"]
-    commit = line["commit"][:12] if line["commit"] is not None else "unknown"
+    state = (
+        f"commit {line['commit'][:12]}" if line["commit"] is not None else f"sources {line.get('sources', 'unknown')}"
+    )
     changed = " with uncommitted changes" if line["dirty"] else ""
     parts = [
-        f"{line['run'][:10]}, commit {commit}{changed}",
+        f"{line['run'][:10]}, {state}{changed}",
         f"torch {versions['torch']}",
         *(f"{name} {versions[name]}" for name in ("triton", "peft") if versions[name] is not None),
     ]

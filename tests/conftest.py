@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
+# A plugin may have been asked to compile for a GPU that is not here; then nothing is interpreted.
+INTERPRETS = not HAS_CUDA and "tests.on_gpu.compiles" not in sys.modules
+if INTERPRETS:
     # Read when a kernel is decorated, so it has to be set before the first import of a triton_* file.
     os.environ["TRITON_INTERPRET"] = "1"
+if not HAS_CUDA:
     # Test processes run side by side; threads of one would wait for cores that another has.
     torch.set_num_threads(1)
 
@@ -130,7 +134,7 @@ def _mend_interpreter() -> None:
 
 
 # Where Triton is absent, the tests that need it say so themselves, through the backend's own reason.
-if not HAS_CUDA and importlib.util.find_spec("triton") is not None:
+if INTERPRETS and importlib.util.find_spec("triton") is not None:
     _mend_interpreter()
 
 

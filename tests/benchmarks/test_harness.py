@@ -9,6 +9,7 @@ import signal
 import types
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from benchmarks import environment, harness, memory, record, timing
 from benchmarks.family import Call, Family, Provider, Work, discover
 from benchmarks.roofline import Ceilings
 from benchmarks.timing import Runner
+from peft_kernels._core import extension
 
 MIB = 1 << 20
 FLOATS = MIB // 4
@@ -310,6 +312,7 @@ HEADER = {
     "run": "2026-01-01T00:00:00+00:00",
     "commit": "c" * 40,
     "dirty": False,
+    "sources": "0123456789abcdef",
     "device": {"type": "cpu", "name": "Toy CPU", "cache_bytes": 1, "memory_bytes": 1 << 40},
     "versions": {"torch": "2"},
     "ceilings": {"copy_bytes_per_s": 1e12, "matmul_flops_per_s": {"float32": 1e12}},
@@ -390,8 +393,24 @@ def test_forward_has_no_graph_and_backward_keeps_it() -> None:
 def test_resume_leaves_out_what_this_commit_has(measured: list[dict], session: harness.Session) -> None:
     problems = TOY.problems(None)
     assert harness.remaining(problems, measured, session) == [ToyProblem(8)]
-    for field, value in (("commit", "d" * 40), ("dirty", True), ("versions", {"torch": "3"})):
+    changes = (("commit", "d" * 40), ("dirty", True), ("sources", "other"), ("versions", {"torch": "3"}))
+    for field, value in changes:
         assert harness.remaining(problems, [{**line, field: value} for line in measured], session) == problems
+    without = [{name: value for name, value in line.items() if name != "sources"} for line in measured]
+    assert harness.remaining(problems, without, session) == problems
+
+
+def test_resume_asks_again_for_what_an_earlier_run_left_out(measured: list[dict], session: harness.Session) -> None:
+    problems = TOY.problems(None)
+    left_out = [
+        {**line, "status": "skipped", "reason": "left out with --without"} if line["provider"] == "peft" else line
+        for line in measured
+    ]
+    assert harness.remaining(problems, left_out, session) == problems
+    as_before = dataclasses.replace(session, without=frozenset({"peft"}))
+    assert harness.remaining(problems, left_out, as_before) == [ToyProblem(8)]
+    later = [{**line, "run": "2026-01-02T00:00:00+00:00"} for line in measured]
+    assert harness.remaining(problems, [*left_out, *later], session) == [ToyProblem(8)]
 
 
 def test_budget_stops_before_a_problem_that_would_not_end_in_it() -> None:
@@ -432,7 +451,7 @@ def test_a_wrong_record_is_refused(measured: list[dict], change: dict, message: 
 
 def test_every_field_is_demanded(measured: list[dict]) -> None:
     for name in measured[0]:
-        if name == "status":
+        if name in ("status", "sources"):  # the oldest records do not say of which sources they are
             continue
         line = copy.copy(measured[0])
         del line[name]
@@ -497,6 +516,46 @@ def test_discover_finds_families_by_their_files() -> None:
 def test_slug() -> None:
     assert environment.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert environment.slug("AMD EPYC (TM) 9654") == "amd-epyc-tm-9654"
+
+
+def test_sources_are_told_apart_by_their_contents(tmp_path: Path) -> None:
+    """In a copied tree, which has no git, nothing else tells."""
+
+    def write(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return environment.sources(tmp_path)
+
+    states = [
+        write("peft_kernels/a.py", "x = 1"),
+        write("peft_kernels/a.py", "x = 2"),
+        write("csrc/k.cu", "k"),
+        write("tests/test_it.py", "t"),
+    ]
+    assert len(set(states)) == len(states)
+    # Results, and what a build or an interpreter leaves behind, are no sources.
+    for name in ("benchmarks/results/cpu/x.jsonl", "peft_kernels/__pycache__/a.pyc", "peft_kernels/_C.so", "a.md"):
+        assert write(name, "new") == states[-1]
+    assert write("peft_kernels/a.py", "x = 1") not in states
+    moved = environment.sources(tmp_path)
+    (tmp_path / "peft_kernels/a.py").rename(tmp_path / "peft_kernels/b.py")
+    assert environment.sources(tmp_path) != moved
+
+
+def test_what_the_extension_was_built_for_is_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"built": True, "archs": ["80", "90a"], "nvcc": "13.0.88"}
+    monkeypatch.setattr(extension, "build_record", lambda: record)
+    assert environment.versions()["extension"] == "80+90a, nvcc 13.0.88"
+    for changes in ({"built": False}, {"archs": []}):
+        monkeypatch.setattr(extension, "build_record", lambda changes=changes: {**record, **changes})
+        assert environment.versions()["extension"] in (None, "host, nvcc 13.0.88")
+
+    def none() -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(extension, "build_record", none)
+    assert environment.versions()["extension"] is None
 
 
 def test_a_tool_that_is_not_there_gives_none() -> None:

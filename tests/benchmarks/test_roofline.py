@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("peft")
+
 from benchmarks import lora, roofline, shapes
 from benchmarks.family import Grid, Provider, Work
 from benchmarks.roofline import Ceilings, measure_ceilings, roofline_us

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import checks, finetune, labels, methods, picture, report, switching, task, train
-from examples.methods import lora, prompt_ensemble, prompt_tuning
-from examples.model import Texts, mean_token, model_folder
-from peft_kernels import FusedLoRALinear, ParallelAdapter, PrefixEncoder, PromptEmbedding, SerialAdapter
-
 pytest.importorskip("peft")
 pytest.importorskip("tqdm")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+
+from examples import checks, finetune, labels, methods, picture, report, switching, task, train
+from examples.methods import lora, prompt_ensemble, prompt_tuning
+from examples.model import Texts, mean_token, model_folder
+from peft_kernels import FusedLoRALinear, ParallelAdapter, PrefixEncoder, PromptEmbedding, SerialAdapter
 
 try:
     model_folder()

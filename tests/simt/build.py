@@ -52,13 +52,9 @@ def compiler() -> tuple[str, ...]:
 
 def host_compiler() -> tuple[str, ...]:
     """The host compiler and the toolkit's include folders; skips the test where there is no nvcc."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-    if nvcc is None:
-        pytest.skip("there is no nvcc, and so no cuda_bf16.h, to compile device code for the host")
-    cxx = shutil.which("g++")
-    assert cxx is not None, f"{nvcc} is here, but there is no g++ on PATH"
-    return (cxx, *_toolkit_includes(nvcc))
+    includes, cxx = _toolkit_includes(), shutil.which("g++")
+    assert cxx is not None, "nvcc is here, but there is no g++ on PATH"
+    return (cxx, *includes)
 
 
 def build(source: str, *definitions: str) -> Path:
@@ -116,8 +112,13 @@ def _to_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _toolkit_includes(nvcc: str) -> tuple[str, ...]:
-    """The include flags that nvcc itself would give its host compiler."""
+@functools.cache
+def _toolkit_includes() -> tuple[str, ...]:
+    """The include flags that nvcc itself would give its host compiler; skips the test where there is no nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if nvcc is None:
+        pytest.skip("there is no nvcc, and so no cuda_bf16.h, to compile device code for the host")
     result = subprocess.run(
         [nvcc, "--dryrun", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
     )

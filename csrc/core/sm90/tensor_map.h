@@ -54,8 +54,22 @@ inline EncodeTiled encode_tiled() {
   return reinterpret_cast<EncodeTiled>(function);
 }
 
+// Bind the current device's context to the calling thread, which the driver asks of whoever encodes. A thread whose
+// first CUDA call this is has none: choosing a device binds one (since CUDA 12), and torch leaves that out for device
+// 0.
+inline void bind_context() {
+  thread_local int bound = -1;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device != bound) {
+    check(cudaSetDevice(device), "cudaSetDevice");
+    bound = device;
+  }
+}
+
 inline CUtensorMap encode(HalfType type, const MatrixBox& box) {
   static const EncodeTiled function = encode_tiled();
+  bind_context();
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(box.cols), static_cast<cuuint64_t>(box.rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(box.stride) * 2};
   const cuuint32_t box_sizes[2] = {box.box_cols, box.box_rows};
