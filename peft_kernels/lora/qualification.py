@@ -138,7 +138,7 @@ def _cuda_cases(part: str, hardware: Hardware) -> Sequence[Case]:
         )
     whole, some = _GEMM_RANKS[block]
     # Of the kernel's tiles (csrc/lora/gemm_sm90_shape.h): wide ones with many steps, and, either way, for two rounds of
-    # clusters; narrow ones for two rounds, and with a ghost; less than one tile; in one row, one for each multiprocessor.
+    # clusters; narrow ones for two rounds, and with a ghost; less than one tile; in one row, one a multiprocessor.
     cols, sms = 2 * (192 if block == "128" else 256) - 8, hardware.sm_count
     return (
         Case(60 * sms + 12, cols, 264, whole, dtype, adapter),
