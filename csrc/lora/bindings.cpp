@@ -1,7 +1,10 @@
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "core/bind_launch.h"
 #include "lora/gemm_sm90_config.h"
+#include "lora/gemm_sm90_shape.h"
 #include "lora/params.h"
 #include "lora/reduce_params.h"
 
@@ -28,6 +31,15 @@ py::tuple reduce_workspace(int64_t m, int64_t n, int64_t k, int64_t r, bool exac
   return py::make_tuple(reduce::ticket_count(plan), reduce::workspace_bytes(plan, variant));
 }
 
+// Columns of a tile, blocks of a cluster, and the part of the multiprocessors' time that tiles fill.
+py::tuple gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t r, Dtype dtype, bool backward, int multiprocessors) {
+  const auto type = dtype == Dtype::kBfloat16 ? HalfType::kBf16 : HalfType::kFp16;
+  const auto direction = backward ? Direction::kBackward : Direction::kForward;
+  const GemmShape shape =
+      gemm_shape(m, n, k, gemm_wide(gemm_padded_rank(r), gemm_folds(type, direction)), multiprocessors);
+  return py::make_tuple(shape.block_n, shape.cluster, gemm_busy(m, n, shape, multiprocessors));
+}
+
 }  // namespace
 
 void bind(py::module_& module) {
@@ -40,6 +52,14 @@ void bind(py::module_& module) {
              py::arg("r"), py::arg("exact"), py::arg("narrow"), py::arg("multiprocessors"),
              "Tickets and bytes of reduce_rows's workspace, which begins with the tickets, 8 bytes each. n or k is 0 "
              "where dY or x is not given; exact: float32 adapters; narrow: dS is asked for.");
+  module.def(
+      "gemm_tiles",
+      [](int64_t m, int64_t n, int64_t k, int64_t r, const std::string& dtype, bool backward, int multiprocessors) {
+        return gemm_tiles(m, n, k, r, value_of<Dtype>(dtype, "dtype"), backward, multiprocessors);
+      },
+      py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("dtype"), py::arg("backward"),
+      py::arg("multiprocessors"),
+      "Columns of a tile of gemm_sm90's y, blocks of a cluster, and the part of the multiprocessors' time they fill.");
   bind_launch(module, "dropout_mask", dropout_mask,
               "Write the keep-mask (rows, cols), one byte an element, of the 0-d int64 seed.");
   bind_launch(module, "decode_forward", decode_forward,

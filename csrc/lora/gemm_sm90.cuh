@@ -2,8 +2,9 @@
 // Equation  forward y = x W^T + bias + f S B^T, S = x A^T | backward dX = dY W + dS A, dS = f dY B  (Hu et al. 2021,
 //           arXiv:2106.09685, section 4.1; docs/design/lora.md)
 // Tensors   as GemmParams in params.h; here x, W, down (A or B), up (B or A), S and y stand for both directions
-// Tiles     persistent blocks walk 128 x 256 tiles of y, 192 at rank 128 (tile_order.h); the tile n = 0 of a row block
-//           also makes S and raises the row block's flags, the others take S as the last steps of their reduction
+// Tiles     persistent clusters of one block or two walk tiles of y, 128 x 256, 192 at rank 128, or 128 (tile_order.h,
+//           gemm_sm90_shape.h), two blocks one below the other; the tile n = 0 of a row block also makes S and raises
+//           the row block's flags, the others take S as the last steps of their reduction
 // Bound     2 M N (K + r) flops at the tensor cores' rate; one read of x and W, one write of y
 // Refused   by the launcher (gemm_sm90.cu)
 #pragma once

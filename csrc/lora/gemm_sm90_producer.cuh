@@ -64,8 +64,8 @@ PEFT_KERNELS_DEVICE int steps_of(const GemmArguments& arguments) {
   return (arguments.k + Config::kBlockK - 1) / Config::kBlockK;
 }
 
-// Load columns `first_col` on and `rows` rows on of an operand that the cluster shares, W or up, `kDepth` deep in what
-// is summed over: the whole of it, half by half, where the block is alone, else this block's half to both.
+// Load a tile's columns from `col` on of an operand that the cluster shares, W or up, from `depth` on in what is summed
+// over: the whole of it, half by half, where the block is alone, else this block's half to both.
 template <typename Config, int kDepth>
 PEFT_KERNELS_DEVICE void load_shared_operand(
     int cluster, uint8_t* destination, const sm90::TensorMap* map, uint64_t* full, int col, int depth) {

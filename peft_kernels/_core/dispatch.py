@@ -77,6 +77,8 @@ class Implementation:
         why_not_environment: reason why it cannot run in this process at all, or None.
         why_not: reason why it cannot run this problem, or None; implies the environment's reason. A value of the
             problem stands at the end of a reason, after ", got", so that a warning can leave it out.
+        slower: reason why ``auto`` need not even time it on a problem that it can run, or None; ends as those of
+            ``why_not`` do.
         qualification: how a machine finds out whether it is right there; ``auto`` takes it nowhere else. None: it is
             torch's own code, which needs no check.
         borrows: backends whose functions do what this one has no kernels for.
@@ -90,6 +92,7 @@ class Implementation:
     backward: Callable[..., Any]
     why_not_environment: Callable[[], str | None] = _never
     why_not: Callable[[Any], str | None] = _never
+    slower: Callable[[Any], str | None] = _never
     qualification: Qualification | None = None
     borrows: tuple[str, ...] = ()
     paths: Callable[[Any], tuple[str, ...]] = _no_paths
@@ -107,8 +110,9 @@ class Implementation:
 
     def why_not_auto(self, problem: Any) -> str | None:
         """Reason why ``auto`` passes over it although it can run the problem, or None; may wait for a check."""
-        if self.qualification is None:
-            return None
+        reason = self.slower(problem)
+        if reason is not None or self.qualification is None:
+            return reason
         return verdicts.why_not(self.name, self.qualification, problem)
 
 

@@ -137,10 +137,17 @@ def _cuda_cases(part: str, hardware: Hardware) -> Sequence[Case]:
             Case(7, 64, 4104, 130, dtype, adapter),
         )
     whole, some = _GEMM_RANKS[block]
+    # Of the kernel's tiles (csrc/lora/gemm_sm90_shape.h): wide ones with many steps, and, either way, for two rounds of
+    # clusters; narrow ones for two rounds, and with a ghost; less than one tile; in one row, one a multiprocessor.
+    cols, sms = 2 * (192 if block == "128" else 256) - 8, hardware.sm_count
     return (
-        # More tiles than multiprocessors, and less than one of them.
-        Case(64 * hardware.sm_count + 12, 520, 264, whole, dtype, adapter),
+        Case(60 * sms + 12, cols, 264, whole, dtype, adapter),
+        Case(120 * sms + 12, cols, 40, whole, dtype, adapter),
+        Case(120 * sms + 12, 40, cols, whole, dtype, adapter),
+        Case(64 * sms + 12, 264, 264, some, dtype, adapter),
+        Case(300, 264, 600, some, dtype, adapter),
         Case(45, 152, 600, some, dtype, adapter, is_plain=True),
+        Case(45, (cols // 2 - 4) * sms // 8 * 8, 136, whole, dtype, adapter),
     )
 
 

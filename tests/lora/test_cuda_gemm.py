@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import re
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 from peft_kernels._core.device import Hardware
+from peft_kernels.lora import qualification
 from peft_kernels.lora.linear import cuda_impl, problem
 from tests.compiled import built_extension
 from tests.lora import emulated_extension, simt_gemm
@@ -145,6 +147,20 @@ def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "gemm: it is written in sm_90a's instructions, got sm_100" in (cuda_impl.why_not(described) or "")
 
 
+@pytest.mark.parametrize(
+    ("busy", "reason"), [(0.5, None), (0.3, "gemm: its tiles leave most .* got M = 40 and N = 72")]
+)
+def test_auto_passes_over_few_tiles(monkeypatch: pytest.MonkeyPatch, busy: float, reason: str | None) -> None:
+    """Which a caller who forces the backend does not notice."""
+    stand_in = emulated_extension.install(monkeypatch)
+    stand_in.lora.gemm_tiles = lambda **sizes: (128, 1, busy if sizes["m"] == 40 else 1.0)
+    case = Case(m=40, n=72, k=64, r=4, dtype=BF16)
+    described = problem.make_problem(problem.Inputs(*make(case, CPU)[:4], 1.0, None, 0.0, None))
+    assert cuda_impl.why_not(described) is None
+    got = cuda_impl.IMPLEMENTATION.slower(described)
+    assert got is None if reason is None else re.match(reason, got or "")
+
+
 @pytest.fixture
 def built() -> ModuleType:
     return built_extension()
@@ -155,6 +171,36 @@ def built() -> ModuleType:
 def test_workspace_of_the_extension(built: ModuleType, m: int, r: int) -> None:
     assert built.lora.gemm_workspace(m=m, r=r) == EmulatedGemm.workspace(m, r)
     assert built.lora.GEMM_MAX_RANK == 128
+
+
+@pytest.mark.parametrize("multiprocessors", [78, 114, 132])
+@pytest.mark.parametrize("part", [part for part in qualification._CUDA if part.startswith("gemm")])
+def test_qualification_reaches_all_tiles(built: ModuleType, part: str, multiprocessors: int) -> None:
+    """Each direction of each part with wide and with narrow tiles, in clusters and alone."""
+    cases = qualification._cuda_cases(part, Hardware(arch=90, sm_count=multiprocessors))
+    for backward in (False, True):
+        seen = set()
+        for case in cases:
+            n, k = (case.k, case.n) if backward else (case.n, case.k)
+            dtype = str(case.dtype).removeprefix("torch.")
+            shape = built.lora.gemm_tiles(
+                m=case.m, n=n, k=k, r=case.r, dtype=dtype, backward=backward, multiprocessors=multiprocessors
+            )
+            seen.add(shape[:2])
+        wide = 256 if not part.endswith("128") else 192
+        if part.endswith("128") and "float16" in part and "bfloat16" not in part and not backward:
+            wide = 128
+        assert seen >= {(wide, 2), (128, 2), (128, 1)}, (backward, seen)
+        assert backward or (wide, 1) in seen, seen
+
+
+def test_few_tiles_of_the_extension(built: ModuleType) -> None:
+    def busy(m: int) -> float:
+        return built.lora.gemm_tiles(m=m, n=4096, k=4096, r=16, dtype="bfloat16", backward=False, multiprocessors=132)[
+            2
+        ]
+
+    assert busy(128) < cuda_impl.LEAST_BUSY < busy(256) < busy(8192) < 1.0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 BF16, FP16 = torch.bfloat16, torch.float16
 GEMM = [case for case, _ in (*FORWARD, *BACKWARD) if case.m > 16]
+# Wide tiles, more than multiprocessors, and row blocks that end in a ghost.
+WIDE = [
+    Case(m=4200, n=4088, k=4072, r=r, dtype=dtype) for r in (16, 40, 128) for dtype in (torch.bfloat16, torch.float16)
+]
 # One token and as many as the decode kernel takes; many tiles a block, and row blocks that end in one row.
 REPEATED = [
     *(Case(m=m, n=4096, k=4096, r=16, dtype=BF16, bias=False) for m in (1, 16)),
@@ -41,7 +45,7 @@ def _skip_where_none_is_for(case: Case, device: torch.device) -> None:
         pytest.skip(f"the kernel is for sm_{cuda_gemm.ARCH}")
 
 
-@pytest.mark.parametrize("case", [*(case for case, _ in GRID), *GEMM], ids=str)
+@pytest.mark.parametrize("case", [*(case for case, _ in GRID), *GEMM, *WIDE], ids=str)
 def test_error_budget(case: Case, device: torch.device) -> None:
     _skip_where_none_is_for(case, device)
     check_budget(case, device, _by_cuda)

@@ -35,6 +35,14 @@ def input_gradient(
     return _launch(dy, weight, lora_b, lora_a, scale, None, backward=True)
 
 
+def busy(m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The part of the multiprocessors' time that tiles of y (M, N) fill."""
+    tiles = extension.load().lora.gemm_tiles(
+        m=m, n=n, k=k, r=r, dtype=dtype_name(dtype), backward=False, multiprocessors=hardware(device).sm_count
+    )
+    return float(tiles[2])
+
+
 def _launch(
     x: Tensor, w: Tensor, down: Tensor, up: Tensor, scale: float | Tensor, bias: Tensor | None, backward: bool
 ) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProble
 
 HALVES = (torch.bfloat16, torch.float16)
 VECTOR = 8  # half-precision elements in 16 bytes
+LEAST_BUSY = 0.4  # of the multiprocessors' time, for a product that auto may take
 
 
 class Kernel(NamedTuple):
@@ -102,6 +103,16 @@ def _why_not_gemm(problem: LoraLinearProblem) -> str | None:
     largest = max(problem.m, problem.n, problem.k)
     if largest > cuda_gemm.MAX_SIZE:
         return f"M, N and K must be at most {cuda_gemm.MAX_SIZE}, got {largest}"
+    return None
+
+
+def _slower(problem: LoraLinearProblem) -> str | None:
+    """Few tiles for many multiprocessors: torch's own products have tiles of all sizes, and split the reduction."""
+    if _chosen(problem).name != "gemm":
+        return None
+    busy = cuda_gemm.busy(problem.m, problem.n, problem.k, problem.r, problem.dtype, problem.device)
+    if busy < LEAST_BUSY:
+        return f"gemm: its tiles leave most of the multiprocessors idle, got M = {problem.m} and N = {problem.n}"
     return None
 
 
@@ -196,6 +207,7 @@ IMPLEMENTATION = Implementation(
     name="cuda",
     why_not_environment=extension.why_not,
     why_not=why_not,
+    slower=_slower,
     qualification=qualification.cuda(lambda problem: _chosen(problem).name),
     forward=forward,
     backward=backward,
