@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_chunk(Sums<C>& sums,
 #pragma unroll
     for (int i = 0; i < kWarpColumns / 16; ++i) {
       load_matrices_transposed(a[i], sX + (row + matrix / 2 * 8 + matrix_row) * C::kPitch + 16 * i + matrix % 2 * 8);
-      if (job.sums != nullptr) {
+      if (adds_columns(job, work)) {
         const uint32_t b[2] = {one, one};
         mma_16x8x16<T>(sums.bias[i], a[i], b);
       }
@@ -206,7 +206,7 @@ __device__ __forceinline__ void for_each_four(Sums<C>& sums,
         visit(sums.out[i][tile], (first + tile) * kThreads + threadIdx.x);
       }
     }
-    if (job.sums != nullptr) {
+    if (adds_columns(job, work)) {
       visit(sums.bias[i], (first + C::kTiles) * kThreads + threadIdx.x);
     }
   }
@@ -264,7 +264,7 @@ __device__ __forceinline__ void store_sums(const Sums<C>& sums,
       if (work.column + column >= job.columns) {
         continue;
       }
-      if (job.sums != nullptr && thread.quad == 0) {
+      if (adds_columns(job, work) && thread.quad == 0) {
         using T = typename C::T;
         static_cast<T*>(job.sums)[work.column + column] = static_cast<T>(sums.bias[i][2 * half]);
       }

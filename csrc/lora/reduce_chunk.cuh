@@ -44,6 +44,11 @@ struct Work {
   int column, rank;  // the first
 };
 
+// The sums of a tile's columns belong to one of its units, or several would write them, each with bits of its own.
+__device__ __forceinline__ bool adds_columns(const ReduceJob& job, const Work& work) {
+  return job.sums != nullptr && work.rank == 0;
+}
+
 __device__ __forceinline__ Work work_at(const ReduceParams& params, int unit, int chunk, int ranks) {
   const Unit at = params.plan.unit_at(unit);
   return {unit, chunk, at.job, at.tile * kColumns, at.rank_block * ranks};
