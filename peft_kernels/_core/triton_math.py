@@ -77,12 +77,3 @@ def nearest_tf32(value):
     rounded = ((bits + 0x1000) & -8192).to(tl.float32, bitcast=True)
     # The carry would turn a nan with all bits set into zero.
     return tl.where(value == value, rounded, value)
-
-
-@triton.jit
-def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile in an order that walks GROUP_M tile rows together, so that both operands stay in L2."""
-    group = index // (GROUP_M * tiles_n)
-    rows = min(tiles_m - group * GROUP_M, GROUP_M)
-    inside = index % (GROUP_M * tiles_n)
-    return group * GROUP_M + inside % rows, inside // rows

@@ -13,7 +13,7 @@ if reason := why_not_environment():
 import triton
 import triton.language as tl
 
-from peft_kernels._core.triton_math import dot, nearest_tf32, split_float32, tile_of
+from peft_kernels._core.triton_math import dot, nearest_tf32, split_float32
 
 SIDE = 32
 
@@ -38,13 +38,6 @@ def _product(a_ptr, b_ptr, out_ptr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     acc = dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs), tl.zeros((BLOCK, BLOCK), tl.float32), EXACT, "ieee")
     tl.store(out_ptr + offs, acc)
-
-
-@triton.jit
-def _tiles(out_ptr, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    index = tl.program_id(0)
-    pid_m, pid_n = tile_of(index, tiles_m, tiles_n, GROUP_M)
-    tl.store(out_ptr + index, pid_m * tiles_n + pid_n)
 
 
 def _values(device: torch.device) -> torch.Tensor:
@@ -95,10 +88,3 @@ def test_exact_product_keeps_float32(half: torch.dtype, swap: bool, device: torc
     plain = ((a.float() @ b.float() - expected).norm() / expected.norm()).item()
     assert errors[True] <= 2 * plain
     assert errors[False] >= 100 * plain
-
-
-@pytest.mark.parametrize(("tiles_m", "tiles_n"), [(1, 1), (8, 3), (9, 4), (17, 5), (3, 20)])
-def test_tile_order_visits_each_tile_once(tiles_m: int, tiles_n: int, device: torch.device) -> None:
-    out = torch.full((tiles_m * tiles_n,), -1, dtype=torch.int32, device=device)
-    _tiles[(tiles_m * tiles_n,)](out, tiles_m, tiles_n, GROUP_M=8)
-    assert out.sort().values.tolist() == list(range(tiles_m * tiles_n))

@@ -127,13 +127,13 @@ def narrow_product_config(
     )
 
 
-def rank_product_config(r: int, dtype: torch.dtype, hardware: Hardware) -> RankProductConfig:
+def rank_product_config(r: int, dtype: torch.dtype) -> RankProductConfig:
     """Wide rows for whole cache lines; the rank is walked in blocks, so any rank takes the same registers."""
     return RankProductConfig(
         BLOCK_M=64,
         BLOCK_N=64 if dtype == torch.float32 else 128,
         BLOCK_R=min(32, max(16, next_power_of_2(r))),
-        num_warps=4 if dtype == torch.float32 and hardware.arch >= 100 else 8,
+        num_warps=8,
         num_stages=2,
     )
 
