@@ -91,7 +91,6 @@ class Tensors(NamedTuple):
 
 
 PADDINGS = ("none", "left", "right", "random")
-
 HALF_AND_FULL = (torch.float32, torch.bfloat16)
 
 # Fewer and more queries than keys; a prefix longer than the sequence; heads that are no power of two; one query; none.
@@ -219,7 +218,7 @@ def _pin(variant: str) -> Iterator[str]:
     elif pinned:
         patches += [
             (torch_impl, "torch_config", functools.partial(_pinned, pinned, torch_config)),
-            (torch_blocks, "torch_block", _all_but_one_row if pinned == "rows" else _all_but_one_head),
+            (torch_blocks, "torch_block", functools.partial(_blocks, pinned)),
             (torch_ranges, "torch_range_rows", lambda problem: 5 if problem.causal else problem.s),
             (torch_ranges, "torch_part", _part),
         ]
@@ -229,12 +228,10 @@ def _pin(variant: str) -> Iterator[str]:
         yield backend
 
 
-def _all_but_one_head(problem: PrefixAttentionProblem) -> tuple[int, int, int]:
-    return 1, max(1, problem.h_kv - 1), 7
-
-
-def _all_but_one_row(problem: PrefixAttentionProblem) -> tuple[int, int, int]:
-    return max(1, problem.b - 1), problem.h_kv, max(1, problem.s)
+def _blocks(pinned: str, problem: PrefixAttentionProblem) -> tuple[int, int, int]:
+    """All batch rows but one, or all heads but one."""
+    by_rows = max(1, problem.b - 1), problem.h_kv, max(1, problem.s)
+    return by_rows if pinned == "rows" else (1, max(1, problem.h_kv - 1), 7)
 
 
 def _pinned(pinned: str, choose: Callable[..., TorchConfig], problem: PrefixAttentionProblem) -> object:

@@ -159,8 +159,9 @@ def merge_config(d: int, splits: int) -> MergeConfig:
 
 def _forward_warps(attention: Attention, block_m: int, block_d: int, arch: int) -> int:
     if attention.dtype == torch.float32:
-        # The assembler keeps eight warps of 64 dimensions to 80 registers on sm_90, and the causal ones spill.
-        return 4 if block_d > 128 or (block_d == 64 and arch == 90) else 8
+        # Where sm_90 has the other number, the assembler keeps causal kernels to 80 and 128 registers, and they spill.
+        few = block_d == 64 if arch == 90 else block_d > 128
+        return 4 if few else 8
     return 8 if block_m * block_d >= 128 * 128 else 4
 
 
