@@ -162,9 +162,10 @@ class Operator:
     def _traced(self, call: Any, backend: str) -> Any:
         if is_transformed() or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in call):
             return self.composite(self.make_problem(call), call)
-        is_scalar = self.signature.is_scalar
-        scalars = {name: as_symbol(getattr(call, name), call[0]) for name in self.signature.types if is_scalar(name)}
-        return self.visible(self._operator(*self.signature.flat(call._replace(**scalars)), backend))
+        # Not by _fields and _replace, which torch 2.8 does not trace.
+        is_scalar, named = self.signature.is_scalar, zip(self.signature.types, call, strict=True)
+        values = [as_symbol(value, call[0]) if is_scalar(name) else value for name, value in named]
+        return self.visible(self._operator(*self.signature.flat(values), backend))
 
     def _composed(self, problem: Any, call: Any, backend: str, reason: str) -> Any:
         """Run a call that may not be opaque. A forced backend has kernels alone, which a mode sees as one operator."""
