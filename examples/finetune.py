@@ -31,9 +31,11 @@ from examples.report import Report, Row
 
 # One epoch, its smaller last batch left out.
 STEPS = 163
-# An eighth of an epoch in two minutes of one core. Much of a short run is evaluation, so that it has fewer texts too.
+# Two minutes of one core. Much of a short run is evaluation, so it has fewer texts too, a quarter, and sees half of
+# these. The second task is harder, and needs each of them once to be better than a guess.
 QUICK_STEPS = 20
-QUICK_SHARE = 0.125
+QUICK_SECOND_STEPS = 33
+QUICK_SHARE = 0.25
 # The training loss of the table is the mean over this many last batches: one batch's says little.
 LAST_BATCHES = 50
 ADAPTER_FILE = "{method}_adapter.pt"
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.finetune", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, an eighth of the texts")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, a quarter of the texts")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -96,8 +98,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="on a CPU; with more than one, a busy machine makes the times meaningless",
     )
     options = parser.parse_args(arguments)
-    if options.steps is None:
+    given = options.steps
+    if given is None:
         options.steps = QUICK_STEPS if options.quick else STEPS
+    options.second_steps = QUICK_SECOND_STEPS if options.quick and given is None else options.steps
     if options.steps < 1 or options.threads < 1:
         parser.error("--steps and --threads must be at least 1")
     return options
@@ -115,6 +119,7 @@ def facts(options: argparse.Namespace, data: task.Task, device: torch.device) ->
         "second task": f"whether that mean, without its sign, is above {task.STRONG_ABOVE}",
         "texts": {name: len(getattr(data, name)) for name in task.SHARES},
         "steps": options.steps,
+        "steps of the second task": options.second_steps,
         "batch": train.BATCH_SIZE,
         "seed": options.seed,
     }
@@ -250,7 +255,7 @@ def adapter_file(folder: Path, name: str) -> Path:
 def switch(texts: dict[str, Texts], rivals: Sequence[Baseline], result: Report, options: argparse.Namespace) -> None:
     """Train LoRA on the second task, then switch one model between the two, and add what that says to the report."""
     name = f"{switching.METHOD.name} strength"
-    run = switching.learn(texts["train"], options.steps, options.seed)
+    run = switching.learn(texts["train"], options.second_steps, options.seed)
     logits = predict(run.model, texts["test"])
     reached = accuracy(run.model.answers(logits), texts["test"].labels)
     result.second_rows.append(

@@ -247,6 +247,17 @@ def test_model_of_two_tasks_answers_as_two_models(data: task.Task, device: torch
 
 
 @pytest.mark.cpu_only
+def test_steps_that_are_given_come_first() -> None:
+    def steps(*arguments: str) -> tuple[int, int]:
+        options = finetune.parse(arguments)
+        return options.steps, options.second_steps
+
+    assert steps() == (finetune.STEPS, finetune.STEPS)
+    assert steps("--quick") == (finetune.QUICK_STEPS, finetune.QUICK_SECOND_STEPS)
+    assert steps("--quick", "--steps", "3") == steps("--steps", "3") == (3, 3)
+
+
+@pytest.mark.cpu_only
 def test_chosen_methods_are_found() -> None:
     assert [method.name for method in methods.discover(["prefix_tuning", "lora"])] == ["LoRA", "prefix tuning"]
     assert len(methods.names()) == len(methods.discover())
