@@ -22,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.on_gpu.runner import MORE
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "triton-cache"
 # What records of finished tests lie in; no part of the pack.
@@ -86,23 +88,25 @@ def make(folder: Path, workers: int, budget_s: float | None, paths: Sequence[str
     bring(folder)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
+    more = False
     jobs = [("source", name) for name in sources] + [("tests", path) for path in paths]
     for kind, name in jobs:
         left = None if budget_s is None else budget_s - (time.monotonic() - began)
         if left is not None and left < 5:
-            return 75
+            return MORE
         processes = []
         for share in range(workers):
             command = _of_source(name) if kind == "source" else _of_tests(folder, name, share, left)
             processes.append(_start(folder, [*command, "--share", f"{share}/{workers}"]))
-        # A share's status is that of tests whose results are garbage; what counts is in the cache.
+        # A share's other statuses are those of tests whose results are garbage; what counts is in the cache.
         says = [process.communicate()[0].splitlines() for process in processes]
+        more |= any(process.returncode == MORE for process in processes)
         for text in says:
             found = [line for line in text if line.startswith("kernels asked for")]
             print(f"{name}: {found[-1] if found else 'budget spent' if kind == 'tests' else text[-3:]}", flush=True)
     count = sum(1 for _ in folder.glob("*/*.cubin"))
     print(f"{folder}: {count} kernels after {time.monotonic() - began:.0f} s")
-    return 0
+    return MORE if more else 0
 
 
 def _of_source(name: str) -> list[str]:
