@@ -31,8 +31,9 @@ from examples.report import Report, Row
 
 # One epoch, its smaller last batch left out.
 STEPS = 163
-# Two minutes of one core. Much of a short run is evaluation, so it has fewer texts too, a quarter, and sees half of
-# these. The second task is harder, and needs each of them once to be better than a guess.
+# 145 s of one core's time, measured while others used the machine (2026-11-30). Much of a short run is evaluation, so
+# it has fewer texts too, a quarter, and sees half of these. The second task is harder, and needs each of them once to
+# be better than a guess.
 QUICK_STEPS = 20
 QUICK_SECOND_STEPS = 33
 QUICK_SHARE = 0.25
