@@ -11,18 +11,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from peft_kernels._core.device import Hardware
+from peft_kernels._core.tma import TMA_ALIGNMENT
 from peft_kernels._core.triton_tools import cdiv, next_power_of_2, split_count
 from peft_kernels.prefix.kernels.attention import Attention
 
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """y and the softmax's statistics, or ``splits`` parts of them."""
+    """y and the softmax's statistics, or ``splits`` parts of them; with USE_TMA k and v through tensor descriptors."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_P: int
     BLOCK_D: int
+    USE_TMA: bool
     num_warps: int
     num_stages: int
     splits: int
@@ -115,6 +117,7 @@ def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
         BLOCK_N=block_n,
         BLOCK_P=_keys_at_most(attention.p, block_n),
         BLOCK_D=block_d,
+        USE_TMA=False,
         num_warps=_forward_warps(attention, block_m, block_d, hardware.arch),
         num_stages=2,
         splits=_splits(attention, block_m, block_n, hardware.sm_count),
@@ -122,20 +125,21 @@ def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
 
 
 def takes_wide_blocks(attention: Attention, hardware: Hardware) -> bool:
-    """Whether ``wide_forward_config`` is for an attention: where its blocks fit the registers and are filled."""
+    """Whether ``wide_forward_config`` is for an attention: its blocks fit, are filled, and lie as TMA reads them."""
     fits = hardware.arch == 90 and attention.dtype.itemsize == 2 and _block_d(attention.d) == 128
-    return fits and attention.group * attention.s >= 128 and attention.l >= 256
+    is_aligned = attention.d * attention.dtype.itemsize % TMA_ALIGNMENT == 0
+    return fits and is_aligned and attention.group * attention.s >= 128 and attention.l >= 256
 
 
 def wide_forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
-    """Blocks of 128 keys, three of them in flight, 224 KiB; a multiprocessor has one program either way.
+    """Blocks of 128 keys by TMA, three of them in flight, 225 KiB; a multiprocessor has one program either way.
 
     Half as many rescalings and barriers a key, and up to 64 masked keys more at the causal border: whether that is
     faster is for the clock to say.
     """
     narrow = forward_config(attention, hardware)
     splits = _splits(attention, narrow.BLOCK_M, 128, hardware.sm_count)
-    return replace(narrow, BLOCK_N=128, num_stages=3, splits=splits)
+    return replace(narrow, BLOCK_N=128, USE_TMA=True, num_stages=3, splits=splits)
 
 
 def _splits(attention: Attention, block_m: int, block_n: int, sm_count: int) -> int:
