@@ -8,7 +8,7 @@ TMA_ALIGNMENT = 16
 
 
 def tma_can_read(matrix: Tensor, transposed: bool = False) -> bool:
-    """Whether a matrix, or its transpose, meets TMA's rules; dimensions before its own are of several that lie apart."""
+    """Whether a matrix, or its transpose, meets TMA's rules; dimensions before its own are of several matrices."""
     (*_, rows, cols), (*steps, stride, inner) = matrix.shape, matrix.stride()
     if transposed:
         rows, cols, stride, inner = cols, rows, inner, stride

@@ -84,7 +84,8 @@ def test_older_versions_alone_may_spill_what_is_known() -> None:
     assert [_spilled_by(version, *case) for version in ((3, 4), (3, 7), (3, 8), (3, 10))] == [408, 408, 0, 0]
     assert _spilled_by((3, 5), "attention_kernel", "bf16/fp32/D256/causal") == 128
     assert [_spilled_by(version, "grad_kv_kernel", "bf16/bf16/D80/causal") for version in ((3, 6), (3, 8))] == [128, 0]
-    row = {"launch": "case", "kernel": "kernel", "arch": 90, "stack": 96, "LDL": 9, "STL": 9, "shared": 0}
+    row = {"launch": "case", "kernel": "kernel", "arch": 90, "stack": 96, "LDL": 9, "STL": 9}
+    row |= {"shared": 0, "tensor_memory": 0}
     assert [len(_complaints(row, (), spilled)) for spilled in (0, 95, 96)] == [2, 2, 0]
 
 
