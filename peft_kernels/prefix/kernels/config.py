@@ -99,7 +99,8 @@ def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
     """Blocks by head size; few rows (decoding) take a small block, whose other rows would be masked."""
     block_d = _block_d(attention.d)
     if attention.dtype == torch.float32:
-        block_m, block_n = (32, 16) if block_d <= 128 else (16, 16)
+        # On sm_80 16 rows of 256 dimensions spill where causal, and 32 where padded alone (ahead-of-time compiles).
+        block_m, block_n = (32, 16) if block_d <= 128 or (hardware.arch == 80 and attention.causal) else (16, 16)
     elif block_d > 128:
         block_m, block_n = 64, 32
     elif block_d <= 64 and hardware.arch != 90:
@@ -164,7 +165,7 @@ def merge_config(d: int, splits: int) -> MergeConfig:
 def _forward_warps(attention: Attention, block_m: int, block_d: int, arch: int) -> int:
     if attention.dtype == torch.float32:
         # Where sm_90 has the other number, the assembler keeps causal kernels to 80 and 128 registers, and they spill.
-        few = block_d == 64 if arch == 90 else block_d > 128
+        few = block_d == 64 if arch == 90 else block_d > 128 and block_m < 32
         return 4 if few else 8
     return 8 if block_m * block_d >= 128 * 128 else 4
 
@@ -230,6 +231,9 @@ def grad_prefix_config(attention: Attention, hardware: Hardware) -> GradPrefixCo
     if attention.prefix_dtype != attention.dtype:
         # The pieces of the float32 operands live in registers.
         block_m, block_n = (32, 32) if block_d <= 128 else (16, 32)
+        if hardware.arch >= 100 and attention.dtype == torch.float16 and block_d == 128 and attention.p <= 16:
+            # The assembler keeps 32 rows by 16 keys to 128 registers, and they spill.
+            block_m = 64
     elif attention.dtype == torch.float32 and block_d == 128:
         # 16 rows by 32 keys spill with Triton 3.8, 32 by 32 with 3.6.
         block_m, block_n = 32, 16
