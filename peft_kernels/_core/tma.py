@@ -8,8 +8,8 @@ TMA_ALIGNMENT = 16
 
 
 def tma_can_read(matrix: Tensor, transposed: bool = False) -> bool:
-    """Whether a matrix, or its transpose, meets TMA's rules."""
-    (rows, cols), (stride, inner) = matrix.shape, matrix.stride()
+    """Whether a matrix, or its transpose, meets TMA's rules; dimensions before its own are of several matrices."""
+    (*_, rows, cols), (*steps, stride, inner) = matrix.shape, matrix.stride()
     if transposed:
         rows, cols, stride, inner = cols, rows, inner, stride
     return (
@@ -17,7 +17,8 @@ def tma_can_read(matrix: Tensor, transposed: bool = False) -> bool:
         and cols > 0
         and inner == 1
         and stride >= cols
-        and stride * matrix.element_size() % TMA_ALIGNMENT == 0
+        and all(step * matrix.element_size() % TMA_ALIGNMENT == 0 for step in (*steps, stride))
+        and all(step > 0 for step in steps)
         and matrix.data_ptr() % TMA_ALIGNMENT == 0
     )
 

@@ -21,7 +21,7 @@ OWN = "own"
 """The path without another's operator, first guess for every problem."""
 
 WIDE = "wide"
-"""The same with more keys in a block of the forward kernel."""
+"""The same with more keys in a block of the forward kernel, which TMA copies."""
 
 
 def first(problem: PrefixAttentionProblem) -> str:
@@ -54,7 +54,8 @@ def why_not_possible(path: str, problem: PrefixAttentionProblem) -> str | None:
     """Reason why a path cannot run a problem, or None."""
     chip = hardware(problem.device)
     if path == WIDE:
-        return None if config.takes_wide_blocks(problem, chip) else "its blocks would not fit, or not be filled"
+        possible = config.takes_wide_blocks(problem, chip)
+        return None if possible else "its blocks would not fit, not be filled, or not be TMA's to read"
     operator, both = PATHS[path]
     reason = fused.why_not_pieces(problem) or operator.why_not(problem, chip)
     if reason is None and operator is fused.FLASH and both and not problem.deterministic:

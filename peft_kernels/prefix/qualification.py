@@ -146,7 +146,7 @@ def _wide_cases(part: str, hardware: Hardware) -> Sequence[Case]:
     return (
         Case(2, 4, 2, 150, 300, 20, d, *dtypes, causal=True, padded=False, shared=True),
         Case(2, 1, 1, 256, 256, 70, d, *dtypes, causal=True, padded=True, shared=False),
-        Case(1, 3, 1, 50, 1030, 33, d - 4, *dtypes, causal=False, padded=True, shared=True),
+        Case(1, 3, 1, 50, 1030, 33, d - 8, *dtypes, causal=False, padded=True, shared=True),
     )
 
 

@@ -14,6 +14,7 @@ from peft_kernels._core import triton_tools
 from peft_kernels._core.device import hardware
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.explain import note
+from peft_kernels._core.tma import tma_can_read
 from peft_kernels.prefix import pieces, qualification
 from peft_kernels.prefix.kernels import config, fused_operators
 from peft_kernels.prefix.kernels.attention import Segment
@@ -45,8 +46,9 @@ def forward(problem: PrefixAttentionProblem, inputs: Inputs, path: str | None = 
         config_of_prefix = chosen(config.add_prefix_config, problem, chip)
         return y, _of_pieces().add_prefix(problem, q, prefix, y, lse, config_of_prefix)
     fwd, _ = _kernels()
-    choose = config.wide_forward_config if path == pieces.WIDE else config.forward_config
-    blocks = chosen(choose, problem, chip)
+    # A problem does not know strides: keys that TMA cannot read get the first path's blocks.
+    is_wide = path == pieces.WIDE and tma_can_read(k) and tma_can_read(v)
+    blocks = chosen(config.wide_forward_config if is_wide else config.forward_config, problem, chip)
     merge = chosen(config.merge_config, problem.d, blocks.splits)
     return fwd.attend(problem, q, prefix, sequence, blocks, merge)
 

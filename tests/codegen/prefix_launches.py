@@ -44,6 +44,7 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     for causal, padded in ((True, False), (True, True), (False, True)):
         yield _case(BF16, BF16, 128, causal, padded=padded, path="wide")
     yield _case(FP16, FP32, 80, True, path="wide")
+    yield _case(BF16, BF16, 128, True, s=32, l=4096, path="wide")
     # Beside torch's operator of the sequence.
     for d in (32, 64, 80, 128, 256):
         yield _case(BF16, BF16, d, True, path="flash both")
@@ -109,7 +110,7 @@ def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     if kernel == "merge_kernel":
         # Sums of parts in order, and no product.
         return ("LDG", "FFMA")
-    dtype, prefix, _, _, s, *_ = launch.split("/")
+    dtype, prefix, _, _, s, *_, path = launch.split("/")
     if dtype == "fp32":
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)
@@ -118,4 +119,6 @@ def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     # A block of fewer than 64 rows does not fill Hopper's instruction; and the pieces of float32 operands are as many
     # products, in blocks of 32.
     is_small = s in ("S1", "S8") or (kernel == "grad_prefix_kernel" and prefix == "fp32")
-    return ("HGMMA",) if arch == 90 and not is_small else ("HMMA",)
+    if arch != 90 or is_small:
+        return ("HMMA",)
+    return ("HGMMA", "UTMALDG") if kernel == "attention_kernel" and path == "wide" else ("HGMMA",)

@@ -56,12 +56,18 @@ def prefix() -> Iterator[Callable[[], object]]:
         yield functools.partial(_prefix, 1, 1, length)
 
 
+def wide() -> Iterator[Callable[[], object]]:
+    for s in lengths(4096):
+        for b in (1, 4):
+            yield functools.partial(_prefix, b, s, s, "wide")
+
+
 def prompt() -> Iterator[Callable[[], object]]:
     for length in lengths(4096):
         yield functools.partial(_prompt, 8, length)
 
 
-FAMILIES = {"lora": lora, "adapter": adapter, "prefix": prefix, "prompt": prompt}
+FAMILIES = {"lora": lora, "adapter": adapter, "prefix": prefix, "wide": wide, "prompt": prompt}
 
 
 def _matrix(rows: int, cols: int, by_columns: bool) -> Tensor:
@@ -109,10 +115,13 @@ def _adapter(m: int, width: int, r: int, by_columns: bool = False) -> None:
     triton_impl.backward(problem, inputs, z, _matrix(m, width, by_columns), needs)
 
 
-def _prefix(b: int, s: int, length: int) -> None:
-    """As a model has them: heads in the last dimension but one of memory; a decoding step has no backward pass."""
+def _prefix(b: int, s: int, length: int, path: str = "own") -> None:
+    """As a model has them: heads in the last dimension but one of memory; a decoding step has no backward pass.
+
+    Another path is of the forward pass, and only where it is taken.
+    """
+    from peft_kernels.prefix import pieces, triton_impl
     from peft_kernels.prefix import problem as prefix_attention
-    from peft_kernels.prefix import triton_impl
 
     h, h_kv, p, d = 32, 8, 20, 128
     q = make(b, s, h, d, dtype=BF16).transpose(1, 2)
@@ -129,8 +138,10 @@ def _prefix(b: int, s: int, length: int) -> None:
         key_padding_mask=make(b, length, dtype=torch.bool) if b > 1 else None,
     )
     problem = prefix_attention.make_problem(inputs)
-    y, stats = triton_impl.forward(problem, inputs)
-    if b > 1:
+    if path != pieces.OWN and pieces.why_not_possible(path, problem) is not None:
+        return
+    y, stats = triton_impl.forward(problem, inputs, path)
+    if b > 1 and path == pieces.OWN:
         needs = prefix_attention.Needs(*[True] * len(prefix_attention.Needs._fields))
         triton_impl.backward(problem, inputs, y, stats, make(b, s, h, d, dtype=BF16).transpose(1, 2), needs)
 

@@ -17,7 +17,7 @@ from peft_kernels.judge import check_case
 from peft_kernels.prefix import pieces, qualification, triton_impl
 from peft_kernels.prefix.kernels import config, fused_operators
 from peft_kernels.prefix.kernels.fused_operators import CUDNN, EFFICIENT, FLASH, PATHS, FusedOperator, Sequence
-from peft_kernels.prefix.problem import Needs, PrefixAttentionProblem, make_problem
+from peft_kernels.prefix.problem import Inputs, Needs, PrefixAttentionProblem, make_problem
 from tests.prefix import stand_in
 from tests.prefix.cases import OPERATOR, Case, arguments, make
 
@@ -146,6 +146,7 @@ def test_efficient_backward_takes_the_call(operator: FusedOperator, problem: Pre
         ("wide", {"d": 128, "s": 60, "l": 256}, "filled"),
         ("wide", {"d": 128, "s": 256, "l": 255}, "filled"),
         ("wide", {"s": 256, "l": 256}, "fit"),
+        ("wide", {"d": 124, "s": 256, "l": 256}, "TMA"),
     ],
 )
 def test_what_operators_cannot_do_is_refused(path: str, change: dict[str, Any], reason: str) -> None:
@@ -245,8 +246,72 @@ def test_wide_blocks_attend_as_the_others_do() -> None:
         pytest.skip(reason)
     (checked,) = (each for each in triton_impl.CHECKED if each.name == pieces.name_of(pieces.WIDE))
     # Blocks of 128 keys: one that every row sees, the causal border's, and a part of one.
-    case = replace(checked.qualification.cases("bfloat16 d128", HOPPER)[0], b=1, h=1, h_kv=1, s=130, l=300, p=5, d=68)
-    assert check_case(OPERATOR.op.OPERATOR, checked, case, torch.device("cpu")) <= 1.0
+    case = replace(checked.qualification.cases("bfloat16 d128", HOPPER)[0], b=1, h=1, h_kv=1, s=130, l=300, p=5, d=72)
+    with _descriptors() as made:
+        assert check_case(OPERATOR.op.OPERATOR, checked, case, torch.device("cpu")) <= 1.0
+    assert made.call_args.args[1] == [1, 1, 128, 128]
+
+
+def _descriptors() -> Any:
+    """Sees what is described to TMA."""
+    fwd, _ = triton_impl._kernels()
+    return mock.patch.object(fwd, "descriptor", side_effect=fwd.descriptor)
+
+
+def _inputs(problem: PrefixAttentionProblem) -> Inputs:
+    """Heads in the last dimension but one of memory, where nan is between rows and after the last one."""
+
+    def keys() -> Tensor:
+        memory = torch.full((problem.b, problem.l + 20, problem.h_kv, problem.d + 8), torch.nan, dtype=problem.dtype)
+        view = memory[:, : problem.l, :, : problem.d]
+        return view.copy_(torch.randn(view.shape)).transpose(1, 2)
+
+    torch.manual_seed(0)
+    q = torch.randn(problem.b, problem.h, problem.s, problem.d).to(problem.dtype)
+    prefix = torch.randn(2, problem.h_kv, problem.p, problem.d).to(problem.dtype)
+    mask = torch.rand(problem.b, problem.l) < 0.7 if problem.padded else None
+    return Inputs(q, keys(), keys(), *prefix, problem.causal, problem.scale, mask)
+
+
+@pytest.mark.parametrize(("splits", "padded"), [(1, False), (2, True)])
+def test_descriptors_bring_what_pointers_do(splits: int, padded: bool) -> None:
+    """Bit for bit, with blocks past the last key and the last column."""
+    if reason := triton_impl.IMPLEMENTATION.why_not_environment():
+        pytest.skip(reason)
+    problem = _problem(l=300, d=72, padded=padded, device=torch.device("cpu"))
+    inputs, fwd = _inputs(problem), triton_impl._kernels()[0]
+    wide = replace(config.wide_forward_config(problem, HOPPER), splits=splits)
+    merge = config.merge_config(problem.d, splits)
+    by_tma, by_pointers = (
+        fwd.attend(
+            problem,
+            inputs.q,
+            fwd.Segment(inputs.prefix_k, inputs.prefix_v),
+            fwd.Segment(inputs.k, inputs.v, inputs.key_padding_mask),
+            replace(wide, USE_TMA=use_tma),
+            merge,
+        )
+        for use_tma in (wide.USE_TMA, False)
+    )
+    for tma_s, pointers_s in zip(by_tma, by_pointers, strict=True):
+        assert torch.isfinite(tma_s).all()
+        assert torch.equal(tma_s, pointers_s)
+
+
+@pytest.mark.parametrize("shift", [1, 8])
+def test_keys_that_tma_cannot_read_take_the_first_path(shift: int) -> None:
+    if reason := triton_impl.IMPLEMENTATION.why_not_environment():
+        pytest.skip(reason)
+    problem = _problem(b=1, s=64, l=256, d=72, causal=False, device=torch.device("cpu"))
+    assert config.takes_wide_blocks(problem, HOPPER)
+    inputs = _inputs(problem)
+    moved = torch.empty(inputs.v.numel() + shift, dtype=problem.dtype)[shift:].view(inputs.v.shape).copy_(inputs.v)
+    inputs = inputs._replace(v=moved)
+    with _descriptors() as made:
+        wide = triton_impl.forward(problem, inputs, pieces.WIDE)
+    assert made.called is (shift == 8)
+    if shift == 1:
+        assert torch.equal(wide[0], triton_impl.forward(problem, inputs)[0])
 
 
 @pytest.mark.parametrize("path", ["flash", "flash both", "cudnn", "efficient both"])

@@ -11,18 +11,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from peft_kernels._core.device import Hardware
+from peft_kernels._core.tma import TMA_ALIGNMENT
 from peft_kernels._core.triton_tools import cdiv, next_power_of_2, split_count
 from peft_kernels.prefix.kernels.attention import Attention
 
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """y and the softmax's statistics, or ``splits`` parts of them."""
+    """y and the softmax's statistics, or ``splits`` parts of them; with USE_TMA k and v through tensor descriptors."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_P: int
     BLOCK_D: int
+    USE_TMA: bool
     num_warps: int
     num_stages: int
     splits: int
@@ -97,7 +99,8 @@ def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
     """Blocks by head size; few rows (decoding) take a small block, whose other rows would be masked."""
     block_d = _block_d(attention.d)
     if attention.dtype == torch.float32:
-        block_m, block_n = (32, 16) if block_d <= 128 else (16, 16)
+        # On sm_80 16 rows of 256 dimensions spill where causal, and 32 where padded alone (ahead-of-time compiles).
+        block_m, block_n = (32, 16) if block_d <= 128 or (hardware.arch == 80 and attention.causal) else (16, 16)
     elif block_d > 128:
         block_m, block_n = 64, 32
     elif block_d <= 64 and hardware.arch != 90:
@@ -115,6 +118,7 @@ def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
         BLOCK_N=block_n,
         BLOCK_P=_keys_at_most(attention.p, block_n),
         BLOCK_D=block_d,
+        USE_TMA=False,
         num_warps=_forward_warps(attention, block_m, block_d, hardware.arch),
         num_stages=2,
         splits=_splits(attention, block_m, block_n, hardware.sm_count),
@@ -122,20 +126,21 @@ def forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
 
 
 def takes_wide_blocks(attention: Attention, hardware: Hardware) -> bool:
-    """Whether ``wide_forward_config`` is for an attention: where its blocks fit the registers and are filled."""
+    """Whether ``wide_forward_config`` is for an attention: its blocks fit, are filled, and lie as TMA reads them."""
     fits = hardware.arch == 90 and attention.dtype.itemsize == 2 and _block_d(attention.d) == 128
-    return fits and attention.group * attention.s >= 128 and attention.l >= 256
+    is_aligned = attention.d * attention.dtype.itemsize % TMA_ALIGNMENT == 0
+    return fits and is_aligned and attention.group * attention.s >= 128 and attention.l >= 256
 
 
 def wide_forward_config(attention: Attention, hardware: Hardware) -> ForwardConfig:
-    """Blocks of 128 keys, three of them in flight, 224 KiB; a multiprocessor has one program either way.
+    """Blocks of 128 keys by TMA, three of them in flight, 225 KiB; a multiprocessor has one program either way.
 
     Half as many rescalings and barriers a key, and up to 64 masked keys more at the causal border: whether that is
     faster is for the clock to say.
     """
     narrow = forward_config(attention, hardware)
     splits = _splits(attention, narrow.BLOCK_M, 128, hardware.sm_count)
-    return replace(narrow, BLOCK_N=128, num_stages=3, splits=splits)
+    return replace(narrow, BLOCK_N=128, USE_TMA=True, num_stages=3, splits=splits)
 
 
 def _splits(attention: Attention, block_m: int, block_n: int, sm_count: int) -> int:
@@ -160,7 +165,7 @@ def merge_config(d: int, splits: int) -> MergeConfig:
 def _forward_warps(attention: Attention, block_m: int, block_d: int, arch: int) -> int:
     if attention.dtype == torch.float32:
         # Where sm_90 has the other number, the assembler keeps causal kernels to 80 and 128 registers, and they spill.
-        few = block_d == 64 if arch == 90 else block_d > 128
+        few = block_d == 64 if arch == 90 else block_d > 128 and block_m < 32
         return 4 if few else 8
     return 8 if block_m * block_d >= 128 * 128 else 4
 
@@ -226,6 +231,9 @@ def grad_prefix_config(attention: Attention, hardware: Hardware) -> GradPrefixCo
     if attention.prefix_dtype != attention.dtype:
         # The pieces of the float32 operands live in registers.
         block_m, block_n = (32, 32) if block_d <= 128 else (16, 32)
+        if hardware.arch >= 100 and attention.dtype == torch.float16 and block_d == 128 and attention.p <= 16:
+            # The assembler keeps 32 rows by 16 keys to 128 registers, and they spill.
+            block_m = 64
     elif attention.dtype == torch.float32 and block_d == 128:
         # 16 rows by 32 keys spill with Triton 3.8, 32 by 32 with 3.6.
         block_m, block_n = 32, 16

@@ -6,6 +6,7 @@ Equation  z = scale log2(e) q [prefix_k; k]^T, -inf where masked; top = max z; t
 Tensors   q (B, H, S, D), k, v (B, H_kv, L, D), prefix (H_kv, P, D) or (B, H_kv, P, D): last dimension contiguous;
           y like q, and stats (2, B, H, S) float32, top and total: contiguous; parts of y and stats
           (B H_kv, splits, H / H_kv S, D or nothing) float32
+          With USE_TMA k and v of the sequence come through tensor descriptors, and `tma_can_read` them
 Tiles     a program owns BLOCK_M rows of one group of query heads (triton_rows.py) and walks all their keys: the prefix
           in blocks of BLOCK_P, then the sequence in blocks of BLOCK_N, of which causal ones end at the border.
           Where such programs are few, each gets one of several ranges of the sequence, the first with the prefix, and
@@ -21,15 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels._core.launch import Launcher
+from peft_kernels._core.launch import Launcher, descriptor
 from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision
 from peft_kernels.prefix.kernels.attention import Attention, Segment
 from peft_kernels.prefix.kernels.config import ForwardConfig, MergeConfig
 from peft_kernels.prefix.kernels.triton_rows import (
     attended,
     key_ranges,
+    load_keys,
     load_queries,
-    load_rows,
     row_index,
     store_rows,
 )
@@ -38,14 +39,14 @@ from peft_kernels.prefix.kernels.triton_rows import (
 @triton.jit
 def attend_to(
     q, acc, total, top,
-    k_ptr, v_ptr, stride_kn, stride_vn, valid_ptr, stride_valid, offs_m, first, last, size, shift, scale_log2,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    keys, values, b, h, stride_kn, stride_vn, valid_ptr, stride_valid, offs_m, first, last, size, shift, scale_log2,
+    USE_TMA: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the online softmax over the keys [first, last) of a segment of ``size`` keys."""
+    """Go on with the online softmax over the keys [first, last) of a segment of ``size`` keys (``load_keys``)."""
     for n in range(first, last, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, offs_n, stride_kn, size, BOUNDED, D, BLOCK_D)
+        k = load_keys(keys, b, h, n, stride_kn, size, USE_TMA, BOUNDED, D, BLOCK_D, BLOCK_N)
         z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if CAUSAL or PADDED or BOUNDED:
             keep = attended(
@@ -58,7 +59,7 @@ def attend_to(
         p = tl.exp2(z - anchor[:, None])
         decay = tl.exp2(top - anchor)
         total = total * decay + tl.sum(p, axis=1)
-        v = load_rows(v_ptr, offs_n, stride_vn, size, BOUNDED, D, BLOCK_D)
+        v = load_keys(values, b, h, n, stride_vn, size, USE_TMA, BOUNDED, D, BLOCK_D, BLOCK_N)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = higher
     return acc, total, top
@@ -66,7 +67,7 @@ def attend_to(
 
 @triton.jit(do_not_specialize=("L", "shift", "splits", "span", "stride_validb"))
 def attention_kernel(
-    # pointers
+    # pointers; of k and v tensor descriptors where USE_TMA
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, valid_ptr, y_ptr, top_ptr, total_ptr,
     # free
     L, shift, scale_log2, splits, span,
@@ -77,7 +78,7 @@ def attention_kernel(
     # constexprs
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, IS_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, IS_SPLIT: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
     rows = GROUP * S
     blocks_m = tl.cdiv(rows, BLOCK_M)
@@ -102,8 +103,8 @@ def attention_kernel(
     acc, total, top = attend_to(
         q, acc, total, top,
         prefix_k_ptr + b * stride_pkb + h * stride_pkh, prefix_v_ptr + b * stride_pvb + h * stride_pvh,
-        stride_pkp, stride_pvp, valid_ptr, 0, offs_m, 0, prefix_end, P, 0, scale_log2,
-        False, False, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_P,
+        b, h, stride_pkp, stride_pvp, valid_ptr, 0, offs_m, 0, prefix_end, P, 0, scale_log2,
+        False, False, False, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_P,
     )  # fmt: skip
     whole, visible = key_ranges(pid_m, rows, L, shift, CAUSAL, GROUP, BLOCK_M, BLOCK_N)
     first = 0
@@ -112,19 +113,21 @@ def attention_kernel(
         first = split * span
         visible = min(visible, first + span)
         whole = max(first, min(whole, first + span))
-    k_head, v_head = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+    k_head, v_head = k_ptr, v_ptr
+    if not USE_TMA:
+        k_head, v_head = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
     valid_row = valid_ptr
     if PADDED:
         valid_row = valid_ptr + b * stride_validb
     acc, total, top = attend_to(
-        q, acc, total, top, k_head, v_head, stride_kl, stride_vl,
+        q, acc, total, top, k_head, v_head, b, h, stride_kl, stride_vl,
         valid_row, stride_validl, offs_m, first, whole, L, shift, scale_log2,
-        False, PADDED, False, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
+        USE_TMA, False, PADDED, False, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     acc, total, top = attend_to(
-        q, acc, total, top, k_head, v_head, stride_kl, stride_vl,
+        q, acc, total, top, k_head, v_head, b, h, stride_kl, stride_vl,
         valid_row, stride_validl, offs_m, whole, visible, L, shift, scale_log2,
-        CAUSAL, PADDED, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
+        USE_TMA, CAUSAL, PADDED, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
 
     index = row_index(offs_m, S, GROUP)
@@ -215,9 +218,13 @@ def _attend(
     splits, (h_kv, s, length, p) = config.splits, (attention.h_kv, attention.s, attention.l, attention.p)
     span = blocks_of_range(length, config.BLOCK_N, splits) * config.BLOCK_N
 
+    k, v = sequence.k, sequence.v
+    if config.USE_TMA:
+        k, v = (descriptor(keys, [1, 1, config.BLOCK_N, config.BLOCK_D]) for keys in (k, v))
+
     _launch_attention(
         (cdiv(attention.group * s, config.BLOCK_M) * attention.b * h_kv * splits, 1, 1),
-        (q, sequence.k, sequence.v, prefix.k, prefix.v, valid, y, *stats),
+        (q, k, v, prefix.k, prefix.v, valid, y, *stats),
         (length, attention.shift, attention.scale_log2, splits, span),
         (h_kv, s, p, *q.stride()[:3], *sequence.strides(), *prefix.strides(), *valid_strides),
         (attention.causal, valid is not None, dot_precision(q.dtype), attention.group, attention.d, splits > 1),

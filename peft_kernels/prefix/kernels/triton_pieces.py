@@ -61,8 +61,8 @@ def add_prefix_kernel(
     acc, total, top = attend_to(
         q, y.to(tl.float32), total, top,
         prefix_k_ptr + b * stride_pkb + h * stride_pkh, prefix_v_ptr + b * stride_pvb + h * stride_pvh,
-        stride_pkp, stride_pvp, q_ptr, 0, offs_m, 0, P, P, 0, scale_log2,
-        False, False, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_P,
+        b, h, stride_pkp, stride_pvp, q_ptr, 0, offs_m, 0, P, P, 0, scale_log2,
+        False, False, False, True, PRECISION, GROUP, D, BLOCK_D, BLOCK_P,
     )  # fmt: skip
     lse2 = top + tl.log2(total)
     tl.store(top_ptr + head_rows + index, lse2, mask=mask_m)

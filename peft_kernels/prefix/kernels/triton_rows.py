@@ -26,6 +26,21 @@ def load_rows(ptr, offs, stride, size, BOUNDED: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
+def load_keys(
+    keys, b, h, n, stride, size,
+    USE_TMA: tl.constexpr, BOUNDED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows from row n on: by ``load_rows`` from a head's pointer, or by TMA, which puts the same zeros.
+
+    ``keys`` is then a descriptor of (batch rows, heads, size, D), in blocks of (1, 1, BLOCK_N, BLOCK_D).
+    """
+    if USE_TMA:
+        return keys.load([b.to(tl.int32), h.to(tl.int32), n, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        return load_rows(keys, n + tl.arange(0, BLOCK_N), stride, size, BOUNDED, D, BLOCK_D)
+
+
+@triton.jit
 def load_queries(
     ptr, offs_m, stride_h, stride_s, rows, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
