@@ -90,6 +90,8 @@ const char* CUDARTAPI cudaGetErrorString(cudaError_t) {
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 void __nanosleep(unsigned);
 void __syncthreads();
+void __syncwarp();
+unsigned __shfl_sync(unsigned, unsigned, int, int);
 [[noreturn]] void __trap();
 size_t __cvta_generic_to_shared(const void*);
 template <typename Kernel>
