@@ -32,11 +32,12 @@ py::tuple reduce_workspace(int64_t m, int64_t n, int64_t k, int64_t r, bool exac
 }
 
 // Columns of a tile, blocks of a cluster, and the part of the multiprocessors' time that tiles fill.
-py::tuple gemm_tiles(int64_t m, int64_t n, int64_t k, int64_t r, Dtype dtype, bool backward, int multiprocessors) {
+py::tuple gemm_tiles(
+    int64_t m, int64_t n, int64_t k, int64_t r, Dtype dtype, bool backward, bool dropout, int multiprocessors) {
   const auto type = dtype == Dtype::kBfloat16 ? HalfType::kBf16 : HalfType::kFp16;
   const auto direction = backward ? Direction::kBackward : Direction::kForward;
-  const GemmShape shape =
-      gemm_shape(m, n, k, gemm_wide(gemm_padded_rank(r), gemm_folds(type, direction)), multiprocessors);
+  const int wide = gemm_wide(gemm_padded_rank(r), gemm_folds(type, direction, dropout), dropout);
+  const GemmShape shape = gemm_shape(m, n, k, wide, gemm_narrow(wide, dropout), multiprocessors);
   return py::make_tuple(shape.block_n, shape.cluster, gemm_busy(m, n, shape, multiprocessors));
 }
 
@@ -54,11 +55,12 @@ void bind(py::module_& module) {
              "where dY or x is not given; exact: float32 adapters; narrow: dS is asked for.");
   module.def(
       "gemm_tiles",
-      [](int64_t m, int64_t n, int64_t k, int64_t r, const std::string& dtype, bool backward, int multiprocessors) {
-        return gemm_tiles(m, n, k, r, value_of<Dtype>(dtype, "dtype"), backward, multiprocessors);
+      [](int64_t m, int64_t n, int64_t k, int64_t r, const std::string& dtype, bool backward, bool dropout,
+         int multiprocessors) {
+        return gemm_tiles(m, n, k, r, value_of<Dtype>(dtype, "dtype"), backward, dropout, multiprocessors);
       },
       py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("dtype"), py::arg("backward"),
-      py::arg("multiprocessors"),
+      py::arg("dropout"), py::arg("multiprocessors"),
       "Columns of a tile of gemm_sm90's y, blocks of a cluster, and the part of the multiprocessors' time they fill.");
   bind_launch(module, "dropout_mask", dropout_mask,
               "Write the keep-mask (rows, cols), one byte an element, of the 0-d int64 seed.");

@@ -2,6 +2,6 @@
 
 namespace peft_kernels::lora {
 
-template void launch_gemm_sm90<HalfType::kFp16, Direction::kBackward>(const GemmParams&, cudaStream_t);
+template void launch_gemm_sm90<HalfType::kFp16, Direction::kBackward, false>(const GemmParams&, cudaStream_t);
 
 }  // namespace peft_kernels::lora

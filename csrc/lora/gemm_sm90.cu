@@ -7,6 +7,22 @@
 #include "lora/gemm_sm90_launch.h"
 
 namespace peft_kernels::lora {
+namespace {
+
+template <bool kDropout>
+void launch_typed(const GemmParams& params, cudaStream_t stream) {
+  constexpr auto kBf16 = HalfType::kBf16, kFp16 = HalfType::kFp16;
+  constexpr auto kForward = Direction::kForward, kBackward = Direction::kBackward;
+  if (params.dtype == Dtype::kBfloat16) {
+    params.backward ? launch_gemm_sm90<kBf16, kBackward, kDropout>(params, stream)
+                    : launch_gemm_sm90<kBf16, kForward, kDropout>(params, stream);
+  } else {
+    params.backward ? launch_gemm_sm90<kFp16, kBackward, kDropout>(params, stream)
+                    : launch_gemm_sm90<kFp16, kForward, kDropout>(params, stream);
+  }
+}
+
+}  // namespace
 
 void gemm_sm90(const GemmParams& given, cudaStream_t stream) {
   GemmParams params = given;
@@ -17,12 +33,7 @@ void gemm_sm90(const GemmParams& given, cudaStream_t stream) {
                                 std::to_string(params.multiprocessors));
   }
   require_hopper(kGemmName);
-  const bool bf16 = params.dtype == Dtype::kBfloat16;
-  const auto launch_typed = bf16 ? (params.backward ? launch_gemm_sm90<HalfType::kBf16, Direction::kBackward>
-                                                    : launch_gemm_sm90<HalfType::kBf16, Direction::kForward>)
-                                 : (params.backward ? launch_gemm_sm90<HalfType::kFp16, Direction::kBackward>
-                                                    : launch_gemm_sm90<HalfType::kFp16, Direction::kForward>);
-  launch_typed(params, stream);
+  params.threshold > 0 ? launch_typed<true>(params, stream) : launch_typed<false>(params, stream);
 }
 
 }  // namespace peft_kernels::lora

@@ -1,6 +1,6 @@
 // What      a linear layer and its low-rank update in one kernel, for Hopper; and the gradient of its input
 // Equation  forward y = x W^T + bias + f S B^T, S = x A^T | backward dX = dY W + dS A, dS = f dY B  (Hu et al. 2021,
-//           arXiv:2106.09685, section 4.1; docs/design/lora.md)
+//           arXiv:2106.09685, section 4.1; docs/design/lora.md); dropout: S = drop(x) A^T, dX = dY W + drop(dS A)
 // Tensors   as GemmParams in params.h; here x, W, down (A or B), up (B or A), S and y stand for both directions
 // Tiles     persistent clusters of one block or two walk tiles of y, 128 x 256, 192 at rank 128, or 128 (tile_order.h,
 //           gemm_sm90_shape.h), two blocks one below the other; the tile n = 0 of a row block also makes S and raises
@@ -42,7 +42,11 @@ PEFT_KERNELS_DEVICE void consume(const GemmArguments& arguments, GemmShared<Conf
         sm90::barrier_arrive(&shared.drained);
       }
       float rS[Config::kRank / 2];
-      reduce<Config, true>(shared, ring, steps, arguments.cluster, consumer, rY, rS, [] {});
+      if constexpr (Config::kDropsX) {
+        reduce_dropped<Config>(arguments, shared, ring, steps, tile.m, consumer, rY, rS);
+      } else {
+        reduce<Config, true>(shared, ring, steps, arguments.cluster, consumer, rY, rS, [] {});
+      }
       wait_rank_steps(shared, ring, slots);
       publish_s<Config>(arguments, shared, slots, tile.m, consumer, factors, rS);
       load_bias<Config>(arguments, tile.n, rBias);

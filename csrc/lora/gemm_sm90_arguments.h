@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/sm90/tensor_map.h"
+#include "lora/dropout.h"
 #include "lora/gemm_sm90.cuh"
 #include "lora/params.h"
 
@@ -38,6 +39,13 @@ inline void check_gemm_params(const GemmParams& params) {
   }
   if (params.n % 8 != 0 || reinterpret_cast<uintptr_t>(params.bias) % 4 != 0) {
     throw std::invalid_argument("lora_linear: gemm_sm90's n must be a multiple of 8, and bias on a 4-byte boundary");
+  }
+  if (params.threshold >= kDropoutLevels) {
+    throw std::invalid_argument("lora_linear: gemm_sm90's threshold must be below 65536, got " +
+                                std::to_string(params.threshold));
+  }
+  if (params.threshold > 0 && params.seed == nullptr) {
+    throw std::invalid_argument("lora_linear: gemm_sm90's dropout needs a seed");
   }
   check_gemm_rows("x", params.x, params.k, params.x_stride);
   check_gemm_rows("w", params.w, params.backward ? params.n : params.k, params.w_stride);
@@ -75,6 +83,9 @@ GemmArguments gemm_arguments(const GemmParams& params, int cluster, int group_ro
   arguments.nonce = params.nonce;
   arguments.scale_ptr = params.scale;
   arguments.scale = params.scale_value;
+  arguments.seed = params.seed;
+  arguments.threshold = params.threshold;
+  arguments.keep_scale = params.keep_scale;
   arguments.m = static_cast<int>(params.m);
   arguments.n = static_cast<int>(params.n);
   arguments.k = static_cast<int>(params.k);

@@ -27,16 +27,25 @@ constexpr int gemm_padded_rank(int64_t r) {
 }
 
 // Whether S up^T is more steps of the reduction, on its accumulators: f is then in the half-precision S, rounded once
-// as S itself would be. Backward it always is. Forward in float16, f S may leave the range of what it is kept in where
-// S does not, so f multiplies a product of its own, in float32.
-constexpr bool gemm_folds(HalfType type, Direction direction) {
-  return direction == Direction::kBackward || type == HalfType::kBf16;
+// as S itself would be. Backward it is, but for dropout, which masks a product of its own. Forward in float16, f S may
+// leave the range of what it is kept in where S does not, so f multiplies a product of its own, in float32.
+constexpr bool gemm_folds(HalfType type, Direction direction, bool dropout) {
+  return direction == Direction::kBackward ? !dropout : type == HalfType::kBf16;
 }
 
 // Columns of the widest tile. At rank 128 the tile n = 0 has 64 accumulators of S a thread, which spill beside 128 of
-// y, and, with 32 of a rank product of its own, beside 96.
-constexpr int gemm_wide(int padded_rank, bool folds) {
+// y, and, with 32 of a rank product of its own, beside 96. With dropout, 16 words of x or the decisions on a chunk of
+// the rank product come on top.
+constexpr int gemm_wide(int padded_rank, bool folds, bool dropout) {
+  if (dropout) {
+    return padded_rank <= 32 ? 256 : padded_rank <= 64 ? 192 : kGemmNarrow;
+  }
   return padded_rank <= 64 ? 256 : folds ? 192 : kGemmNarrow;
+}
+
+// Columns of the narrowest. With dropout there is one width, for the time that compiling another takes.
+constexpr int gemm_narrow(int wide, bool dropout) {
+  return dropout ? wide : kGemmNarrow;
 }
 
 // What the caller lends: a flag of 8 bytes for each consumer's half of each row block, those past the end of y that a
@@ -61,10 +70,13 @@ constexpr int gemm_stages(int stage_bytes, int down_bytes, int staging_bytes, in
   return stages;
 }
 
-template <HalfType kType_, int kRank_, Direction kDirection_, int kBlockN_>
+template <HalfType kType_, int kRank_, Direction kDirection_, int kBlockN_, bool kDropout_>
 struct GemmConfig {
   static constexpr HalfType kType = kType_;
   static constexpr Direction kDirection = kDirection_;
+
+  // Forward, S is of x with elements dropped, which registers mask; backward, y's rank product has them dropped.
+  static constexpr bool kDropout = kDropout_;
 
   // kRank: the rank, padded with zeros.
   static constexpr int kRank = kRank_;
@@ -73,7 +85,9 @@ struct GemmConfig {
   // Whether W, down and up lie in memory by rows of what is summed over, so that wgmma transposes them.
   static constexpr bool kTransposed = kDirection == Direction::kBackward;
 
-  static constexpr bool kFolded = gemm_folds(kType, kDirection);
+  static constexpr bool kFolded = gemm_folds(kType, kDirection, kDropout);
+  static constexpr bool kDropsX = kDropout && !kTransposed;
+  static constexpr bool kDropsProduct = kDropout && kTransposed;
 
   // A tile of y, and the depth of a step of the reduction: 64 half-precision values are the widest swizzle, 128 bytes.
   static constexpr int kBlockM = kGemmBlockM;

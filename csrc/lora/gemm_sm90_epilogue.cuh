@@ -9,6 +9,7 @@
 #include "core/sm90/swizzle.h"
 #include "core/sm90/tma.cuh"
 #include "lora/gemm_sm90_config.h"
+#include "lora/gemm_sm90_dropout.cuh"
 #include "lora/gemm_sm90_producer.cuh"
 #include "lora/gemm_sm90_products.cuh"
 
@@ -24,7 +25,8 @@ PEFT_KERNELS_DEVICE int col_of(int i) {
   return 8 * (i / 4) + 2 * (threadIdx.x % 4) + i % 2;
 }
 
-// Where f goes: onto the S of the caller, onto S in half precision, or onto the rank product.
+// Where f and what makes up for dropped elements go: onto the S of the caller, onto S in half precision, or onto the
+// rank product.
 struct Factors {
   float s;
   float half;
@@ -34,10 +36,11 @@ struct Factors {
 template <typename Config>
 PEFT_KERNELS_DEVICE Factors factors_of(const GemmArguments& arguments) {
   const float f = arguments.scale_ptr != nullptr ? *arguments.scale_ptr : arguments.scale;
+  const float c = Config::kDropout ? arguments.keep_scale : 1.0f;
   if (Config::kTransposed) {
-    return {f, f, 1.0f};
+    return {f, f, c};
   }
-  return Config::kFolded ? Factors{1.0f, f, 1.0f} : Factors{1.0f, 1.0f, f};
+  return Config::kFolded ? Factors{c, c * f, 1.0f} : Factors{c, c, f};
 }
 
 // S out of the registers: float32 for the caller, half precision for the row block's other tiles with the flag that
@@ -144,6 +147,22 @@ PEFT_KERNELS_DEVICE void store_chunk(const GemmArguments& arguments,
   }
 }
 
+// Drop elements of one chunk of the rank product: a selection, so that what is dropped may be inf.
+template <typename Config>
+PEFT_KERNELS_DEVICE void drop_product(const GemmArguments& arguments,
+                                      int64_t seed,
+                                      TileIndex tile,
+                                      int consumer,
+                                      int chunk,
+                                      float (&rP)[Config::kChunkN / 2]) {
+  const int row = tile.m * Config::kBlockM + consumer * Config::kConsumerRows + row_of(0);
+  const Kept kept = draw_kept(seed, arguments.threshold, row, tile.n * Config::kBlockN + chunk * Config::kChunkN);
+#pragma unroll
+  for (int i = 0; i < Config::kChunkN / 2; ++i) {
+    rP[i] = kept(i / 2 % 2, i / 4, i % 2) ? rP[i] : 0.0f;
+  }
+}
+
 // The tile's end: the bias, and the rank product where it is one of its own, join the reduction, chunk after chunk.
 template <typename Config>
 PEFT_KERNELS_DEVICE void finish(const GemmArguments& arguments,
@@ -154,11 +173,15 @@ PEFT_KERNELS_DEVICE void finish(const GemmArguments& arguments,
                                 float factor,
                                 const float (&rY)[Config::kBlockN / 2],
                                 const uint32_t (&rBias)[Config::kBiasWords]) {
+  const int64_t seed = Config::kDropsProduct ? *arguments.seed : 0;
 #pragma unroll
   for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
     float rP[Config::kChunkN / 2];
     if constexpr (!Config::kFolded) {
       rank_product<Config>(shared, slots, consumer, chunk, rP);
+    }
+    if constexpr (Config::kDropsProduct) {
+      drop_product<Config>(arguments, seed, tile, consumer, chunk, rP);
     }
 #pragma unroll
     for (int i = 0; i < Config::kChunkN / 2; i += 4) {

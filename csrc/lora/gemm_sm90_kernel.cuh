@@ -1,5 +1,5 @@
-// The kernel of gemm_sm90 and its launches, for one dtype and direction: each has a source of its own that instantiates
-// them, so that compilers can work side by side.
+// The kernel of gemm_sm90 and its launches, for one dtype and direction, with dropout or without: each has a source of
+// its own that instantiates them, so that compilers can work side by side.
 #pragma once
 
 #include <algorithm>
@@ -39,29 +39,30 @@ void launch_gemm(const GemmParams& params, const GemmShape& tiles, cudaStream_t 
   launch(kGemmName, kernel, shape, stream, arguments);
 }
 
-template <HalfType kType, Direction kDirection, int kRank>
+template <HalfType kType, Direction kDirection, bool kDropout, int kRank>
 void launch_tiles(const GemmParams& params, cudaStream_t stream) {
-  constexpr int kWide = gemm_wide(kRank, gemm_folds(kType, kDirection));
-  const GemmShape tiles = gemm_shape(params.m, params.n, params.k, kWide, params.multiprocessors);
+  constexpr int kWide = gemm_wide(kRank, gemm_folds(kType, kDirection, kDropout), kDropout);
+  constexpr int kNarrow = gemm_narrow(kWide, kDropout);
+  const GemmShape tiles = gemm_shape(params.m, params.n, params.k, kWide, kNarrow, params.multiprocessors);
   if (tiles.block_n == kWide) {
-    return launch_gemm<GemmConfig<kType, kRank, kDirection, kWide>>(params, tiles, stream);
+    return launch_gemm<GemmConfig<kType, kRank, kDirection, kWide, kDropout>>(params, tiles, stream);
   }
-  launch_gemm<GemmConfig<kType, kRank, kDirection, kGemmNarrow>>(params, tiles, stream);
+  launch_gemm<GemmConfig<kType, kRank, kDirection, kNarrow, kDropout>>(params, tiles, stream);
 }
 
 }  // namespace
 
-template <HalfType kType, Direction kDirection>
+template <HalfType kType, Direction kDirection, bool kDropout>
 void launch_gemm_sm90(const GemmParams& params, cudaStream_t stream) {
   switch (gemm_padded_rank(params.r)) {
     case 16:
-      return launch_tiles<kType, kDirection, 16>(params, stream);
+      return launch_tiles<kType, kDirection, kDropout, 16>(params, stream);
     case 32:
-      return launch_tiles<kType, kDirection, 32>(params, stream);
+      return launch_tiles<kType, kDirection, kDropout, 32>(params, stream);
     case 64:
-      return launch_tiles<kType, kDirection, 64>(params, stream);
+      return launch_tiles<kType, kDirection, kDropout, 64>(params, stream);
     default:
-      return launch_tiles<kType, kDirection, 128>(params, stream);
+      return launch_tiles<kType, kDirection, kDropout, 128>(params, stream);
   }
 }
 

@@ -11,7 +11,7 @@ namespace peft_kernels::lora {
 constexpr const char* kGemmName = "launch of lora_linear's gemm_sm90";
 
 // Launch on the current device, an sm_90. The parameters are checked.
-template <HalfType kType, Direction kDirection>
+template <HalfType kType, Direction kDirection, bool kDropout>
 void launch_gemm_sm90(const GemmParams& params, cudaStream_t stream);
 
 }  // namespace peft_kernels::lora

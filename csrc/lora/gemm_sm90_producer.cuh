@@ -29,7 +29,10 @@ struct GemmArguments {
   uint64_t* flags;         // (row blocks, consumers)
   uint64_t nonce;          // what a raised flag holds
   const float* scale_ptr;  // f, or null
+  const int64_t* seed;     // of the mask
   float scale;             // f where scale_ptr is null
+  float keep_scale;        // of what is not dropped
+  uint32_t threshold;
   int m;
   int n;
   int k;

@@ -4,10 +4,13 @@
 
 #include <cstdint>
 
+#include "core/sm80/matrix.cuh"
 #include "core/sm90/barrier.cuh"
 #include "core/sm90/memory.cuh"
 #include "core/sm90/wgmma.cuh"
+#include "core/sm90/wgmma_registers.cuh"
 #include "lora/gemm_sm90_config.h"
+#include "lora/gemm_sm90_dropout.cuh"
 #include "lora/gemm_sm90_producer.cuh"
 
 namespace peft_kernels::lora {
@@ -50,6 +53,80 @@ PEFT_KERNELS_DEVICE void multiply_stage(GemmShared<Config>& shared,
           rS, x, sm90::operand_descriptor(sDown + kAlongDown * i, kDownWidth, kDownBlock), add);
     }
   }
+}
+
+// The 64 rows of x of one stage with elements dropped, as the first operands of four products. `row` and `col` are the
+// stage's first of x.
+template <typename Config>
+PEFT_KERNELS_DEVICE void load_dropped(GemmShared<Config>& shared,
+                                      int slot,
+                                      int consumer,
+                                      int64_t seed,
+                                      uint32_t threshold,
+                                      int row,
+                                      int col,
+                                      uint32_t (&rX)[Config::kBlockK / 16][4]) {
+  constexpr int kLine = Config::kLineBytes;
+  const int warp = threadIdx.x % Config::kWarpgroup / 32, lane = threadIdx.x % 32;
+  const int warp_row = consumer * Config::kConsumerRows + warp * Config::kWarpRows;
+  const uint8_t* sX = shared.stage[slot].x;
+#pragma unroll
+  for (int i = 0; i < Config::kBlockK / 16; ++i) {
+    load_matrices(rX[i], sX + sm90::swizzled((warp_row + lane % 16) * kLine + 32 * i + 16 * (lane / 16), kLine));
+  }
+  const Kept kept = draw_kept(seed, threshold, row + warp_row + lane / 4, col);
+#pragma unroll
+  for (int i = 0; i < Config::kBlockK / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      rX[i][j] &= kept.pair(j % 2, 2 * i + j / 2);
+    }
+  }
+}
+
+// The reduction over k of a tile that makes S of x with elements dropped: while the tensor cores multiply a stage by W,
+// the registers get its x, and then down follows.
+template <typename Config>
+PEFT_KERNELS_DEVICE void reduce_dropped(const GemmArguments& arguments,
+                                        GemmShared<Config>& shared,
+                                        Ring<Config>& ring,
+                                        int steps,
+                                        int tile_m,
+                                        int consumer,
+                                        float (&rY)[Config::kBlockN / 2],
+                                        float (&rS)[Config::kRank / 2]) {
+  const int64_t seed = *arguments.seed;
+  uint32_t rX[Config::kBlockK / 16][4] = {};
+  int previous = 0;
+  for (int step = 0; step < steps; ++step) {
+    sm90::barrier_wait(&shared.full[ring.slot], ring.parity);
+    sm90::wgmma_fence();
+    multiply_stage<Config, false>(shared, ring.slot, consumer, step > 0, rY, rS);
+    sm90::wgmma_commit();
+    if (step > 0) {
+      // For the last stage's products by down, and so for all that read it.
+      sm90::wgmma_wait<1>();
+      sm90::wgmma_operands(rX);
+      free_stage(shared, previous, arguments.cluster);
+    }
+    load_dropped(shared, ring.slot, consumer, seed, arguments.threshold, tile_m * Config::kBlockM,
+                 step * Config::kBlockK, rX);
+    sm90::wgmma_fence();
+    const uint32_t sDown = sm90::shared_address(shared.down[ring.slot]);
+#pragma unroll
+    for (int i = 0; i < Config::kBlockK / 16; ++i) {
+      sm90::wgmma_registers<Config::kType>(rS, rX[i], sm90::operand_descriptor(sDown + 32 * i, Config::kLineBytes),
+                                           step > 0 || i > 0);
+    }
+    sm90::wgmma_commit();
+    previous = ring.slot;
+    ring.advance();
+  }
+  sm90::wgmma_wait<0>();
+  sm90::wgmma_operands(rX);
+  sm90::wgmma_results(rY);
+  sm90::wgmma_results(rS);
+  free_stage(shared, previous, arguments.cluster);
 }
 
 // The products of one rank step: 64 rows of S by up, for all columns of the tile.

@@ -39,15 +39,15 @@ inline int gemm_group_rows(int64_t m, int block_n, int cluster, int multiprocess
   return static_cast<int>(group);
 }
 
-// The cheapest of the `wide` and the 128-wide tiles, alone or in clusters of two; the larger where they cost the same.
-inline GemmShape gemm_shape(int64_t m, int64_t n, int64_t k, int wide, int multiprocessors) {
+// The cheapest of the `wide` and the `narrow` tiles, alone or in clusters of two; the larger where they cost the same.
+inline GemmShape gemm_shape(int64_t m, int64_t n, int64_t k, int wide, int narrow, int multiprocessors) {
   GemmShape best = {};
   double least = 0.0;
   for (const int cluster : {kGemmMaxCluster, 1}) {
     if (cluster > 1 && m <= kGemmBlockM) {
       continue;
     }
-    for (const int block_n : {wide, kGemmNarrow}) {
+    for (const int block_n : {wide, narrow}) {
       const double cycles = gemm_cycles(m, n, k, block_n, cluster, multiprocessors);
       if (best.cluster == 0 || cycles < least) {
         best = {block_n, cluster, gemm_group_rows(m, block_n, cluster, multiprocessors)};

@@ -95,7 +95,9 @@ void decode_forward(const DecodeParams& given, cudaStream_t stream);
 // Forward: y (m, n) = x w^T + bias + f S up^T and S = x down^T, with w (n, k), down = A (r, k), up = B (n, r).
 // Backward: the gradients dX = dY W + dS A and dS = f dY B under the names y, S and x = dY, with w = W (k, n), down = B
 // (k, r), up = A (r, n); m, n, k are the sizes of this product, not of the layer.
-// Every matrix but S has rows of 16-byte multiples, contiguous, on 16-byte boundaries, in `dtype`.
+// With dropout S = c drop(x) down^T forward, and y = x W + c drop(S up) backward: c is the keep_scale, and the mask
+// that of the layer's x, whose rows and columns are x's forward and y's backward. Every matrix but S has rows of
+// 16-byte multiples, contiguous, on 16-byte boundaries, in `dtype`.
 struct GemmParams {
   const void* x;       // (m, k)
   const void* w;       // (n, k) | (k, n)
@@ -111,7 +113,10 @@ struct GemmParams {
   int64_t w_stride;
   int64_t down_stride;
   int64_t up_stride;
-  uint64_t nonce;  // that no flag holds before the launch
+  uint64_t nonce;       // that no flag holds before the launch
+  const int64_t* seed;  // 0-d, of the mask; null where threshold is 0
+  uint32_t threshold;   // a 16-bit draw below it drops its element
+  float keep_scale;
   float scale_value;
   int64_t m;
   int64_t n;
@@ -130,6 +135,9 @@ void fields(Take& take, GemmParams& params) {
   take("up", params.up, params.up_stride);
   take("bias", params.bias);
   take("scale", params.scale, params.scale_value);
+  take("seed", params.seed);
+  take("threshold", params.threshold);
+  take("keep_scale", params.keep_scale);
   take("y", params.y);
   take("s", params.s);
   take("workspace", params.flags);

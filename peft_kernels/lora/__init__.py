@@ -12,8 +12,8 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 | cuda    | CUDA, sm_80 and newer | bf16, fp16; adapters   | any  | decode: M <= 16, no dropout; dX by cuBLAS.      |
 |         |                       | likewise or fp32       |      | Device body tested in the emulator; in `auto`   |
 |         |                       |                        |      | as Triton is                                    |
-|         | CUDA, sm_90           | bf16, fp16; adapters   | 128  | gemm: no dropout, N and K multiples of 8; dX    |
-|         |                       | likewise               |      | and dS in one launch, dA and dB in one. As      |
+|         | CUDA, sm_90           | bf16, fp16; adapters   | 128  | gemm: N and K multiples of 8; dX and dS in one  |
+|         |                       | likewise               |      | launch, dA and dB in one, dropout in both. As   |
 |         |                       |                        |      | above: emulator, and in `auto` after a check    |
 
 Map, bottom to top:

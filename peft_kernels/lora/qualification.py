@@ -122,13 +122,18 @@ MASKS = Qualification(
 _DECODED = ("bfloat16", "bfloat16+float32", "float16", "float16+float32")
 _GEMM_RANKS = {"16": (16, 8), "32": (32, 24), "64": (64, 40), "128": (128, 72)}
 _CUDA = {
-    **{f"decode {pair}": ("decode", pair, "") for pair in _DECODED},
-    **{f"gemm {half} r{block}": ("gemm", half, block) for half in ("bfloat16", "float16") for block in _GEMM_RANKS},
+    **{f"decode {pair}": ("decode", pair, "", False) for pair in _DECODED},
+    **{
+        f"gemm {half} r{block}{' dropout' * has_dropout}": ("gemm", half, block, has_dropout)
+        for half in ("bfloat16", "float16")
+        for block in _GEMM_RANKS
+        for has_dropout in (False, True)
+    },
 }
 
 
 def _cuda_cases(part: str, hardware: Hardware) -> Sequence[Case]:
-    kernel, pair, block = _CUDA[part]
+    kernel, pair, block, has_dropout = _CUDA[part]
     dtype, adapter = dtypes_of(pair)
     if kernel == "decode":
         return (
@@ -136,18 +141,19 @@ def _cuda_cases(part: str, hardware: Hardware) -> Sequence[Case]:
             Case(16, 200, 520, 64, dtype, adapter, is_plain=True),
             Case(7, 64, 4104, 130, dtype, adapter),
         )
-    whole, some = _GEMM_RANKS[block]
+    (whole, some), p = _GEMM_RANKS[block], _P * has_dropout
     # Of the kernel's tiles (csrc/lora/gemm_sm90_shape.h): wide ones with many steps, and, either way, for two rounds of
     # clusters; narrow ones for two rounds, and with a ghost; less than one tile; in one row, one a multiprocessor.
-    cols, sms = 2 * (192 if block == "128" else 256) - 8, hardware.sm_count
+    wide = {"64": 192, "128": 128}.get(block, 256) if has_dropout else 192 if block == "128" else 256
+    cols, sms = 2 * wide - 8, hardware.sm_count
     return (
-        Case(60 * sms + 12, cols, 264, whole, dtype, adapter),
-        Case(120 * sms + 12, cols, 40, whole, dtype, adapter),
-        Case(120 * sms + 12, 40, cols, whole, dtype, adapter),
-        Case(64 * sms + 12, 264, 264, some, dtype, adapter),
-        Case(300, 264, 600, some, dtype, adapter),
-        Case(45, 152, 600, some, dtype, adapter, is_plain=True),
-        Case(45, (cols // 2 - 4) * sms // 8 * 8, 136, whole, dtype, adapter),
+        Case(60 * sms + 12, cols, 264, whole, dtype, adapter, p),
+        Case(120 * sms + 12, cols, 40, whole, dtype, adapter, p),
+        Case(120 * sms + 12, 40, cols, whole, dtype, adapter, p),
+        Case(64 * sms + 12, 264, 264, some, dtype, adapter, p),
+        Case(300, 264, 600, some, dtype, adapter, p),
+        Case(45, 152, 600, some, dtype, adapter, p, is_plain=True),
+        Case(45, (cols // 2 - 4) * sms // 8 * 8, 136, whole, dtype, adapter, p),
     )
 
 
@@ -164,7 +170,8 @@ def cuda(kernel_of: Callable[[LoraLinearProblem], str]) -> Qualification:
         if kernel != "gemm":
             return (f"{kernel} {dtypes}",)
         # Where x needs no gradient, dS comes from the launch that makes it for decode, whose problems check that one.
-        return f"gemm {dtypes} r{block_of(problem.r, map(int, _GEMM_RANKS))}", f"decode {dtypes}"
+        block = block_of(problem.r, map(int, _GEMM_RANKS))
+        return f"gemm {dtypes} r{block}{' dropout' * problem.has_dropout}", f"decode {dtypes}"
 
     return Qualification(
         FAMILY, tuple(_CUDA), touched, _cuda_cases, quick=("decode bfloat16", "gemm bfloat16 r16"), alone=True

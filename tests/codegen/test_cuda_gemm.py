@@ -22,11 +22,11 @@ REGISTERS_AT_ENTRY = 168
 @pytest.fixture(scope="module")
 def kernels() -> list[cubin.Kernel]:
     """bf16 and fp16, padded ranks 16, 32, 64 and 128, forward and backward, wide and narrow tiles, which are the
-    same in fp16 forward at rank 128."""
+    same in fp16 forward at rank 128; with dropout, tiles of one width."""
     if extension.why_not_importable() is None and ARCH not in extension.load().build_info()["archs"]:
         pytest.skip(f"the extension was not built for sm_{ARCH}")
     found = cubin.kernels(ARCH, PATTERN)
-    assert len(found) == 31
+    assert len(found) == 31 + 16
     return found
 
 
@@ -43,7 +43,8 @@ def test_registers_are_handed_over(kernels: list[cubin.Kernel]) -> None:
 
 def test_products_are_of_warpgroups(kernels: list[cubin.Kernel]) -> None:
     """By W in both loops over k, four of 16 k each, perhaps unrolled, and as wide by the ranks at the end of either; by
-    A or B beside those of one. Forward in float16 the rank product has accumulators of its own, 64 columns each."""
+    A or B beside those of one. Forward in float16, and backward with dropout, the rank product has accumulators of its
+    own, 64 columns each."""
     for kernel in kernels:
         variant, kind = _variant(kernel), "F32.BF16" if "HalfTypeE0" in kernel.name else "F32"
         rank, width = variant.rank, variant.width
@@ -58,6 +59,19 @@ def test_products_are_of_warpgroups(kernels: list[cubin.Kernel]) -> None:
         for columns, count in expected.items():
             assert kernel.opcodes[f"HGMMA.64x{columns}x16.{kind}"] == count, (kernel.name, columns)
         assert kernel.count("HGMMA") == expected.total(), kernel.name
+
+
+def test_elements_are_dropped_in_registers(kernels: list[cubin.Kernel]) -> None:
+    """Forward x comes to registers once a step, backward each chunk of the rank product is there; for either, the lanes
+    of a quad hand each other their decisions. Elsewhere nothing is loaded for it, and nothing exchanged."""
+    for kernel in kernels:
+        variant = _variant(kernel)
+        loads = 4 if variant.drops and not variant.backward else 0
+        draws = (variant.width // 64 if variant.backward else 1) if variant.drops else 0
+        assert kernel.count("LDSM.16.M88.4") == loads, kernel.name
+        assert kernel.count("SHFL.IDX") == 4 * draws, kernel.name
+        from_registers = re.findall(r"HGMMA\.64x(\d+)x16\.\S+ R\d+, R\d+, gdesc", kernel.code)
+        assert from_registers == [str(variant.rank)] * loads, kernel.name
 
 
 def test_products_are_not_serialised(kernels: list[cubin.Kernel]) -> None:
@@ -99,10 +113,11 @@ class Variant(NamedTuple):
     width: int
     backward: bool
     folded: bool
+    drops: bool
 
 
 def _variant(kernel: cubin.Kernel) -> Variant:
-    match = re.search(r"HalfTypeE(\d)ELi(\d+)ELNS\d_9DirectionE(\d)ELi(\d+)E", kernel.name)
+    match = re.search(r"HalfTypeE(\d)ELi(\d+)ELNS\d_9DirectionE(\d)ELi(\d+)ELb(\d)E", kernel.name)
     assert match, kernel.name
-    bf16, backward = match[1] == "0", match[3] == "1"
-    return Variant(int(match[2]), int(match[4]), backward, bf16 or backward)
+    bf16, backward, drops = match[1] == "0", match[3] == "1", match[5] == "1"
+    return Variant(int(match[2]), int(match[4]), backward, not drops if backward else bf16, drops)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
 from python_ref import compare
 from python_ref import lora as oracle
 from tests.contract.operators import double
@@ -25,6 +28,7 @@ template <typename Config>
 void test(const simt::Arguments& arguments) {
   simt::Buffer x = arguments.input("x"), w = arguments.input("w"), down = arguments.input("down");
   simt::Buffer up = arguments.input("up"), bias = arguments.input("bias"), scale = arguments.input("scale");
+  simt::Buffer seed_of_mask = arguments.input("seed");
   GemmParams params = {};
   params.m = arguments.integer("m");
   params.n = arguments.integer("n");
@@ -42,6 +46,9 @@ void test(const simt::Arguments& arguments) {
   params.up = up.data();
   params.bias = bias.data();
   params.scale = scale.data<const float>();
+  params.seed = seed_of_mask.data<const int64_t>();
+  params.threshold = static_cast<uint32_t>(arguments.integer("threshold"));
+  params.keep_scale = static_cast<float>(arguments.number("keep_scale"));
   params.y = y.data();
   params.s = s.data<float>();
   params.flags = flags.data<uint64_t>();
@@ -55,7 +62,7 @@ void test(const simt::Arguments& arguments) {
   params.backward = Config::kTransposed;
   check_gemm_params(params);
 
-  simt::run_schedules(arguments, {&x, &w, &down, &up, &bias, &scale}, {&y, &s}, [&](uint64_t seed) {
+  simt::run_schedules(arguments, {&x, &w, &down, &up, &bias, &scale, &seed_of_mask}, {&y, &s}, [&](uint64_t seed) {
     params.nonce = 0x9E3779B97F4A7C15u + seed;
     s_half.poison();
     const int cluster = static_cast<int>(arguments.integer("cluster"));
@@ -83,41 +90,59 @@ int main(int argc, char** argv) {
 }
 """
 
-# What a kernel is compiled for: dtype, padded rank, direction, columns of a tile. Not all, for the time that compiling
-# takes.
+# What a kernel is compiled for: dtype, padded rank, direction, columns of a tile, whether it drops. Not all, for the
+# time that compiling takes.
 CONFIGS = (
-    ("kBf16", 16, "kForward", 256),
-    ("kBf16", 64, "kForward", 128),
-    ("kFp16", 32, "kForward", 256),
-    ("kFp16", 128, "kForward", 128),
-    ("kBf16", 16, "kBackward", 256),
-    ("kBf16", 128, "kBackward", 192),
-    ("kFp16", 32, "kBackward", 128),
-    ("kFp16", 64, "kBackward", 256),
+    ("kBf16", 16, "kForward", 256, False),
+    ("kBf16", 64, "kForward", 128, False),
+    ("kFp16", 32, "kForward", 256, False),
+    ("kFp16", 128, "kForward", 128, False),
+    ("kBf16", 16, "kBackward", 256, False),
+    ("kBf16", 128, "kBackward", 192, False),
+    ("kFp16", 32, "kBackward", 128, False),
+    ("kFp16", 64, "kBackward", 256, False),
+    ("kBf16", 16, "kForward", 256, True),
+    ("kBf16", 128, "kForward", 128, True),
+    ("kFp16", 32, "kForward", 256, True),
+    ("kFp16", 64, "kForward", 192, True),
+    ("kBf16", 16, "kBackward", 256, True),
+    ("kBf16", 64, "kBackward", 192, True),
+    ("kFp16", 32, "kBackward", 256, True),
+    ("kFp16", 128, "kBackward", 128, True),
 )
 
 
 def program(text: str = PROGRAM) -> Path:
     """The compiled program, with a test for each of CONFIGS."""
     entries = ", ".join(
-        f'{{"{name(*config[:3])}", test<GemmConfig<HalfType::{config[0]}, {config[1]}, Direction::{config[2]}, '
-        f"{config[3]}>>}}"
-        for config in CONFIGS
+        f'{{"{name(kind, rank, direction, drops)}", test<GemmConfig<HalfType::{kind}, {rank}, '
+        f"Direction::{direction}, {width}, {str(drops).lower()}>>}}"
+        for kind, rank, direction, width, drops in CONFIGS
     )
     tests = f"const std::map<std::string, void (*)(const simt::Arguments&)> tests = {{{entries}}};"
     return build.build(text.replace("TESTS", tests))
 
 
-def name(kind: str, rank: int, direction: str) -> str:
-    return f"{kind}-{rank}-{direction}"
+def name(kind: str, rank: int, direction: str, drops: bool) -> str:
+    return f"{kind}-{rank}-{direction}{'-dropout' * drops}"
+
+
+def dropout_of(case: Case) -> Dropout:
+    """The dropout of cases.SEED."""
+    if not case.p:
+        return NO_DROPOUT
+    limit = dropout.threshold(case.p)
+    return Dropout(torch.tensor(cases.SEED), limit, dropout.keep_scale(limit))
 
 
 def forward(case: Case, tensors: Tensors, grid: int, schedules: int, cluster: int = 0) -> tuple[Tensor, Tensor]:
     """y (M, N) and S (M, r) float32 by the emulated kernel."""
     x, weight, lora_a, lora_b, bias = tensors
     operands = {"x": x, "w": weight, "down": lora_a, "up": lora_b}
-    config = name(_kind(case), padded_rank(case.r), "kForward")
-    return run(program(), config, operands, bias, case, (case.m, case.n, case.k), grid, schedules, cluster)
+    config = name(_kind(case), padded_rank(case.r), "kForward", case.p > 0)
+    return run(
+        program(), config, operands, bias, case, (case.m, case.n, case.k), grid, schedules, cluster, dropout_of(case)
+    )
 
 
 def backward(
@@ -125,8 +150,10 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dX (M, K) and dS (M, r) float32 by the emulated kernel."""
     operands = {"x": dy, "w": tensors.weight, "down": tensors.lora_b, "up": tensors.lora_a}
-    config = name(_kind(case), padded_rank(case.r), "kBackward")
-    return run(program(), config, operands, None, case, (case.m, case.k, case.n), grid, schedules, cluster)
+    config = name(_kind(case), padded_rank(case.r), "kBackward", case.p > 0)
+    return run(
+        program(), config, operands, None, case, (case.m, case.k, case.n), grid, schedules, cluster, dropout_of(case)
+    )
 
 
 def run(
@@ -139,6 +166,7 @@ def run(
     grid: int,
     schedules: int,
     cluster: int = 0,
+    drop: Dropout = NO_DROPOUT,
 ) -> tuple[Tensor, Tensor]:
     """y and S of one product by at most ``grid`` clusters, by default of two blocks where there are two row blocks;
     what lies between the operands' rows is nan and must not matter."""
@@ -146,7 +174,7 @@ def run(
     m, n, k = sizes
     got = build.run(
         compiled,
-        {**stored, "bias": bias},
+        {**stored, "bias": bias, "seed": drop.seed},
         {"y": ((m, n), case.dtype), "s": ((m, case.r), torch.float32)},
         schedules=schedules,
         config=config,
@@ -158,6 +186,8 @@ def run(
         k=k,
         r=case.r,
         scale_value=case.scale,
+        threshold=drop.threshold,
+        keep_scale=drop.keep_scale,
         **{f"{key}_stride": matrix.shape[1] for key, matrix in stored.items()},
     )
     return got["y"], got["s"]
@@ -165,9 +195,11 @@ def run(
 
 def check_forward(case: Case, tensors: Tensors, y: Tensor, s: Tensor) -> None:
     *factors, bias = double(tensors)
-    exact = oracle.forward(*factors, case.scale, bias)
-    compare.assert_close(f"{case} y", y, oracle.eager(*tensors[:4], case.scale, tensors.bias), exact[0])
-    compare.assert_close(f"{case} S", s, tensors.x.float() @ tensors.lora_a.float().t(), exact[1])
+    masked: Any = {"dropout_mask": cases.keep_mask(case, y.device), "dropout_p": case.p}
+    exact = oracle.forward(*factors, case.scale, bias, **masked)
+    compare.assert_close(f"{case} y", y, oracle.eager(*tensors[:4], case.scale, tensors.bias, **masked), exact[0])
+    in_float32 = (tensor.float() for tensor in tensors[:4])
+    compare.assert_close(f"{case} S", s, oracle.forward(*in_float32, case.scale, **masked)[1], exact[1])
 
 
 def check_backward(case: Case, tensors: Tensors, dy: Tensor, dx: Tensor, ds: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,12 @@ pytestmark = pytest.mark.cpu_only
 # of its own, because compiling one more costs a second and compiling another program five.
 PLAIN, BACKWARD_CONFIG = "kBf16-16-kForward", "kBf16-16-kBackward"
 ONE_CLUSTER = "kBf16-16-kForward-1"  # which has more than one unit n = 0
+DROPPED, BACKWARD_DROPPED = f"{PLAIN}-dropout", f"{BACKWARD_CONFIG}-dropout"
 FAULTS = {
     "no fault": ("", "", PLAIN),
     "no fault, backward": ("", "", BACKWARD_CONFIG),
+    "no fault, dropout": ("", "", DROPPED),
+    "no fault, dropout, backward": ("", "", BACKWARD_DROPPED),
     "consumers do not wait for a stage's copies": (
         "    sm90::barrier_wait(&shared.full[ring.slot], ring.parity);\n    sm90::wgmma_fence();",
         "    sm90::wgmma_fence();",
@@ -191,11 +195,55 @@ FAULTS = {
         "kAlongW = 32",
         BACKWARD_CONFIG,
     ),
+    "x has the mask of the row below": ("row + 8 * (i % 2)", "row + 1 + 8 * (i % 2)", DROPPED),
+    "the rank product has the mask of the row below": ("row + 8 * (i % 2)", "row + 1 + 8 * (i % 2)", BACKWARD_DROPPED),
+    "both rows of a lane have the first's mask": ("row + 8 * (i % 2)", "row", DROPPED),
+    "x has the mask of the next columns": ("lane_of_quad + i / 2 * 4", "lane_of_quad + 1 + i / 2 * 4", DROPPED),
+    "the rank product has the mask of the first columns": (
+        "tile.n * Config::kBlockN + chunk * Config::kChunkN)",
+        "chunk * Config::kChunkN)",
+        BACKWARD_DROPPED,
+    ),
+    "lanes keep the decisions on another's columns": (">> (2 * lane_of_quad)", "", DROPPED),
+    "what is kept of x is not scaled up": ("Config::kDropout ? arguments.keep_scale : 1.0f", "1.0f", DROPPED),
+    "what is kept of the rank product is not scaled up": (
+        "Config::kDropout ? arguments.keep_scale : 1.0f",
+        "1.0f",
+        BACKWARD_DROPPED,
+    ),
+    "the base product is of dropped elements, too": (
+        "rX[i][j] &= kept.pair(j % 2, 2 * i + j / 2);",
+        "rX[i][j] &= kept.pair(j % 2, 2 * i + j / 2); sm90::store_shared(sm90::shared_address(sX) + sm90::swizzled("
+        "(warp_row + lane / 4 + j % 2 * 8) * kLine + 32 * i + j / 2 * 16 + lane % 4 * 4, kLine), rX[i][j]);",
+        DROPPED,
+    ),
+    "the base product is dropped, too": (
+        "rY[at + j] + factor * rP[i + j]",
+        "rP[i + j] == 0.0f ? 0.0f : rY[at + j] + factor * rP[i + j]",
+        BACKWARD_DROPPED,
+    ),
+    "dS has elements dropped": (
+        "col < arguments.r ? rS[i] : 0.0f",
+        "col < arguments.r && keep(draw(*arguments.seed, row, 0), col % 8, arguments.threshold) ? rS[i] : 0.0f",
+        BACKWARD_DROPPED,
+    ),
+    "x comes to registers without the swizzle": (
+        "sX + sm90::swizzled((warp_row + lane % 16) * kLine + 32 * i + 16 * (lane / 16), kLine)",
+        "sX + ((warp_row + lane % 16) * kLine + 32 * i + 16 * (lane / 16))",
+        DROPPED,
+    ),
+    "a stage is freed before its products by down are done": (
+        "      sm90::wgmma_wait<1>();\n      sm90::wgmma_operands(rX);\n      free_stage(",
+        "      free_stage(shared, previous, arguments.cluster);\n      sm90::wgmma_wait<1>();\n"
+        "      if (false) free_stage(",
+        DROPPED,
+    ),
 }
 MUTATED = (
     "gemm_sm90_config.h",
     "tile_order.h",
     "gemm_sm90_producer.cuh",
+    "gemm_sm90_dropout.cuh",
     "gemm_sm90_products.cuh",
     "gemm_sm90_epilogue.cuh",
     "gemm_sm90.cuh",
@@ -217,15 +265,18 @@ def faulty() -> Path:
     test = includes.split("using namespace peft_kernels::lora;")[1]
     unused = ("parameter", "value", "but-set-variable", "variable")
     text = "".join(f'#pragma GCC diagnostic ignored "-Wunused-{what}"\n' for what in unused)
-    text += '#include "lora/params.h"\nusing namespace peft_kernels;\n'
+    text += '#include "lora/dropout.h"\n#include "lora/params.h"\nusing namespace peft_kernels;\n'
+    names = ("GemmParams", "Words", "draw", "keep", "kDecisionsPerCall", "kDropoutLevels")
+    shared = "".join(f"using lora::{name};" for name in names)
     entries = []
     for number, (fault, (old, new, config)) in enumerate(FAULTS.items()):
         assert old in kernel, f"{fault}: there is nothing to replace"
         space, (kind, rank, direction) = f"peft_kernels::fault_{number}", config.split("-")[:3]
-        text += f"namespace {space} {{ using lora::GemmParams; }}\n"
+        text += f"namespace {space} {{ {shared} }}\n"
         text += (kernel.replace(old, new) if old else kernel).replace("peft_kernels::lora", space)
         text += f"namespace {space} {{\n{test}}}\n"
-        types = f"sm90::HalfType::{kind}, {rank}, {space}::Direction::{direction}, 256"
+        drops = str(config.endswith("dropout")).lower()
+        types = f"sm90::HalfType::{kind}, {rank}, {space}::Direction::{direction}, 256, {drops}"
         entries.append(f'{{"{number}", {space}::test<{space}::GemmConfig<{types}>>}}')
     tests = f"const std::map<std::string, void (*)(const simt::Arguments&)> tests = {{{', '.join(entries)}}};"
     return build.build(text + tests + main)
@@ -234,20 +285,26 @@ def faulty() -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_seen(faulty: Path, fault: str) -> None:
-    backward, grid = FAULTS[fault][2] == BACKWARD_CONFIG, 1 if FAULTS[fault][2] == ONE_CLUSTER else 3
+    config = FAULTS[fault][2]
+    backward, grid = config.startswith(BACKWARD_CONFIG), 1 if config == ONE_CLUSTER else 3
     case = FAULT_CASE_BACKWARD if backward else FAULT_CASE
     tensors, dy = simt_gemm.with_an_infinite_row(case), cases.output_gradient(case, CPU)
+    if config.endswith("dropout"):
+        # Eager torch makes nan of an infinite element that it drops.
+        case = dataclasses.replace(case, p=0.3)
+        tensors = cases.make(case, CPU)
+    drop = simt_gemm.dropout_of(case)
     x, weight, lora_a, lora_b, bias = tensors
 
     def check(schedules: int) -> None:
         number = str(list(FAULTS).index(fault))
         if backward:
             operands, sizes = {"x": dy, "w": weight, "down": lora_b, "up": lora_a}, (case.m, case.k, case.n)
-            got = simt_gemm.run(faulty, number, operands, None, case, sizes, grid=grid, schedules=schedules)
+            got = simt_gemm.run(faulty, number, operands, None, case, sizes, grid=grid, schedules=schedules, drop=drop)
             simt_gemm.check_backward(case, tensors, dy, *got)
         else:
             operands, sizes = {"x": x, "w": weight, "down": lora_a, "up": lora_b}, (case.m, case.n, case.k)
-            got = simt_gemm.run(faulty, number, operands, bias, case, sizes, grid=grid, schedules=schedules)
+            got = simt_gemm.run(faulty, number, operands, bias, case, sizes, grid=grid, schedules=schedules, drop=drop)
             simt_gemm.check_forward(case, tensors, *got)
 
     if fault.startswith("no fault"):

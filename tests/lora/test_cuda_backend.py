@@ -76,7 +76,7 @@ def test_each_launch_has_its_nonce(emulated: EmulatedExtension) -> None:
         ({"m": 17, "n": 20}, "it takes at most 16 tokens, got 17"),
         ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
         ({"dtype": torch.float64}, "got torch.float64"),
-        ({"p": 0.1}, "it has no dropout"),
+        ({"p": 0.1, "n": 20}, "it has no dropout"),
         ({"k": 68}, "K must be a multiple of 8, got 68"),
         ({"layout": "columns"}, "rows of x, weight or lora_a are strided or off 16-byte boundaries"),
         ({"layout": "strided"}, "rows of x, weight or lora_a are strided or off 16-byte boundaries"),

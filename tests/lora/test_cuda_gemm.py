@@ -16,6 +16,7 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels._core.device import Hardware
 from peft_kernels.lora import qualification
+from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
 from peft_kernels.lora.linear import cuda_impl, problem
 from tests.compiled import built_extension
 from tests.lora import emulated_extension, simt_gemm
@@ -51,9 +52,15 @@ class EmulatedGemm:
         if address:
             scale = ctypes.c_float.from_address(address).value
         case = Case(m=m, n=n, k=k, r=r, dtype=dtype, scale=scale)
+        drop = NO_DROPOUT
+        if call["threshold"]:
+            seed = torch.tensor(ctypes.c_int64.from_address(call["seed"]).value)
+            drop = Dropout(seed, call["threshold"], call["keep_scale"])
         kind = "kBf16" if dtype == BF16 else "kFp16"
-        config = simt_gemm.name(kind, simt_gemm.padded_rank(r), "kBackward" if back else "kForward")
-        results = simt_gemm.run(simt_gemm.program(), config, operands, bias, case, (m, n, k), grid=3, schedules=1)
+        config = simt_gemm.name(kind, simt_gemm.padded_rank(r), "kBackward" if back else "kForward", drop.threshold > 0)
+        results = simt_gemm.run(
+            simt_gemm.program(), config, operands, bias, case, (m, n, k), grid=3, schedules=1, drop=drop
+        )
         for name, value in zip(("y", "s"), results, strict=True):
             ctypes.memmove(call[name], value.data_ptr(), value.numel() * value.element_size())
 
@@ -79,6 +86,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedGemm:
         Case(m=140, n=264, k=72, r=16, dtype=BF16),
         Case(m=140, n=264, k=72, r=3, dtype=BF16, layout="expanded", bias=False),
         Case(m=33, n=72, k=136, r=27, dtype=FP16),
+        Case(m=140, n=264, k=72, r=16, dtype=BF16, p=0.3),
+        Case(m=33, n=72, k=136, r=27, dtype=FP16, p=0.9),
     ],
     ids=str,
 )
@@ -124,7 +133,6 @@ def test_gradients_that_nobody_asks_for(emulated: EmulatedGemm) -> None:
     [
         ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
         ({"adapter_dtype": torch.float32}, "does not round adapters, got torch.float32"),
-        ({"p": 0.1}, "without passing registers that could mask it"),
         ({"r": 129}, "up to rank 128, got 129"),
         ({"n": 68}, "N must be a multiple of 8, got 68"),
         ({"k": 68}, "K must be a multiple of 8, got 68"),
@@ -184,9 +192,14 @@ def test_qualification_reaches_all_tiles(built: ModuleType, part: str, multiproc
             n, k = (case.k, case.n) if backward else (case.n, case.k)
             dtype = str(case.dtype).removeprefix("torch.")
             shape = built.lora.gemm_tiles(
-                m=case.m, n=n, k=k, r=case.r, dtype=dtype, backward=backward, multiprocessors=multiprocessors
-            )
+                m=case.m, n=n, k=k, r=case.r, dtype=dtype, backward=backward, dropout=case.p > 0,
+                multiprocessors=multiprocessors,
+            )  # fmt: skip
             seen.add(shape[:2])
+        if part.endswith("dropout"):
+            width = {"r64": 192, "r128": 128}.get(part.split()[2], 256)
+            assert seen == {(width, 1), (width, 2)}, (backward, seen)
+            continue
         wide = 256 if not part.endswith("128") else 192
         if part.endswith("128") and "float16" in part and "bfloat16" not in part and not backward:
             wide = 128
@@ -196,9 +209,9 @@ def test_qualification_reaches_all_tiles(built: ModuleType, part: str, multiproc
 
 def test_few_tiles_of_the_extension(built: ModuleType) -> None:
     def busy(m: int) -> float:
-        return built.lora.gemm_tiles(m=m, n=4096, k=4096, r=16, dtype="bfloat16", backward=False, multiprocessors=132)[
-            2
-        ]
+        return built.lora.gemm_tiles(
+            m=m, n=4096, k=4096, r=16, dtype="bfloat16", backward=False, dropout=False, multiprocessors=132
+        )[2]
 
     assert busy(128) < cuda_impl.LEAST_BUSY < busy(256) < busy(8192) < 1.0
 
@@ -217,6 +230,8 @@ def test_few_tiles_of_the_extension(built: ModuleType) -> None:
         ({"up": (16, 4)}, "those of up are 4 elements apart"),
         ({"dtype": "float32"}, "takes bfloat16 or float16"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got int8"),
+        ({"threshold": 65536}, "threshold must be below 65536, got 65536"),
+        ({"threshold": 1}, "gemm_sm90's dropout needs a seed"),
         ({"multiprocessors": 0}, "multiprocessors must be positive, got 0"),
     ],
     ids=str,
@@ -243,6 +258,9 @@ ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("bias", "y", "s", "workspace"), 16),
     "up": (16, 8),
     "scale": (0, 1.0),
+    "seed": None,
+    "threshold": 0,
+    "keep_scale": 1.0,
     "nonce": 1,
     "m": 40,
     "n": 72,

@@ -16,7 +16,7 @@ from peft_kernels.lora.kernels.dropout import Dropout, keep_scale
 from python_ref import compare
 from tests.lora.cases import Case, check_budget, make, output_gradient
 from tests.lora.simt_reduce import Operands, Task
-from tests.lora.test_csrc_gemm import BACKWARD, FORWARD
+from tests.lora.test_csrc_gemm import BACKWARD, BACKWARD_DROPPED, FORWARD, FORWARD_DROPPED
 from tests.lora.test_csrc_reduce import TASKS, draw, expected
 from tests.lora.test_cuda_backend import _by_cuda
 from tests.lora.test_cuda_decode import GRID
@@ -24,10 +24,16 @@ from tests.lora.test_cuda_decode import GRID
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 BF16, FP16 = torch.bfloat16, torch.float16
-GEMM = [case for case, _ in (*FORWARD, *BACKWARD) if case.m > 16]
+GEMM = [case for case, _ in (*FORWARD, *FORWARD_DROPPED, *BACKWARD, *BACKWARD_DROPPED) if case.m > 16]
 # Wide tiles, more than multiprocessors, and row blocks that end in a ghost.
 WIDE = [
     Case(m=4200, n=4088, k=4072, r=r, dtype=dtype) for r in (16, 40, 128) for dtype in (torch.bfloat16, torch.float16)
+]
+# More tiles of y than multiprocessors, with a mask that the oracle draws in seconds.
+WIDE_DROPPED = [
+    Case(m=1100, n=4088, k=264, r=r, dtype=dtype, p=0.1)
+    for r in (16, 40, 128)
+    for dtype in (torch.bfloat16, torch.float16)
 ]
 # One token and as many as the decode kernel takes; many tiles a block, and row blocks that end in one row.
 REPEATED = [
@@ -45,7 +51,7 @@ def _skip_where_none_is_for(case: Case, device: torch.device) -> None:
         pytest.skip(f"the kernel is for sm_{cuda_gemm.ARCH}")
 
 
-@pytest.mark.parametrize("case", [*(case for case, _ in GRID), *GEMM, *WIDE], ids=str)
+@pytest.mark.parametrize("case", [*(case for case, _ in GRID), *GEMM, *WIDE, *WIDE_DROPPED], ids=str)
 def test_error_budget(case: Case, device: torch.device) -> None:
     _skip_where_none_is_for(case, device)
     check_budget(case, device, _by_cuda)

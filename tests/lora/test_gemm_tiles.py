@@ -118,7 +118,7 @@ using namespace peft_kernels::lora;
 
 int main(int, char** argv) {
   const auto number = [&](int i) { return std::atoll(argv[i]); };
-  const GemmShape shape = gemm_shape(number(1), number(2), number(3), 256, static_cast<int>(number(4)));
+  const GemmShape shape = gemm_shape(number(1), number(2), number(3), 256, kGemmNarrow, static_cast<int>(number(4)));
   std::printf("%d %d %d %f\n", shape.block_n, shape.cluster, shape.group_rows,
               gemm_busy(number(1), number(2), shape, static_cast<int>(number(4))));
 }

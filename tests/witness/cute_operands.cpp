@@ -199,11 +199,12 @@ void check_product() {
 }
 
 // The same with x in registers.
+template <int kN>
 void check_product_from_registers() {
   using namespace cute;
-  using Up = witness::Tile<64, 64, 128, false>;
-  using Instruction =
-      decltype(GMMA::rs_op_selector<Element, Element, float, Shape<_64, _64, _16>, GMMA::Major::K, GMMA::Major::K>());
+  using Up = witness::Tile<kN, 64, 128, false>;
+  using Instruction = decltype(GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kN>, _16>, GMMA::Major::K,
+                                                    GMMA::Major::K>());
   int differences = 0;
   on_warpgroup([&](uint8_t* shared) {
     if (threadIdx.x == 0) {
@@ -219,14 +220,14 @@ void check_product_from_registers() {
       const adapter::Fragment first = adapter::fragment_of(static_cast<int>(threadIdx.x));
       differences += first.row + i / 2 % 2 * 8 != at % 64 || first.col + i / 4 * 8 + i % 2 != at / 64;
     }
-    float sums[32];
+    float sums[kN / 2];
     sm90::wgmma_fence();
     sm90::wgmma_registers<HalfType::kBf16>(sums, words, descriptor<Up>(sm90::shared_address(shared), 0), false);
     sm90::wgmma_commit();
     sm90::wgmma_wait<0>();
-    differences += wrong_sums(typename MMA_Traits<Instruction>::CLayout{}, sums, 32, 16);
+    differences += wrong_sums(typename MMA_Traits<Instruction>::CLayout{}, sums, kN / 2, 16);
   });
-  report("operand in registers of 64x64", differences);
+  report("operand in registers of 64x" + std::to_string(kN), differences);
 }
 
 // Tiles of W: those of the kernel, and as wide as others may take them.
@@ -261,12 +262,22 @@ void check_gemm() {
   std::free(name);
 }
 
+// The tiles that the launcher chooses from.
+template <HalfType kType, int kRank, Direction kDirection>
+void check_gemm_widths() {
+  constexpr int kWide = lora::gemm_wide(kRank, lora::gemm_folds(kType, kDirection, false), false);
+  constexpr int kDropping = lora::gemm_wide(kRank, lora::gemm_folds(kType, kDirection, true), true);
+  check_gemm<GemmConfig<kType, kRank, kDirection, kWide, false>>();
+  check_gemm<GemmConfig<kType, kRank, kDirection, lora::kGemmNarrow, false>>();
+  check_gemm<GemmConfig<kType, kRank, kDirection, kDropping, true>>();
+}
+
 template <int kRank>
 void check_gemm_rank() {
-  check_gemm<GemmConfig<HalfType::kBf16, kRank, Direction::kForward>>();
-  check_gemm<GemmConfig<HalfType::kFp16, kRank, Direction::kForward>>();
-  check_gemm<GemmConfig<HalfType::kBf16, kRank, Direction::kBackward>>();
-  check_gemm<GemmConfig<HalfType::kFp16, kRank, Direction::kBackward>>();
+  check_gemm_widths<HalfType::kBf16, kRank, Direction::kForward>();
+  check_gemm_widths<HalfType::kFp16, kRank, Direction::kForward>();
+  check_gemm_widths<HalfType::kBf16, kRank, Direction::kBackward>();
+  check_gemm_widths<HalfType::kFp16, kRank, Direction::kBackward>();
 }
 
 template <int kRank>
@@ -299,7 +310,10 @@ int main(int argc, char** argv) {
     check_adapter<adapter::kMaxRank>();
     check_w<128, false>();
     check_w<128, true>();
-    check_product_from_registers();
+    check_product_from_registers<16>();
+    check_product_from_registers<32>();
+    check_product_from_registers<64>();
+    check_product_from_registers<128>();
     int differences = 0;
     for (uint32_t byte = 0; byte < 65536; ++byte) {
       differences += sm90::swizzled(byte, 128) != cute::Swizzle<3, 4, 3>::apply(byte);

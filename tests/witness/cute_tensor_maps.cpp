@@ -90,6 +90,8 @@ const char* CUDARTAPI cudaGetErrorString(cudaError_t) {
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 void __nanosleep(unsigned);
 void __syncthreads();
+void __syncwarp();
+unsigned __shfl_sync(unsigned, unsigned, int, int);
 [[noreturn]] void __trap();
 size_t __cvta_generic_to_shared(const void*);
 template <typename Kernel>
@@ -193,23 +195,24 @@ void check_gemm() {
   params.n = kN;
   params.k = kK;
   params.r = rank;
-  const lora::GemmArguments ours = lora::gemm_arguments<Config>(params);
+  const lora::GemmArguments ours = lora::gemm_arguments<Config>(params, 2, 1, 1);
 
   const std::string prefix = std::string("gemm ") + (kTransposed ? "backward " : "forward ");
   compare<Tile<kRows, Config::kBlockK, kLine, false>, kType>(prefix + "x", ours.x, x);
-  compare<Tile<Config::kBlockN, Config::kBlockK, kLine, kTransposed>, kType>(prefix + "w", ours.w, w);
+  compare<Tile<Config::kBlockN, Config::kBlockK, kLine, kTransposed>, kType, Config::kHalves>(prefix + "w", ours.w, w);
   compare<Tile<Config::kRank, Config::kBlockK, kTransposed ? kRankLine : kLine, kTransposed>, kType>(prefix + "down",
                                                                                                      ours.down, down);
-  compare<Tile<Config::kBlockN, Config::kRankChunk, kTransposed ? kLine : kRankLine, kTransposed>, kType>(prefix + "up",
-                                                                                                          ours.up, up);
+  compare<Tile<Config::kBlockN, Config::kRankChunk, kTransposed ? kLine : kRankLine, kTransposed>, kType,
+          Config::kHalves>(prefix + "up", ours.up, up);
   compare<Tile<kRows, Config::kRankChunk, kRankLine, false>, kType>(prefix + "s_half", ours.s_half, s);
-  compare<Tile<Config::kConsumerRows, Config::kChunkN, kLine, false>, kType>(prefix + "y", ours.y, y);
+  compare<Tile<Config::kWarpRows, Config::kChunkN, kLine, false>, kType>(prefix + "y", ours.y, y);
 }
 
 template <int kRank>
 void check_gemm_rank() {
-  check_gemm<GemmConfig<HalfType::kBf16, kRank, Direction::kForward>>();
-  check_gemm<GemmConfig<HalfType::kBf16, kRank, Direction::kBackward>>();
+  constexpr int kWide = lora::gemm_wide(kRank, true, false);
+  check_gemm<GemmConfig<HalfType::kBf16, kRank, Direction::kForward, kWide, false>>();
+  check_gemm<GemmConfig<HalfType::kBf16, kRank, Direction::kBackward, kWide, false>>();
 }
 
 template <int kRank>

@@ -42,7 +42,7 @@ def test_operands_and_accumulators(operands: list[str]) -> None:
     assert tiles >= 20
     assert {kinds[kind] for kind in ("elements", "boxes", "half boxes")} == {tiles}
     assert kinds["accumulators"] >= 15
-    assert {"swizzles", "operand in registers of 64x64"} <= set(compared)
+    assert {"swizzles", *(f"operand in registers of 64x{ranks}" for ranks in (16, 32, 64, 128))} <= set(compared)
     for columns in (128, 192, 256):
         for suffix in ("", " transposed"):
             assert {f"descriptors of {columns}x64 128{suffix}", f"accumulators of {columns}x64 128{suffix}"} <= set(

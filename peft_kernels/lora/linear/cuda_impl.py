@@ -90,8 +90,6 @@ def _why_not_gemm(problem: LoraLinearProblem) -> str | None:
         return f"it takes bfloat16 and float16, got {problem.dtype}"
     if problem.adapter_dtype != problem.dtype:
         return f"it multiplies x by lora_a as they are, and does not round adapters, got {problem.adapter_dtype}"
-    if problem.has_dropout:
-        return "x goes from TMA to the tensor cores without passing registers that could mask it"
     most = extension.load().lora.GEMM_MAX_RANK
     if problem.r > most:
         return f"it keeps S of a tile in registers, up to rank {most}, got {problem.r}"
@@ -110,23 +108,32 @@ def _slower(problem: LoraLinearProblem) -> str | None:
     """Few tiles for many multiprocessors: torch's own products have tiles of all sizes, and split the reduction."""
     if _chosen(problem).name != "gemm":
         return None
-    busy = cuda_gemm.busy(problem.m, problem.n, problem.k, problem.r, problem.dtype, problem.device)
+    busy = cuda_gemm.busy(
+        problem.m, problem.n, problem.k, problem.r, problem.dtype, problem.has_dropout, problem.device
+    )
     if busy < LEAST_BUSY:
         return f"gemm: its tiles leave most of the multiprocessors idle, got M = {problem.m} and N = {problem.n}"
     return None
 
 
 def _forward_gemm(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return cuda_gemm.forward(*inputs[:6])
+    return cuda_gemm.forward(*inputs[:6], _dropout(problem, inputs))
 
 
 def _backward_gemm(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """dX and dS by one launch, and then dA and dB by one; without dX, dS is made beside dB."""
     dx = ds = None
     if needs.x:
-        dx, ds = cuda_gemm.input_gradient(dy, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.scale)
+        dropout = _dropout(problem, inputs)
+        dx, ds = cuda_gemm.input_gradient(dy, inputs.weight, inputs.lora_a, inputs.lora_b, inputs.scale, dropout)
     gradients, _ = _factors(problem, inputs, s, dy, needs, ds)
     return gradients._replace(x=dx)
+
+
+def _dropout(problem: LoraLinearProblem, inputs: Inputs) -> Dropout:
+    if inputs.seed is None:
+        return NO_DROPOUT
+    return Dropout(inputs.seed, problem.dropout_threshold, problem.keep_scale)
 
 
 def _factors(
@@ -147,10 +154,7 @@ def _factors(
         sums = reduced(over_dy, None)
         over_dy, ds = None, sums.ds
     if needs.lora_a and ds is not None:
-        dropout = NO_DROPOUT
-        if inputs.seed is not None:
-            dropout = Dropout(inputs.seed, problem.dropout_threshold, problem.keep_scale)
-        over_x = cuda_reduce.OverX(inputs.x, ds, dropout)
+        over_x = cuda_reduce.OverX(inputs.x, ds, _dropout(problem, inputs))
     rest = reduced(over_dy, over_x)
     of_dy = sums or rest
     weight = dy.t() @ inputs.x if needs.weight else None

@@ -12,10 +12,9 @@ namespace peft_kernels::sm90 {
 // A warp's 16 rows of the first operand, as floats.
 using WarpRows = std::array<std::array<float, 16>, 16>;
 
-template <HalfType kType>
+template <HalfType kType, int kN>
 __attribute__((optimize("O3"))) void multiply_rows(
     simt::Cta& cta, const std::array<float*, 32>& d, const WarpRows& rows, const Operand& b, bool accumulate) {
-  constexpr int kN = 64;
   const auto& unfenced = cta.state<UnfencedShared>();
   static float cols[16][kN];
   for (uint32_t k = 0; k < 16; ++k) {
@@ -39,8 +38,11 @@ __attribute__((optimize("O3"))) void multiply_rows(
   }
 }
 
-template <HalfType kType>
-void wgmma_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate, SIMT_CALLER) {
+template <int kSteps>
+void wgmma_operands(uint32_t (&)[kSteps][4]) {}
+
+template <HalfType kType, int kCount>
+void wgmma_registers(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate, SIMT_CALLER) {
   struct Issue {
     float* d;
     uint32_t a[4];
@@ -79,12 +81,12 @@ void wgmma_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool ac
     }
   }
   simt::Cta& cta = *simt::self().cta;
-  const auto read = Operand(b).read(cta, 0, 64, true);
+  const auto read = Operand(b).read(cta, 0, 2 * kCount, true);
   simt::defer(
       "wgmma from registers",
       [=, &cta] {
         cta.state<PendingReads>().ranges.erase(read);
-        multiply_rows<kType>(cta, accumulators, rows, Operand(b), accumulate);
+        multiply_rows<kType, 2 * kCount>(cta, accumulators, rows, Operand(b), accumulate);
       },
       &warp);
 }

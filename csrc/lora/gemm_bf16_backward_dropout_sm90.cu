@@ -1,0 +1,7 @@
+#include "lora/gemm_sm90_kernel.cuh"
+
+namespace peft_kernels::lora {
+
+template void launch_gemm_sm90<HalfType::kBf16, Direction::kBackward, true>(const GemmParams&, cudaStream_t);
+
+}  // namespace peft_kernels::lora
