@@ -51,7 +51,7 @@ def test_each_problem_is_on_record_as_soon_as_it_is_timed(session: harness.Sessi
     assert sample.measure(session, None, [(TOY, ToyProblem(4))]) == 1
 
 
-@pytest.mark.parametrize(("family", "problem"), sample.PROBLEMS, ids=str)
+@pytest.mark.parametrize(("family", "problem"), sample.PROBLEMS, ids=lambda value: getattr(value, "name", str(value)))
 def test_problems_are_their_families(family: harness.Family, problem: object) -> None:
     assert family.input_bytes(problem) > 0
     assert "forward" in family.modes(problem)
