@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import adapter, harness, prefix, prompt, tables
 from benchmarks.family import Call, Family
 from peft_kernels._core import operator
+from peft_kernels._core.torch_products import is_slow
 from tests.contract import observe
 
 pytestmark = pytest.mark.cpu_only
@@ -51,6 +52,8 @@ def test_takes_no_longer_than_what_it_replaces(family: Family, problem: Any) -> 
 
     Where the two are within the noise of each other, what the other tests count says it instead.
     """
+    if problem.dtype == "float16" and family is adapter.FAMILY and not is_slow(torch.float16, "cpu"):
+        pytest.skip("this processor multiplies float16 itself, and the two are within the noise of each other")
     theirs, ours = _calls(family, problem)
     calls = [harness.closures(call, "both") for call in (theirs, ours)]
     threads = torch.get_num_threads()

@@ -345,8 +345,8 @@ def every_family_s_launches_become_direct() -> None:
         lora_launches._launch(bf16, bf16, 64, 0.0, 256)
         adapter_launches._launch(bf16, bf16, 64, "relu", 8192, 64, "serial")
         adapter_launches._launch(bf16, fp32, 64, "gelu", 16, 64, "wide")
-        prefix_launches._launch(bf16, bf16, 64, True, True, 16, 16, 20)
-        prefix_launches._launch(bf16, bf16, 64, True, False, 1, 1024, 20)
+        prefix_launches._launch(bf16, bf16, 64, True, True, 16, 16, 20, None)
+        prefix_launches._launch(bf16, bf16, 64, True, False, 1, 1024, 20, None)
         prompt_launches._launch(bf16, fp32, 2, 64)
     modules = {module for module, _ in kernels}
     defined = {

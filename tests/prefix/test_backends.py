@@ -37,8 +37,10 @@ BESIDE_FLASH = replace(OPERATOR, eager=functools.partial(eager, backend=SDPBacke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
 def test_error_budget_of_ranges(shape: Case, dtype: torch.dtype, device: torch.device) -> None:
+    """Without a prefix and a mask eager torch takes the same kernel itself, whose float32 is not the math path's."""
+    operator = BESIDE_FLASH if shape.p == 0 and dtype == torch.float32 else OPERATOR
     with mock.patch.object(torch_blocks, "forward", side_effect=AssertionError("not fused")):
-        OPERATOR.check_budget(replace(shape, dtype=dtype), device, functools.partial(run_ours, variant="torch-ranges"))
+        operator.check_budget(replace(shape, dtype=dtype), device, functools.partial(run_ours, variant="torch-ranges"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

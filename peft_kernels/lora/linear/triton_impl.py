@@ -104,12 +104,12 @@ class _Launches(NamedTuple):
         dropout: Dropout,
     ) -> Tensor:
         """bias + the rank product, in ``dtype``."""
-        chosen = triton_tools.chosen(config.rank_product_config, self.r, dtype)
+        chosen = triton_tools.chosen(config.rank_product_config, dtype)
         return self.fwd.rank_product(self.fwd.RankProduct(*term), bias, dropout, dtype, chosen)
 
     def add_rank_product(self, y: Tensor, term: tuple[Tensor, Tensor, float | Tensor]) -> None:
         """y += the rank product, in place."""
-        chosen = triton_tools.chosen(config.rank_product_config, self.r, y.dtype)
+        chosen = triton_tools.chosen(config.rank_product_config, y.dtype)
         self.fwd.add_rank_product(y, self.fwd.RankProduct(*term), NO_DROPOUT, chosen)
 
     def narrow_and_reduce(
