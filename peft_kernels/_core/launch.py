@@ -213,19 +213,13 @@ def why_not_direct() -> str | None:
     return None
 
 
-def descriptor(matrix: Tensor, block: list[int], transposed: bool = False) -> TensorDescriptor:
+def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     """`TensorDescriptor.from_tensor`, without its checks: the caller has asked `tma.tma_can_read`.
 
     Triton encodes sizes, strides and address anew at every launch; it has no argument that holds an encoded map.
-
-    Args:
-        transposed: describe ``matrix.t()``.
     """
     made = object.__new__(TensorDescriptor)
-    shape, strides = matrix.shape, matrix.stride()
-    if transposed:
-        shape, strides = shape[::-1], strides[::-1]
-    made.base, made.shape, made.strides, made.block_shape = matrix, shape, strides, block
+    made.base, made.shape, made.strides, made.block_shape = matrix, matrix.shape, matrix.stride(), block
     return made
 
 

@@ -7,11 +7,9 @@ from torch import Tensor
 TMA_ALIGNMENT = 16
 
 
-def tma_can_read(matrix: Tensor, transposed: bool = False) -> bool:
-    """Whether a matrix, or its transpose, meets TMA's rules; dimensions before its own are of several matrices."""
+def tma_can_read(matrix: Tensor) -> bool:
+    """Whether a matrix meets TMA's rules; dimensions before its own are of several matrices."""
     (*_, rows, cols), (*steps, stride, inner) = matrix.shape, matrix.stride()
-    if transposed:
-        rows, cols, stride, inner = cols, rows, inner, stride
     return (
         rows > 0
         and cols > 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_kernels._core import extension
 from tests.compiled import built_extension
 
 _RESOURCES = re.compile(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -50,11 +51,14 @@ class Kernel:
 def kernels(arch: str, pattern: str) -> list[Kernel]:
     """The extension's kernels for an architecture, such as "90a", whose mangled names a pattern matches.
 
-    Skips the test where there is no compiler to build the extension with, or no Triton to take the tools from.
+    Skips the test where there is no compiler to build the extension with, no Triton to take the tools from, or the
+    extension was built for other architectures.
 
     Raises:
         AssertionError: the extension is not built although there is a compiler, or has no such kernel.
     """
+    if extension.why_not_importable() is None and arch not in extension.load().build_info()["archs"]:
+        pytest.skip(f"the extension was not built for sm_{arch}")
     found = [kernel for kernel in _kernels(_binary(), arch) if re.search(pattern, kernel.name)]
     assert found, f"the extension has no kernel {pattern!r} for sm_{arch}"
     return found

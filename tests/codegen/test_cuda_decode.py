@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from peft_kernels._core import extension
 from tests.codegen import cubin, loops
 
 pytestmark = pytest.mark.cpu_only
@@ -27,8 +26,6 @@ UNDER_WAY = {8: 64 * 1024, 16: 32 * 1024}
 def kernels(request: pytest.FixtureRequest) -> list[cubin.Kernel]:
     """bf16 and fp16, with adapters of that dtype and with float32 ones, for 8 tokens and for 16."""
     arch = request.param
-    if extension.why_not_importable() is None and arch not in extension.load().build_info()["archs"]:
-        pytest.skip(f"the extension was not built for sm_{arch}")
     found = cubin.kernels(arch, PATTERN)
     assert len(found) == 8
     return found

@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from peft_kernels._core import extension
 from tests.codegen import cubin
 
 pytestmark = pytest.mark.cpu_only
@@ -20,8 +19,6 @@ REGISTERS = 65536 // 256  # of a thread, where a block of 256 has a multiprocess
 def kernels(request: pytest.FixtureRequest) -> list[cubin.Kernel]:
     """bf16 and fp16: ranks up to 32, and up to 128; with dS; with float32 adapters."""
     arch = request.param
-    if extension.why_not_importable() is None and arch not in extension.load().build_info()["archs"]:
-        pytest.skip(f"the extension was not built for sm_{arch}")
     found = cubin.kernels(arch, PATTERN)
     assert len(found) == 8
     return found

@@ -208,9 +208,6 @@ def descriptors_are_launched_as_triton_makes_them() -> None:
                 for pair in (made, genuine)
             ]
             assert len({each.comparable() for each in launched}) == 1
-    turned = torch.zeros(48, 64, dtype=torch.bfloat16)
-    genuine_t = TensorDescriptor.from_tensor(turned, [16, 32])
-    assert _address(descriptor(turned.t(), [16, 32], transposed=True)) == _address(genuine_t)
     assert len(launcher._remembered) == 2
 
 
