@@ -13,33 +13,15 @@ from tests.simt import build
 
 PROGRAM = r"""
 #include "lora/decode.cuh"
+#include "simt/take.h"
 
 using namespace peft_kernels::lora;
-
-// Fills the kernel's own list of fields: pointers from the buffers; what follows a pointer is numbered after its name.
-struct Take {
-  const simt::Arguments& arguments;
-  std::map<std::string, void*> memory;
-
-  template <typename T, typename... Rest>
-  void operator()(const std::string& name, T& member, Rest&... rest) {
-    if constexpr (std::is_pointer_v<T>) {
-      member = static_cast<T>(memory.at(name));
-    } else if constexpr (std::is_enum_v<T>) {
-      member = peft_kernels::value_of<T>(arguments.text(name), name);
-    } else {
-      member = static_cast<T>(arguments.integer(name));
-    }
-    [[maybe_unused]] int i = 0;
-    ((rest = static_cast<Rest>(arguments.number(name + "_" + std::to_string(i++)))), ...);
-  }
-};
 
 // The workspace is poisoned once: flags keep what the schedule before has left, and each has a nonce of its own.
 template <typename T, typename TAdapter>
 void test(const simt::Arguments& arguments) {
   decode::Shape shape = {};
-  Take take = {arguments, {}};
+  simt::Take take = {arguments, {}};
   fields(take, shape);
   simt::Buffer x = arguments.input("x"), weight = arguments.input("weight"), lora_a = arguments.input("lora_a");
   simt::Buffer lora_b = arguments.input("lora_b"), bias = arguments.input("bias"), scale = arguments.input("scale");

@@ -14,27 +14,9 @@ from tests.simt import build
 
 PROGRAM = r"""
 #include "lora/reduce.cuh"
+#include "simt/take.h"
 
 using namespace peft_kernels::lora;
-
-// Fills the kernel's own list of fields: pointers from the buffers; what follows a pointer is numbered after its name.
-struct Take {
-  const simt::Arguments& arguments;
-  std::map<std::string, void*> memory;
-
-  template <typename T, typename... Rest>
-  void operator()(const std::string& name, T& member, Rest&... rest) {
-    if constexpr (std::is_pointer_v<T>) {
-      member = static_cast<T>(memory.at(name));
-    } else if constexpr (std::is_enum_v<T>) {
-      member = peft_kernels::value_of<T>(arguments.text(name), name);
-    } else {
-      member = static_cast<T>(arguments.number(name));
-    }
-    [[maybe_unused]] int i = 0;
-    ((rest = static_cast<Rest>(arguments.number(name + "_" + std::to_string(i++)))), ...);
-  }
-};
 
 // The workspace is poisoned once: tickets keep what the schedule before has left, and each has a nonce of its own.
 template <typename C>
@@ -43,7 +25,7 @@ void test(const simt::Arguments& arguments) {
   const std::vector<std::string> outputs = {"db", "dbias", "da", "ds_parts"};
   std::map<std::string, simt::Buffer> buffers;
   std::vector<simt::Buffer*> in, out;
-  Take take = {arguments, {{"workspace", nullptr}}};
+  simt::Take take = {arguments, {{"workspace", nullptr}}};
   for (const auto& name : inputs) {
     in.push_back(&buffers.emplace(name, arguments.input(name)).first->second);
   }
