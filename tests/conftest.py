@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -136,6 +137,14 @@ def _mend_interpreter() -> None:
 # Where Triton is absent, the tests that need it say so themselves, through the backend's own reason.
 if INTERPRETS and importlib.util.find_spec("triton") is not None:
     _mend_interpreter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # What a worker has compiled, the others find; they inherit the variable.
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="peft-kernels-tests-")
+        os.environ["PEFT_KERNELS_TESTS_BUILD"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """Compile the launches of a family, with no GPU; Triton must not interpret, hence a process of its own:
 
 python tests/codegen/aot.py lora 90          prints one JSON object per compiled kernel
-python tests/codegen/aot.py lora 80 0/3      of a third of the launches alone, always the same
+python tests/codegen/aot.py lora 80 0/3      of a third of the launches alone, always the same, and at least one
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(family: str, arch: int, share: str = "0/1") -> None:
     # Shuffled, since neighbours differ in what alternates.
     every = list(launches.launches())
     random.Random(0).shuffle(every)
-    for name, launch in every[first::step]:
+    for name, launch in every[first % len(every) :: step]:
         for kernel in aot.record_compiles(launch):
             if kernel.hash in seen:
                 continue

@@ -1,9 +1,9 @@
 """Every Triton kernel, compiled ahead of time with its default configs: no spills, shared memory that fits, TMA and
 the tensor cores where they belong.
 
-Which launches are compiled, and which instructions a kernel must show, is in ``<family>_launches.py``: each of them for
-one architecture, every second one for sm_90, since compiling takes a second or two a kernel. ``make codegen`` compiles
-everything for all four. CONTRIBUTING.md says how another Triton is put to the same test; older ones may spill a little.
+Which launches are compiled, and which instructions a kernel must show, is in ``<family>_launches.py``: half of them,
+each for one architecture, since compiling takes a second or two a kernel. ``make codegen`` compiles everything for all
+four. CONTRIBUTING.md says how another Triton is put to the same test; older ones may spill a little.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compile a test program against csrc and the emulator, once a session, and run it on tensors.
+"""Compile a test program against csrc and the emulator, once for all workers, and run it on tensors.
 
 A program is C++ text that includes device code of csrc and hands its arguments to ``simt::main_of``. Where there is no
 nvcc the toolkit's headers are missing and the test is skipped with that reason; where there is one, whatever goes wrong
@@ -7,6 +7,7 @@ is a failure.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -129,16 +130,17 @@ def _toolkit_includes() -> tuple[str, ...]:
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="simt-")
-
-
-@functools.cache
 def _built(source: str, command: tuple[str, ...]) -> Path:
     name = hashlib.sha256(source.encode() + shlex.join(command).encode()).hexdigest()[:16]
-    path = Path(_folder().name, f"{name}.cpp")
-    program = path.with_suffix("")
-    path.write_text(source)
-    result = subprocess.run([*command, str(path), "-o", str(program)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-6000:]
+    program = Path(os.environ["PEFT_KERNELS_TESTS_BUILD"], name)
+    text, partial = program.with_suffix(".cpp"), program.with_suffix(".partial")
+    with program.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
+        if not program.exists():
+            text.write_text(source)
+            result = subprocess.run(
+                [*command, str(text), "-o", str(partial)], capture_output=True, text=True, check=False
+            )
+            assert result.returncode == 0, result.stderr[-6000:]
+            partial.rename(program)
     return program
