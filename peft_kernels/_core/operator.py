@@ -63,6 +63,7 @@ class Operator:
             and empty tensors in the place of the others; it always has all other arguments.
         passes: an argument whose gradient is dy itself, which no registered operator may return.
         several: whether y is a tuple.
+        reached: (call, needs, dy) -> the ``needs`` that are left where some of several dy are None; the rest get None.
         adds: arguments that are added to y: no gradient depends on them.
         native: (problem, call, records) -> a function of calls of the same key that returns what the caller sees by
             torch's own operators, recorded by torch's own autograd where ``records``; or None where ``forward`` and
@@ -91,6 +92,7 @@ class Operator:
     activations: tuple[str, ...] = ()
     passes: str | None = None
     several: bool = False
+    reached: Callable[[Any, Any, Any], Any] = lambda call, needs, dy: needs
     adds: tuple[str, ...] = ()
     linear: bool = False
     native: Callable[[Any, Any, bool], Callable[[Any], Any] | None] = lambda problem, call, records: None
@@ -160,11 +162,12 @@ class Operator:
         return plan
 
     def _traced(self, call: Any, backend: str) -> Any:
-        if is_transformed() or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in call):
+        tensors = (x for x in self.signature.spread(call) if isinstance(x, Tensor))
+        if is_transformed() or any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
             return self.composite(self.make_problem(call), call)
         # Not by _fields and _replace, which torch 2.8 does not trace.
         is_scalar, named = self.signature.is_scalar, zip(self.signature.types, call, strict=True)
-        values = [as_symbol(value, call[0]) if is_scalar(name) else value for name, value in named]
+        values = [_as_symbols(value, call[0]) if is_scalar(name) else value for name, value in named]
         return self.visible(self._operator(*self.signature.flat(values), backend))
 
     def _composed(self, problem: Any, call: Any, backend: str, reason: str) -> Any:
@@ -239,12 +242,24 @@ class Operator:
         return tuple(value if name in reads else None for name, value in zip(self.kept, kept, strict=True))
 
 
+def _as_symbols(value: Any, like: Tensor) -> Any:
+    return tuple([as_symbol(each, like) for each in value]) if isinstance(value, tuple) else as_symbol(value, like)
+
+
 def _readable(values: Any, implementation: Implementation) -> Any:
     """A tuple of tensors and others, in memory as kernels read it: no lazy bit says that a sign is still to change."""
-    if implementation.name == "torch" or not any(isinstance(x, Tensor) and x.is_neg() for x in values):
+    if implementation.name == "torch":
         return values
-    resolved = (x.resolve_neg() if isinstance(x, Tensor) else x for x in values)
+    if not any(isinstance(x, Tensor) and x.is_neg() for x in Signature.spread(values)):
+        return values
+    resolved = map(_resolved, values)
     return values._make(resolved) if hasattr(values, "_make") else tuple(resolved)
+
+
+def _resolved(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_resolved, value))
+    return value.resolve_neg() if isinstance(value, Tensor) else value
 
 
 class _Asked(NamedTuple):
@@ -327,7 +342,8 @@ def _eager(operator: Operator) -> type[torch.autograd.Function]:
 
                 def run(dy: Sequence[Tensor | None]) -> list[Tensor | None]:
                     incoming = dy if operator.several else dy[0]
-                    found = operator.differentiate(ctx.problem, call, kept, incoming, asked.needs, ctx.implementation)
+                    needs = operator.reached(call, asked.needs, incoming)
+                    found = operator.differentiate(ctx.problem, call, kept, incoming, needs, ctx.implementation)
                     return signature.spread(found)
 
                 for place, gradient in zip(

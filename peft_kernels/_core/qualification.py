@@ -84,7 +84,13 @@ def block_of(size: int, blocks: Iterable[int]) -> str:
 
 def double(call: Any) -> Any:
     """The call with its floating tensors in float64."""
-    return call._make(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call)
+    return call._make(map(_double, call))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_double, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class Draw:

@@ -136,7 +136,8 @@ def _register_autograd(operator: Any, forward: str, backward: str) -> None:
         gradients: list[Any] = [None] * len(ctx.leaves)
         incoming, saved = dy if operator.several else dy[0], iter(ctx.saved_tensors)
         leaves = [next(saved) if there else leaf for leaf, there in zip(ctx.leaves, ctx.there, strict=True)]
-        call, needed = signature.from_leaves(ctx.lengths, leaves), signature.spread(asked.needs)
+        call = signature.from_leaves(ctx.lengths, leaves)
+        needed = signature.spread(operator.reached(call, asked.needs, incoming))
         if any(each is not None for each in dy):
             if any(needed):
                 if torch.is_grad_enabled():
@@ -165,11 +166,13 @@ def _needed(signature: Any, call: Any, flat: Sequence[Any], flags: Sequence[bool
     ]
     for value, position in zip(call, positions, strict=True):
         needed = by_argument[position]
-        if isinstance(value, tuple):
+        if not isinstance(value, tuple):
+            yield needed
+        elif isinstance(needed, list):
             there = iter(needed)
             yield from (next(there) if each is not None else False for each in value)
-        else:
-            yield needed
+        else:  # of numbers
+            yield from (needed for _ in value)
 
 
 def _places_of_needs(operator: Any, places: Any) -> list[int]:

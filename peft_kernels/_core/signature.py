@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from torch import Tensor
 
 _SCALAR = "scalar"
+_SCALARS = "scalars"
 # A list of what may be missing would hide its tensors from autograd, so a flat call has those that are there.
 _OPTIONALS = "optionals"
 _TYPES: dict[Any, str] = {
@@ -21,11 +22,16 @@ _TYPES: dict[Any, str] = {
     tuple[Tensor, ...]: "Tensor[]",
     tuple[Tensor | None, ...]: _OPTIONALS,
     float | Tensor: _SCALAR,  # a float, or a 0-d tensor that the host never reads
+    tuple[float | Tensor, ...]: _SCALARS,
     bool: "bool",
     int: "SymInt",
     float: "float",
     str: "str",
+    tuple[int, ...]: "SymInt[]",
+    tuple[float, ...]: "float[]",
 }
+_TUPLES = ("Tensor[]", _OPTIONALS, _SCALARS, "SymInt[]", "float[]")
+_VALUES = ("bool", "SymInt", "float", "str", "SymInt[]", "float[]")
 
 Place = int | slice
 
@@ -43,18 +49,20 @@ class Signature:
         return Signature(call, {name: _TYPES[hints[name]] for name in call._fields})
 
     def is_scalar(self, name: str) -> bool:
-        return self.types[name] == _SCALAR
+        """Whether it is a number that may be a tensor, or a tuple of such."""
+        return self.types[name] in (_SCALAR, _SCALARS)
 
     def is_tuple(self, name: str) -> bool:
-        return self.types[name] in ("Tensor[]", _OPTIONALS)
+        return self.types[name] in _TUPLES
 
     def is_value(self, name: str) -> bool:
         """Whether it is no tensor, and its value may be read."""
-        return self.types[name] in ("bool", "SymInt", "float", "str")
+        return self.types[name] in _VALUES
 
     def text(self, optional: Iterable[str] = ()) -> str:
         """The arguments of a schema; those that are ``optional`` may be missing."""
         forms = {_SCALAR: "float {0}, Tensor? {0}_tensor", _OPTIONALS: "Tensor[] {0}, bool[] {0}_there"}
+        forms[_SCALARS] = "float[] {0}, Tensor[] {0}_tensors, bool[] {0}_are_tensors"
         forms |= {kind: f"{kind} {{0}}" for kind in _TYPES.values() if kind not in forms}
         kinds = {name: "Tensor?" if name in optional else kind for name, kind in self.types.items()}
         return ", ".join(forms[kind].format(name) for name, kind in kinds.items())
@@ -63,8 +71,12 @@ class Signature:
         """A call as the registered operator takes it."""
         values: list[Any] = []
         for name, value in zip(self.types, call, strict=True):
-            if self.is_scalar(name):
+            if self.types[name] == _SCALAR:
                 values += [1.0, value] if isinstance(value, Tensor) else [value, None]
+            elif self.types[name] == _SCALARS:
+                are_tensors = [isinstance(each, Tensor) for each in value]
+                numbers = [1.0 if is_tensor else each for each, is_tensor in zip(value, are_tensors, strict=True)]
+                values += [numbers, [each for each in value if isinstance(each, Tensor)], are_tensors]
             elif self.types[name] == _OPTIONALS:
                 values += [[each for each in value if each is not None], [each is not None for each in value]]
             else:
@@ -76,9 +88,12 @@ class Signature:
         rest, found = iter(values), []
         for name in self.types:
             value = next(rest)
-            if self.is_scalar(name):
+            if self.types[name] == _SCALAR:
                 tensor = next(rest)
                 value = value if tensor is None else tensor
+            elif self.types[name] == _SCALARS:
+                tensors = iter(next(rest))
+                value = [next(tensors) if is_tensor else x for x, is_tensor in zip(value, next(rest), strict=True)]
             elif self.types[name] == _OPTIONALS:
                 present = iter(value)
                 value = [next(present) if there else None for there in next(rest)]
@@ -90,7 +105,7 @@ class Signature:
         positions, count = {}, 0
         for name in self.types:
             positions[name] = count
-            count += 2 if self.types[name] in (_SCALAR, _OPTIONALS) else 1
+            count += {_SCALAR: 2, _OPTIONALS: 2, _SCALARS: 3}.get(self.types[name], 1)
         return positions
 
     def flat_gradients(self, call: Any, gradients: Any) -> list[Any]:
@@ -100,8 +115,12 @@ class Signature:
             if self.types[name] == _OPTIONALS:
                 there = [each for each, given in zip(gradient, value, strict=True) if given is not None]
                 values += [there, None if value else []]
+            elif self.types[name] == _SCALARS:
+                values += [None, [None for each in value if isinstance(each, Tensor)], None]
+            elif self.types[name] == _SCALAR:
+                values += [gradient, None]
             else:
-                values += [list(gradient) if self.is_tuple(name) else gradient, *[None] * self.is_scalar(name)]
+                values.append(list(gradient) if self.types[name] == "Tensor[]" else None if self.is_tuple(name) else gradient)
         return values
 
     def leaves(self, call: Any) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor
 ROUNDS = 7
 DECISIONS_PER_CALL = 8
 LEVELS = 1 << 16  # a decision is a 16-bit draw
+LANES = 1 << 32  # of one seed
 
 _MULTIPLIER_0 = 0xD2511F53
 _MULTIPLIER_1 = 0xCD9E8D57
@@ -51,6 +52,7 @@ class Rows(NamedTuple):
     rows: int
     cols: int
     limit: int
+    lane: int = 0
 
 
 def threshold(p: float) -> int:

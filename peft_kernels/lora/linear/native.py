@@ -18,7 +18,7 @@ from peft_kernels._core.torch_products import FEW_ROWS, is_slow
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear.mask_choice import mask_of
 from peft_kernels.lora.linear.problem import Inputs, LoraLinearProblem
-from peft_kernels.lora.linear.torch_impl import late_factor
+from peft_kernels.lora.linear.torch_steps import late_factor
 
 MOST_ELEMENTS = 1 << 17
 

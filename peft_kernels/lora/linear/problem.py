@@ -90,6 +90,7 @@ class LoraLinearProblem:
         device: of all tensors.
         dropout_threshold: a 16-bit draw below it drops its element; 0 is no dropout.
         rows_aligned: on a CUDA device, whether rows of x, weight and lora_a can be read 16 bytes at a time.
+        lane: fourth word of the mask's counter; other than 0 as a part of ``lora_group`` alone.
     """
 
     m: int
@@ -101,6 +102,7 @@ class LoraLinearProblem:
     device: torch.device
     dropout_threshold: int
     rows_aligned: bool = False
+    lane: int = 0
 
     @property
     def has_dropout(self) -> bool:
@@ -133,7 +135,7 @@ def make_problem(call: Inputs) -> LoraLinearProblem:
     checks.scalar(NAME, "scale", call.scale)
     threshold = dropout.threshold(call.dropout_p)
     if call.seed is not None:
-        _check_seed(call.seed, x.device)
+        check_seed(NAME, call.seed, x.device)
     return LoraLinearProblem(
         m=math.prod(sizes["..."]),
         n=sizes["N"],
@@ -152,8 +154,9 @@ def _can_be_launched_on(x: Tensor) -> bool:
     return x.device.type == "cuda" and not isinstance(x, FakeTensor) and not is_functorch_wrapped_tensor(x)
 
 
-def _check_seed(seed: Tensor, device: torch.device) -> None:
+def check_seed(operator: str, seed: Tensor, device: torch.device) -> None:
+    """Raise ValueError where a seed is no number of 64 bits on the device of x."""
     if seed.dim() != 0 or seed.dtype != torch.int64:
-        raise ValueError(f"{NAME}: seed must be a 0-d int64 tensor, got {seed.dtype} {tuple(seed.shape)}")
+        raise ValueError(f"{operator}: seed must be a 0-d int64 tensor, got {seed.dtype} {tuple(seed.shape)}")
     if seed.device != device:
-        raise ValueError(f"{NAME}: seed must be on the device of x ({device}), got {seed.device}")
+        raise ValueError(f"{operator}: seed must be on the device of x ({device}), got {seed.device}")

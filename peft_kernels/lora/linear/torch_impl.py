@@ -4,235 +4,45 @@ Forward   S = drop(x) A^T;  y = bias + scale S B^T;  y += x W^T, in place; or th
 Backward  dS = scale dY B;  dB = scale dY^T S;  dX = drop'(dS A) + dY W likewise;  dA = dS^T drop(x)
 Tensors   as problem.Inputs; S (M, r) float32, or float64 with x
 Saved     x, S and the seed; never a mask, never a dropped or cast copy of x
-Temporary what dropout or float32 adapters on a half-precision x need is made for a block of rows at a time; on a CPU
-          without products of float16, blocks of the base product's factors are cast
+Temporary as torch_steps.py, which has the steps
 Refused   nothing
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product, has_bfloat16_products, is_slow, product_in_float32
-from peft_kernels.lora.kernels import masks
-from peft_kernels.lora.kernels.config import torch_rows_per_block, writes_update_first
-from peft_kernels.lora.linear.mask_choice import mask_of
+from peft_kernels.lora.linear import torch_steps as steps
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
-
-_FEW_ROWS = 16  # up to here, torch reads a float16 W once, as it is, and may sum bfloat16 without oneDNN
 
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r)."""
-    s, b, bias = _down(problem, inputs), inputs.lora_b.t(), inputs.bias
-    if _adds_base_last(problem) and writes_update_first(problem.dtype, problem.adapter_dtype, bias is not None):
-        y = _product(problem, s, b, inputs.scale, bias).addmm_(inputs.x, inputs.weight.t())
-    else:
-        y = _base(inputs)
-        _add_product(problem, y, s, b, inputs.scale)
-    return y, s.to(problem.wide_dtype)
+    s = steps.down(problem, inputs)
+    return steps.up(problem, inputs, s), s.to(problem.wide_dtype)
 
 
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for."""
-    x, weight = inputs.x, inputs.weight
     dx = da = db = None
     if needs.x or needs.lora_a or needs.lora_b:
-        ds, db = _grad_up(problem, inputs, s, dy, needs)
-        if ds is not None and needs.x and _adds_base_last(problem) and not problem.has_dropout:
+        ds, db = steps.grad_up(problem, inputs, s, dy, needs)
+        if ds is not None and needs.x and steps.adds_base_last(problem) and not problem.has_dropout:
             # Of dX eager torch, too, rounds each part in any dtype.
-            dx = _product(problem, ds, inputs.lora_a, 1.0, None).addmm_(dy, weight)
-            da = _grad_down(problem, inputs, ds, None, needs)
+            dx = steps.update_of(problem, ds, inputs.lora_a, 1.0, None).addmm_(dy, inputs.weight)
+            da = steps.grad_down(problem, inputs, ds, None, needs)
         elif ds is not None:
             if needs.x:
-                dx = product_in_float32(dy, weight) if is_slow(dy.dtype, dy.device.type) else dy @ weight
-            da = _grad_down(problem, inputs, ds, dx, needs)
+                dx = steps.base_gradient(dy, inputs.weight)
+            da = steps.grad_down(problem, inputs, ds, dx, needs)
     return Gradients(
         x=dx,
-        weight=dy.t() @ x if needs.weight else None,
+        weight=dy.t() @ inputs.x if needs.weight else None,
         lora_a=da,
         lora_b=db,
         bias=dy.sum(0) if needs.bias else None,
     )
-
-
-def _base(inputs: Inputs) -> Tensor:
-    """x W^T + bias."""
-    if is_slow(inputs.x.dtype, inputs.x.device.type) and inputs.x.shape[0] > _FEW_ROWS:
-        return product_in_float32(inputs.x, inputs.weight.t(), inputs.bias)
-    return F.linear(inputs.x, inputs.weight, inputs.bias)
-
-
-def _adds_base_last(problem: LoraLinearProblem) -> bool:
-    """Whether base products are added to updates, which are small and so lose less when they are rounded.
-
-    The product then reads what it adds to, which a GPU hides behind it, and no further pass reads and writes the sum.
-    On a CPU another BLAS may run with few rows, which adds term by term, each with the sum's rounding, as torch's own
-    loops do for half precision; beside float32 adapters nothing was won there.
-    """
-    if problem.device.type != "cpu":
-        return True
-    sums_in_float32 = problem.dtype != torch.float16 and (problem.dtype != torch.bfloat16 or has_bfloat16_products())
-    return _is_uniform(problem) and problem.m > _FEW_ROWS and sums_in_float32
-
-
-def _product(
-    problem: LoraLinearProblem, left: Tensor, right: Tensor, scale: float | Tensor, bias: Tensor | None
-) -> Tensor:
-    """scale left right + bias in x's dtype."""
-    if isinstance(scale, Tensor):
-        if problem.dtype == torch.float16 and _is_uniform(problem):
-            return (left.to(right.dtype) @ right).mul_(scale)  # in eager's order, which keeps eager's range
-        left, scale = left.to(problem.wide_dtype) * scale, 1.0
-    if _is_uniform(problem):
-        return _scaled_product(left.to(right.dtype), right, scale, bias)
-    out = torch.empty(problem.m, right.shape[1], dtype=problem.dtype, device=problem.device)
-    for rows in _blocks(problem, right.shape[1]):
-        product = _scaled_product(left[rows], right, scale, None)
-        if bias is None:
-            out[rows] = product
-        else:
-            torch.add(product, bias, out=out[rows])
-    return out
-
-
-def _scaled_product(left: Tensor, right: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """scale left right + bias of one dtype."""
-    if bias is not None:
-        return torch.addmm(bias, left, right, alpha=scale)
-    out = torch.empty(left.shape[0], right.shape[1], dtype=right.dtype, device=right.device)
-    return out.addmm_(left, right, beta=0, alpha=scale)
-
-
-def _is_uniform(problem: LoraLinearProblem) -> bool:
-    """Whether adapters and activations have one dtype, so that whole matrices multiply without a cast."""
-    return problem.adapter_dtype == problem.dtype
-
-
-def _blocks(problem: LoraLinearProblem, width: int) -> Iterator[slice]:
-    rows = torch_rows_per_block(width, problem.device.type)
-    for start in range(0, problem.m, rows):
-        yield slice(start, min(start + rows, problem.m))
-
-
-def _mask(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> masks.Mask | None:
-    if inputs.seed is None:
-        return None
-    part = masks.Rows(inputs.seed, rows.start, rows.stop - rows.start, problem.k, problem.dropout_threshold)
-    return mask_of(part, problem.device)
-
-
-def _dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, mask: masks.Mask | None) -> Tensor:
-    """drop(x) of some rows in the adapters' dtype, but for the factor that ``late_factor`` returns."""
-    x = inputs.x[rows]
-    if mask is None:
-        return x.to(problem.adapter_dtype)
-    return mask.drop(x, problem.adapter_dtype, problem.keep_scale / late_factor(problem))
-
-
-def late_factor(problem: LoraLinearProblem) -> float:
-    """What of 1 / (1 - p) is left for a product of drop(x): all in bfloat16, where drop(x) would be rounded once more.
-
-    Else drop(x) has it as eager's has: a product evens out its roundings, and float16's range is eager's.
-    """
-    return problem.keep_scale if problem.adapter_dtype == torch.bfloat16 else 1.0
-
-
-def _down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
-    """S = drop(x) A^T, in the widest dtype whose bits it has."""
-    a = inputs.lora_a.t()
-    if _is_uniform(problem) and not problem.has_dropout:
-        return _narrow_product(inputs.x, a)
-    s = torch.empty(problem.m, problem.r, dtype=problem.wide_dtype, device=problem.device)
-    for rows in _blocks(problem, problem.k):
-        s[rows] = _narrow_product(_dropped(problem, inputs, rows, _mask(problem, inputs, rows)), a)
-    factor = late_factor(problem)
-    return s if factor == 1.0 else s.mul_(factor)
-
-
-def _grad_up(
-    problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs
-) -> tuple[Tensor | None, Tensor | None]:
-    """dS = scale dY B, as wide as its bits, where x or lora_a needs it, and dB = scale dY^T S, which alone reads S."""
-    needs_ds = needs.x or needs.lora_a
-    b, scale, wide = inputs.lora_b, inputs.scale, problem.wide_dtype
-    if _is_uniform(problem):
-        if problem.dtype == torch.float16 and (needs_ds or needs.lora_b):
-            # As eager does: between other factors the scale would meet what has left float16's range.
-            dy, scale = dy * scale, 1.0
-        ds = _narrow_product(dy, b) if needs_ds else None
-        if ds is not None:
-            # torch would first round a tensor of a wider dtype to ds's.
-            ds = (ds.to(wide) if isinstance(scale, Tensor) else ds).mul_(scale)
-        db = _tall_product(dy, (s * scale).to(dy.dtype)) if needs.lora_b else None
-        return ds, db
-    ds = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device) if needs_ds else None
-    db = torch.zeros(problem.n, problem.r, dtype=wide, device=problem.device) if needs.lora_b else None
-    for rows in _blocks(problem, problem.n):
-        block = dy[rows].to(wide)
-        if ds is not None:
-            torch.mm(block, b, out=ds[rows])
-        if db is not None:
-            db += _tall_product(block, s[rows])
-    return None if ds is None else ds.mul_(scale), None if db is None else db.mul_(scale)
-
-
-def _narrow_product(wide: Tensor, factor: Tensor) -> Tensor:
-    """wide factor, (M, r) of (M, K) and (K, r)."""
-    if wide.device.type == "cpu" and wide.dtype == torch.bfloat16:
-        # Measured on a CPU with instructions for it: two thirds of the time.
-        return (factor.t() @ wide.t()).t()
-    return wide @ factor
-
-
-def _tall_product(wide: Tensor, narrow: Tensor) -> Tensor:
-    """wide^T narrow, (N, r) of (M, N) and (M, r)."""
-    if wide.device.type == "cpu" and wide.dtype in (torch.float32, torch.float64):
-        # Measured: half the time of a product whose tall factor is the transposed one.
-        return (narrow.t() @ wide).t().contiguous()
-    return wide.t() @ narrow
-
-
-def _grad_down(
-    problem: LoraLinearProblem, inputs: Inputs, ds: Tensor, dx: Tensor | None, needs: Needs
-) -> Tensor | None:
-    """dA = dS^T drop(x), and dX += drop'(dS A) in place; one draw of the mask serves both."""
-    narrow = ds.to(problem.adapter_dtype)
-    if not problem.has_dropout:
-        if dx is not None:
-            _add_product(problem, dx, narrow, inputs.lora_a, 1.0)
-        if not needs.lora_a:
-            return None
-        if _is_uniform(problem):
-            return narrow.t() @ inputs.x
-    da: Tensor | None = None
-    for rows in _blocks(problem, problem.k):
-        mask = _mask(problem, inputs, rows)
-        if dx is not None and mask is not None:
-            mask.add_dropped(dx[rows], narrow[rows] @ inputs.lora_a, problem.keep_scale)
-        if needs.lora_a:
-            product = narrow[rows].t() @ _dropped(problem, inputs, rows, mask)
-            da = product.to(problem.wide_dtype) if da is None else da.add_(product)
-    return None if da is None else da.mul_(late_factor(problem)).to(problem.adapter_dtype)
-
-
-def _add_product(problem: LoraLinearProblem, out: Tensor, left: Tensor, right: Tensor, scale: float | Tensor) -> None:
-    """out += scale left right, in place; float32 adapters keep their bits beside an out in half precision."""
-    if isinstance(scale, Tensor):
-        if out.dtype == torch.float16 and _is_uniform(problem):
-            out.add_((left.to(out.dtype) @ right).mul_(scale))  # in eager's order, which keeps eager's range
-            return
-        left, scale = left.to(problem.wide_dtype) * scale, 1.0
-    if not _is_uniform(problem):
-        for rows in _blocks(problem, out.shape[1]):
-            masks.add(out[rows], left[rows] @ right, scale)
-    else:
-        add_product(out, left.to(out.dtype), right, scale)
 
 
 IMPLEMENTATION = Implementation("torch", forward, backward)

@@ -16,7 +16,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.torch_products import add_product
 from peft_kernels.lora import qualification
 from peft_kernels.lora.kernels import config
-from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
+from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout, Lanes
 from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
 
 
@@ -27,7 +27,7 @@ def why_not(problem: LoraLinearProblem) -> str | None:
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and S (M, r) float32."""
-    launches = _Launches.of(problem, inputs)
+    launches = Launches.of(problem, inputs)
     x, weight, lora_a, lora_b, scale, bias, *_ = inputs
     s = launches.narrow_product(x, lora_a, problem.keep_scale, launches.dropout)
     if config.writes_update_first(problem.dtype, problem.adapter_dtype, bias is not None):
@@ -41,7 +41,7 @@ def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]
 
 def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for; eager torch too rounds each of dX's two parts in any dtype."""
-    launches = _Launches.of(problem, inputs)
+    launches = Launches.of(problem, inputs)
     x, weight, lora_a, lora_b, scale, *_ = inputs
     ds, db, dbias = launches.narrow_and_reduce(dy, s, lora_b, scale, needs)
     dx = da = None
@@ -66,7 +66,7 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     return triton_fwd, triton_bwd
 
 
-class _Launches(NamedTuple):
+class Launches(NamedTuple):
     """The launches of one call: what they share, and the choice of a config for each."""
 
     fwd: ModuleType
@@ -77,24 +77,32 @@ class _Launches(NamedTuple):
     r: int
 
     @staticmethod
-    def of(problem: LoraLinearProblem, inputs: Inputs) -> _Launches:
+    def of(problem: LoraLinearProblem, inputs: Inputs) -> Launches:
         fwd, bwd = _kernels()
-        return _Launches(
+        return Launches(
             fwd=fwd,
             bwd=bwd,
             hardware=hardware(problem.device),
-            dropout=Dropout(inputs.seed, problem.dropout_threshold, problem.keep_scale)
-            if inputs.seed is not None
-            else NO_DROPOUT,
+            dropout=NO_DROPOUT
+            if inputs.seed is None
+            else Dropout(inputs.seed, problem.dropout_threshold, problem.keep_scale, problem.lane),
             exact=problem.adapter_dtype != problem.dtype,
             r=problem.r,
         )
 
-    def narrow_product(self, x: Tensor, a: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
+    def narrow_product(
+        self,
+        x: Tensor,
+        a: Tensor,
+        factor: float | Tensor,
+        dropout: Dropout,
+        out: Tensor | None = None,
+        lanes: Lanes | None = None,
+    ) -> Tensor:
         """factor * drop(x) a^T, float32."""
         (m, k), r = x.shape, a.shape[0]
         chosen = triton_tools.chosen(config.narrow_product_config, m, k, r, x.dtype, self.exact, self.hardware)
-        return self.fwd.narrow_product(x, a, factor, dropout, self.exact, chosen)
+        return self.fwd.narrow_product(x, a, factor, dropout, self.exact, chosen, out, lanes)
 
     def rank_product(
         self,
@@ -102,35 +110,52 @@ class _Launches(NamedTuple):
         term: tuple[Tensor, Tensor, float | Tensor],
         bias: Tensor | None,
         dropout: Dropout,
+        lanes: Lanes | None = None,
     ) -> Tensor:
         """bias + the rank product, in ``dtype``."""
         chosen = triton_tools.chosen(config.rank_product_config, dtype)
-        return self.fwd.rank_product(self.fwd.RankProduct(*term), bias, dropout, dtype, chosen)
+        return self.fwd.rank_product(self.fwd.RankProduct(*term), bias, dropout, dtype, chosen, lanes)
 
-    def add_rank_product(self, y: Tensor, term: tuple[Tensor, Tensor, float | Tensor]) -> None:
+    def add_rank_product(
+        self,
+        y: Tensor,
+        term: tuple[Tensor, Tensor, float | Tensor],
+        dropout: Dropout = NO_DROPOUT,
+        lanes: Lanes | None = None,
+    ) -> None:
         """y += the rank product, in place."""
         chosen = triton_tools.chosen(config.rank_product_config, y.dtype)
-        self.fwd.add_rank_product(y, self.fwd.RankProduct(*term), NO_DROPOUT, chosen)
+        self.fwd.add_rank_product(y, self.fwd.RankProduct(*term), dropout, chosen, lanes)
 
     def narrow_and_reduce(
-        self, dy: Tensor, s: Tensor, b: Tensor, scale: float | Tensor, needs: Needs
+        self,
+        dy: Tensor,
+        s: Tensor | None,
+        b: Tensor,
+        scale: float | Tensor,
+        needs: Needs,
+        out: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dS, dB and dbias, float32: in one pass over dy, or in one for each where the rank makes that cheaper."""
+        """dS, in ``out`` if there is one, dB and dbias, float32: in one pass over dy, or in one for each where the rank
+        makes that cheaper.
+        """
         (m, n), needs_ds = dy.shape, needs.x or needs.lora_a
         asked = needs_ds, needs.lora_b, needs.bias
         if config.reads_dy_once(self.r) and any(asked):
             facts = m, n, self.r, dy.dtype, self.exact, self.hardware
             chosen = triton_tools.chosen(config.narrow_and_reduce_config, *facts)
-            return self.bwd.narrow_and_reduce(dy, s, b, scale, asked, self.r, self.exact, chosen)
-        ds = self.narrow_product(dy, b.t(), scale, NO_DROPOUT) if needs_ds else None
-        db = self.reduce_rows(dy, s, scale, NO_DROPOUT).t() if needs.lora_b else None
+            return self.bwd.narrow_and_reduce(dy, s, b, scale, asked, self.r, self.exact, chosen, out)
+        ds = self.narrow_product(dy, b.t(), scale, NO_DROPOUT, out) if needs_ds else None
+        db = self.reduce_rows(dy, s, scale, NO_DROPOUT).t() if s is not None and needs.lora_b else None
         return ds, db, dy.sum(0, dtype=torch.float32) if needs.bias else None
 
-    def reduce_rows(self, x: Tensor, s: Tensor, factor: float | Tensor, dropout: Dropout) -> Tensor:
+    def reduce_rows(
+        self, x: Tensor, s: Tensor, factor: float | Tensor, dropout: Dropout, lanes: Lanes | None = None
+    ) -> Tensor:
         """factor * s^T drop(x), float32."""
         (m, k), r = x.shape, s.shape[1]
         chosen = triton_tools.chosen(config.reduce_rows_config, m, k, r, x.dtype, self.exact, self.hardware)
-        return self.bwd.reduce_rows(x, s, factor, dropout, self.exact, chosen)
+        return self.bwd.reduce_rows(x, s, factor, dropout, self.exact, chosen, lanes)
 
 
 IMPLEMENTATION = Implementation(

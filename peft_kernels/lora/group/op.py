@@ -1,0 +1,260 @@
+"""The public function, and the declaration that makes it an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core.autocast import autocast_dtype, without_autocast
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.operator import Operator
+from peft_kernels.lora.group import torch_impl, triton_impl
+from peft_kernels.lora.group.composite import composite
+from peft_kernels.lora.group.problem import NAME, Gradients, Inputs, LoraGroupProblem, Needs, make_problem
+from peft_kernels.lora.kernels import dropout
+
+
+class Member(NamedTuple):
+    """A frozen linear layer and its low-rank update, as arguments of ``lora_linear``.
+
+    Attributes:
+        weight: (N, K), in x's dtype, as nn.Linear stores it.
+        lora_a: (r, K), in x's dtype or float32; rank r >= 1.
+        lora_b: (N, r), in lora_a's dtype.
+        scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
+        bias: (N,) in x's dtype, or None.
+    """
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float | Tensor = 1.0
+    bias: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """A low-rank update of a member; a member may have several, as where several adapters are active.
+
+    Attributes:
+        member: index of the weight.
+        lora_a, lora_b, scale: as ``Member``'s.
+        dropout_p: in [0, 1).
+        lane: fourth word of the mask's counter; another one for each update of a call.
+    """
+
+    member: int
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float | Tensor
+    dropout_p: float
+    lane: int
+
+
+def lora_group(
+    x: Tensor,
+    members: Sequence[Member],
+    *,
+    dropout_p: float | Sequence[float] = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Apply several linear layers that share x, and their low-rank updates, as one operation: q, k, v; gate, up.
+
+    LoRA, Hu et al. 2021, arXiv:2106.09685, section 4.1, for each member j:
+    ``y_j = x @ weight_j.T + bias_j + scale_j * (drop_j(x) @ lora_a_j.T) @ lora_b_j.T``
+
+    Every member keeps a mask of its own, as in PEFT. One seed serves all: member j's mask is
+    ``lora_linear_dropout_mask(seed, rows, cols, p, device, lane=j)``, so that of member 0 is ``lora_linear``'s.
+
+    Args:
+        x (..., K): float32, bfloat16, float16 or float64; any strides, but leading dimensions that do not flatten to
+            one without a copy are copied.
+        members: at least one; they may differ in N, rank, scale, bias and the adapter's dtype.
+        dropout_p: in [0, 1), quantised to 1/65536; one for all members, or one for each.
+        seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor on x's device fixes it.
+        backend: "torch" or "triton" forces a backend; None takes ``use_backend``'s, then the variable
+            PEFT_KERNELS_BACKEND, then chooses.
+
+    Returns:
+        y_j (..., N_j) of each member, in x's dtype; under autocast in the dtype that F.linear would give.
+
+    Raises:
+        ValueError: a member, shape, dtype, device, probability, seed or backend name is wrong.
+        UnsupportedError: the forced backend cannot run this problem.
+
+    Numerics: as ``lora_linear``. The gradient of x is summed within the operation, the narrowest member first, and not
+    by autograd from one gradient for each member. An output that nothing is computed from leaves None as the gradients
+    of its weight, bias and factors. Two runs give the same bits.
+
+    Example:
+        >>> import torch, peft_kernels as pk
+        >>> up, down = torch.ones(1, 3), torch.ones(2, 1)
+        >>> q, k = pk.lora_group(torch.ones(1, 3), [pk.Member(torch.zeros(2, 3), up, down, scale) for scale in (1, 2)])
+        >>> q, k
+        (tensor([[3., 3.]]), tensor([[6., 6.]]))
+    """
+    given = _members(members)
+    ps = _probabilities(dropout_p, len(given))
+    updates = [
+        Update(index, member.lora_a, member.lora_b, member.scale, p, index)
+        for index, (member, p) in enumerate(zip(given, ps, strict=True))
+    ]
+    weights, biases = tuple(member.weight for member in given), tuple(member.bias for member in given)
+    return group_call(x, weights, biases, updates, seed, backend)
+
+
+def group_call(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    updates: Sequence[Update],
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """The same with any number of updates for each member, in the order of their members, and lanes that are given."""
+    if isinstance(x, Tensor):
+        x, weights, biases, updates = _autocast(x, weights, biases, updates)
+    seed_tensor: Tensor | None = None
+    if any([dropout.threshold(update.dropout_p) for update in updates]):
+        seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device)
+    call = Inputs(
+        x,
+        weights,
+        biases,
+        tuple([update.lora_a for update in updates]),
+        tuple([update.lora_b for update in updates]),
+        tuple([_scale(update.scale, x) for update in updates]),
+        tuple([update.member for update in updates]),
+        tuple([update.dropout_p for update in updates]),
+        tuple([update.lane for update in updates]),
+        seed_tensor,
+    )
+    ys: tuple[Tensor, ...] = OPERATOR(call, backend)
+    return ys
+
+
+def _members(members: Sequence[Member]) -> list[Member]:
+    if not isinstance(members, Sequence) or not members:
+        raise ValueError(f"{NAME}: members must be a non-empty sequence of Member, got {members!r}")
+    for index, member in enumerate(members):
+        if not isinstance(member, Member):
+            raise ValueError(f"{NAME}: members[{index}] must be a Member, got {type(member).__name__}")
+    return list(members)
+
+
+def _probabilities(p: float | Sequence[float], count: int) -> Sequence[float]:
+    if isinstance(p, Sequence) and not isinstance(p, str):
+        if len(p) != count:
+            raise ValueError(f"{NAME}: dropout_p must be one number, or {count}, as there are members, got {len(p)}")
+        return p
+    return [p] * count  # type: ignore[list-item]
+
+
+def _scale(scale: float | Tensor, x: Tensor) -> float | Tensor:
+    if isinstance(scale, Tensor):
+        return scale.to(device=x.device)
+    return float(scale) if isinstance(scale, (bool, int)) else scale
+
+
+def _autocast(
+    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], updates: Sequence[Update]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], Sequence[Update]]:
+    """Cast what F.linear would cast; float32 adapters stay."""
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None or x.dtype == torch.float64:
+        return x, weights, biases, updates
+    return (
+        x.to(dtype),
+        tuple([weight.to(dtype) for weight in weights]),
+        tuple([None if bias is None else bias.to(dtype) for bias in biases]),
+        [
+            update
+            if update.lora_a.dtype == torch.float32
+            else update._replace(lora_a=update.lora_a.to(dtype), lora_b=update.lora_b.to(dtype))
+            for update in updates
+        ],
+    )
+
+
+def _forward(problem: LoraGroupProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
+    flat = call if call.x.dim() == 2 else call._replace(x=call.x.reshape(problem.m, problem.k))
+    with without_autocast(problem.device.type):
+        *ys, s = implementation.forward(problem, flat)
+    leading = call.x.shape[:-1]
+    return *(ys if flat is call else [y.view(*leading, n) for y, n in zip(ys, problem.n, strict=True)]), s
+
+
+def _backward(
+    problem: LoraGroupProblem,
+    call: Inputs,
+    kept: tuple[Tensor],
+    dys: Sequence[Tensor | None],
+    needs: Needs,
+    implementation: Implementation,
+) -> Gradients:
+    flat = call if call.x is None else call._replace(x=call.x.reshape(problem.m, problem.k))
+    rows = [None if dy is None else dy.reshape(problem.m, n) for dy, n in zip(dys, problem.n, strict=True)]
+    with without_autocast(problem.device.type):
+        gradients: Gradients = implementation.backward(problem, flat, *kept, rows, needs)
+    if gradients.x is None:
+        return gradients
+    leading = next(dy.shape[:-1] for dy in dys if dy is not None)
+    return gradients._replace(x=gradients.x.view(*leading, problem.k))
+
+
+def _results(problem: LoraGroupProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
+    ys = [call.x.new_empty((*call.x.shape[:-1], n)) for n in problem.n]
+    return *ys, call.x.new_empty((problem.m, sum(problem.r)), dtype=problem.wide_dtype)
+
+
+def _reads(needs: Needs) -> Iterable[str]:
+    if needs.x or any(needs.lora_a):
+        yield from ("seed", "lora_b")
+    if needs.x:
+        yield from ("weights", "lora_a")
+    if any(needs.weights) or any(needs.lora_a):
+        yield "x"
+    if any(needs.lora_b):
+        yield "s"
+
+
+def _reached(call: Inputs, needs: Needs, dys: Sequence[Tensor | None]) -> Needs:
+    """A member whose output nothing is computed from has no gradients."""
+    there = [dy is not None for dy in dys]
+    if all(there):
+        return needs
+    of_updates = [there[member] for member in call.members]
+
+    def both(needed: Sequence[bool], there: Sequence[bool]) -> tuple[bool, ...]:
+        return tuple(need and is_there for need, is_there in zip(needed, there, strict=True))
+
+    return Needs(
+        needs.x,
+        both(needs.weights, there),
+        both(needs.biases, there),
+        both(needs.lora_a, of_updates),
+        both(needs.lora_b, of_updates),
+    )
+
+
+OPERATOR = Operator(
+    name=NAME,
+    call=Inputs,
+    needs=Needs,
+    implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
+    make_problem=make_problem,
+    forward=_forward,
+    backward=_backward,
+    results=_results,
+    composite=composite,
+    reads=_reads,
+    reached=_reached,
+    varying=("m",),
+    kept=("s",),
+    activations=("x",),
+    adds=("biases",),
+    several=True,
+)

@@ -1,0 +1,250 @@
+"""What a LoRA group call is made of: members and updates, the facts that backends decide on, and every check, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core import checks
+from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.linear.problem import Inputs as LinearInputs
+from peft_kernels.lora.linear.problem import LoraLinearProblem, check_seed
+
+NAME = "lora_group"
+
+
+class Inputs(NamedTuple):
+    """The arguments of one call: P frozen weights, the *members*, and L low-rank *updates*.
+
+    Attributes:
+        x: (..., K), any strides; (M, K) where an implementation takes it.
+        weights: (N_j, K) of each member, in x's dtype, as nn.Linear stores it.
+        biases: (N_j,) of each member in x's dtype, or None.
+        lora_a: (r_l, K) of each update, in x's dtype or float32.
+        lora_b: (N_j, r_l) of each update, in its lora_a's dtype.
+        scales: of each update, a float, or a 0-d tensor on x's device.
+        members: of each update the member that it belongs to, in rising order.
+        dropout_p: of each update, the probability of dropping an element of its input.
+        lanes: of each update, the fourth word of its mask's counter; masks of one seed differ by it alone.
+        seed: 0-d int64 tensor on x's device; None exactly when nothing is dropped.
+    """
+
+    x: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    lora_a: tuple[Tensor, ...]
+    lora_b: tuple[Tensor, ...]
+    scales: tuple[float | Tensor, ...]
+    members: tuple[int, ...]
+    dropout_p: tuple[float, ...]
+    lanes: tuple[int, ...]
+    seed: Tensor | None
+
+    def update(self, index: int) -> LinearInputs:
+        """An update with its member, as a call of ``lora_linear``."""
+        member, p = self.members[index], self.dropout_p[index]
+        return LinearInputs(
+            self.x,
+            self.weights[member],
+            self.lora_a[index],
+            self.lora_b[index],
+            self.scales[index],
+            self.biases[member],
+            p,
+            self.seed if dropout.threshold(p) else None,
+        )
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass is asked for."""
+
+    x: bool
+    weights: tuple[bool, ...]
+    biases: tuple[bool, ...]
+    lora_a: tuple[bool, ...]
+    lora_b: tuple[bool, ...]
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call, None where not asked for; shapes and dtypes are those of ``Inputs``."""
+
+    x: Tensor | None
+    weights: tuple[Tensor | None, ...]
+    biases: tuple[Tensor | None, ...]
+    lora_a: tuple[Tensor | None, ...]
+    lora_b: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class LoraGroupProblem:
+    """The facts that choose a backend and its configs.
+
+    Attributes:
+        m, k: tokens, in-features.
+        n: out-features of each member.
+        r: rank of each update.
+        members: of each update.
+        dtype: of x, weights, biases and results.
+        adapter_dtypes: of each update's factors.
+        thresholds: of each update; a 16-bit draw below it drops its element, 0 is no dropout.
+        lanes: of each update.
+        device: of all tensors.
+    """
+
+    m: int
+    k: int
+    n: tuple[int, ...]
+    r: tuple[int, ...]
+    members: tuple[int, ...]
+    dtype: torch.dtype
+    adapter_dtypes: tuple[torch.dtype, ...]
+    thresholds: tuple[int, ...]
+    lanes: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether some product has no element or no term."""
+        return self.m == 0 or self.k == 0 or 0 in self.n
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether adapters and activations have one dtype."""
+        return set(self.adapter_dtypes) <= {self.dtype}
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of S and dS on every backend."""
+        return checks.wide_dtype(self.dtype)
+
+    @cached_property
+    def columns(self) -> tuple[slice, ...]:
+        """Where each update stands in S (M, sum of r)."""
+        ends = [sum(self.r[: index + 1]) for index in range(len(self.r))]
+        return tuple(slice(end - rank, end) for end, rank in zip(ends, self.r, strict=True))
+
+    @cached_property
+    def linears(self) -> tuple[LoraLinearProblem, ...]:
+        """Each update with its member, as ``lora_linear``'s problem."""
+        return tuple(
+            LoraLinearProblem(
+                m=self.m,
+                n=self.n[self.members[index]],
+                k=self.k,
+                r=rank,
+                dtype=self.dtype,
+                adapter_dtype=self.adapter_dtypes[index],
+                device=self.device,
+                dropout_threshold=self.thresholds[index],
+                lane=self.lanes[index],
+            )
+            for index, rank in enumerate(self.r)
+        )
+
+    def of_member(self, member: int) -> tuple[int, ...]:
+        """A member's updates."""
+        return tuple(index for index, each in enumerate(self.members) if each == member)
+
+    def runs(self, updates: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Divide updates into runs of neighbours whose factors have one dtype, and whose masks one probability."""
+        run: tuple[int, ...] = ()
+        for index in updates:
+            if run and self._kind(index) != self._kind(run[-1]):
+                yield run
+                run = ()
+            run = (*run, index)
+        if run:
+            yield run
+
+    def _kind(self, index: int) -> tuple[torch.dtype, int]:
+        return self.adapter_dtypes[index], self.thresholds[index]
+
+
+def make_problem(call: Inputs) -> LoraGroupProblem:
+    """Check the arguments of a call and describe it.
+
+    Raises:
+        ValueError: naming the argument, what it must be and what it was.
+    """
+    x = call.x
+    check_structure(call)
+    sizes: dict[str, int] = {}
+    n: list[int] = []
+    for member, weight in enumerate(call.weights):
+        updates = tuple(index for index, each in enumerate(call.members) if each == member)
+        tensors = {"x": x, f"members[{member}].weight": weight, f"members[{member}].bias": call.biases[member]}
+        names = _names(member, len(updates))
+        for (a, b), index in zip(names, updates, strict=True):
+            tensors |= {a: call.lora_a[index], b: call.lora_b[index]}
+        sizes = _table(member, len(updates)).check(SimpleNamespace(**tensors))
+        n.append(sizes["N"])
+        for place, index in enumerate(updates):
+            label = f"members[{member}].scale" + (f"[{place}]" if len(updates) > 1 else "")
+            checks.scalar(NAME, label, call.scales[index])
+    if call.seed is not None:
+        check_seed(NAME, call.seed, x.device)
+    return LoraGroupProblem(
+        m=math.prod(sizes["..."]),
+        k=sizes["K"],
+        n=tuple(n),
+        r=tuple(a.shape[0] for a in call.lora_a),
+        members=call.members,
+        dtype=x.dtype,
+        adapter_dtypes=tuple(a.dtype for a in call.lora_a),
+        thresholds=tuple(map(dropout.threshold, call.dropout_p)),
+        lanes=call.lanes,
+        device=x.device,
+    )
+
+
+def check_structure(call: Inputs) -> None:
+    """As many of everything as there must be: what no caller of ``lora_group`` can get wrong but for the first.
+
+    Raises:
+        ValueError: there is no member, or updates and members do not fit together.
+    """
+    if not call.weights:
+        raise ValueError(f"{NAME}: members must be a non-empty sequence of Member, got {call.weights!r}")
+    lengths = {len(each) for each in (call.lora_a, call.lora_b, call.scales, call.members, call.dropout_p, call.lanes)}
+    if len(call.biases) != len(call.weights) or len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"{NAME}: a bias or None for each weight and at least one update of six parts, got {lengths}")
+    if list(call.members) != sorted(call.members) or not 0 <= call.members[0] <= call.members[-1] < len(call.weights):
+        raise ValueError(f"{NAME}: members of updates must rise from 0 to {len(call.weights) - 1}, got {call.members}")
+    if len(set(call.lanes)) != len(call.lanes):
+        raise ValueError(f"{NAME}: each update must have a lane of its own, got {call.lanes}")
+    for lane in call.lanes:
+        if isinstance(lane, bool) or not isinstance(lane, (int, torch.SymInt)) or not 0 <= lane < dropout.LANES:
+            raise ValueError(f"{NAME}: a lane must be an int in 0 ... {dropout.LANES - 1}, got {lane!r}")
+
+
+@lru_cache(maxsize=256)
+def _names(member: int, updates: int) -> tuple[tuple[str, str], ...]:
+    """What messages call the factors of a member's updates."""
+    places = [f"[{place}]" for place in range(updates)] if updates > 1 else [""] * updates
+    return tuple((f"members[{member}].lora_a{place}", f"members[{member}].lora_b{place}") for place in places)
+
+
+@lru_cache(maxsize=256)
+def _table(member: int, updates: int) -> checks.Table:
+    """The tensors of a member with x."""
+    rows = [
+        checks.Row("x", "... K"),
+        checks.Row(f"members[{member}].weight", "N K", dtype_of="x"),
+        checks.Row(f"members[{member}].bias", "N", dtype_of="x", optional=True),
+    ]
+    for place, (a, b) in enumerate(_names(member, updates)):
+        rank = f"r{place}" if updates > 1 else "r"
+
+        def has_rank(sizes: checks.Sizes, a: str = a, rank: str = rank) -> str | None:
+            return None if sizes[rank] else f"{a} must be (r, K) with rank r >= 1, got rank 0"
+
+        rows.append(checks.Row(a, f"{rank} K", dtype_of="x", or_float32=True, then=has_rank))
+        rows.append(checks.Row(b, f"N {rank}", dtype_of=a))
+    return checks.Table(NAME, "x", tuple(rows))

@@ -1,0 +1,195 @@
+"""LoRA group with torch alone: members share S's product where they have no masks, and one dX.
+
+Forward   S = [drop_1(x) A_1^T | ...]; y_j as ``lora_linear``'s
+Backward  dS_l = scale_l dY_j B_l;  dB_l = scale_l dY_j^T S_l;  dA_l = dS_l^T drop_l(x)
+          dX = sum of drop'_l(dS_l A_l) + sum of dY_j W_j, the narrowest first
+Tensors   as problem.Inputs; S (M, sum of r) float32, or float64 with x
+Saved     x, S and the seed
+Temporary as lora_linear's; the sum of masked updates is made in S's dtype for a block of rows at a time
+Refused   nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.torch_products import add_product
+from peft_kernels.lora.group.problem import Gradients, Inputs, LoraGroupProblem, Needs
+from peft_kernels.lora.linear import torch_steps as steps
+from peft_kernels.lora.linear.problem import Inputs as LinearInputs
+from peft_kernels.lora.linear.problem import LoraLinearProblem
+from peft_kernels.lora.linear.problem import Needs as LinearNeeds
+
+
+def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return y_j (M, N_j) of each member, and S (M, sum of r)."""
+    s = torch.empty(problem.m, sum(problem.r), dtype=problem.wide_dtype, device=problem.device)
+    for updates in _products(problem, tuple(range(len(problem.r)))):
+        joined, call = _joined(problem, inputs, updates)
+        s[:, _columns(problem, updates)] = steps.down(joined, call)
+    ys = []
+    for member, weight in enumerate(inputs.weights):
+        first, *others = problem.of_member(member) or (None,)
+        if first is None:
+            ys.append(steps.base(inputs.x, weight, inputs.biases[member]))
+            continue
+        y = steps.up(problem.linears[first], inputs.update(first), s[:, problem.columns[first]])
+        for index in others:
+            b, scale = inputs.lora_b[index].t(), inputs.scales[index]
+            steps.add_update(problem.linears[index], y, s[:, problem.columns[index]], b, scale)
+        ys.append(y)
+    return *ys, s
+
+
+def backward(
+    problem: LoraGroupProblem, inputs: Inputs, s: Tensor, dys: Sequence[Tensor | None], needs: Needs
+) -> Gradients:
+    """Return the gradients that ``needs`` asks for; a member whose dY is None takes part in none of them."""
+    live = tuple(index for index, member in enumerate(problem.members) if dys[member] is not None)
+    ds: dict[int, Tensor] = {}
+    da: list[Tensor | None] = [None] * len(problem.r)
+    db: list[Tensor | None] = [None] * len(problem.r)
+    for index in live:
+        asked = LinearNeeds(needs.x, False, needs.lora_a[index], needs.lora_b[index], False)
+        if any(asked):
+            dy = dys[problem.members[index]]
+            assert dy is not None
+            part = s[:, problem.columns[index]] if needs.lora_b[index] else None
+            made, db[index] = steps.grad_up(problem.linears[index], inputs.update(index), part, dy, asked)
+            if made is not None:
+                ds[index] = made
+    dx: Tensor | None = None
+    for updates in _products(problem, tuple(ds)):
+        if problem.thresholds[updates[0]] == 0:
+            dx = _unmasked(problem, inputs, updates, ds, needs, dx, da)
+    masked = tuple(index for index in ds if problem.thresholds[index])
+    if masked:
+        dx = _masked(problem, inputs, masked, ds, needs, dx, da)
+    return Gradients(
+        x=_with_bases(problem, inputs, dys, dx) if needs.x else None,
+        weights=tuple(
+            dy.t() @ inputs.x if need and dy is not None else None
+            for dy, need in zip(dys, needs.weights, strict=True)
+        ),
+        biases=tuple(
+            dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, needs.biases, strict=True)
+        ),
+        lora_a=tuple(da),
+        lora_b=tuple(db),
+    )
+
+
+def _products(problem: LoraGroupProblem, updates: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Runs of updates that are one product with x: those that have no mask."""
+    runs = problem.runs(updates)
+    return [part for run in runs for part in ([run] if problem.thresholds[run[0]] == 0 else [(i,) for i in run])]
+
+
+def _columns(problem: LoraGroupProblem, updates: tuple[int, ...]) -> slice:
+    """Of neighbours in S."""
+    return slice(problem.columns[updates[0]].start, problem.columns[updates[-1]].stop)
+
+
+def _joined(
+    problem: LoraGroupProblem, inputs: Inputs, updates: tuple[int, ...]
+) -> tuple[LoraLinearProblem, LinearInputs]:
+    """A run as one update, as far as A goes: their ranks under each other."""
+    linear, call = problem.linears[updates[0]], inputs.update(updates[0])
+    if len(updates) == 1:
+        return linear, call
+    lora_a = torch.cat([inputs.lora_a[index] for index in updates])
+    return replace(linear, r=lora_a.shape[0]), call._replace(lora_a=lora_a)
+
+
+def _unmasked(
+    problem: LoraGroupProblem,
+    inputs: Inputs,
+    updates: tuple[int, ...],
+    ds: dict[int, Tensor],
+    needs: Needs,
+    dx: Tensor | None,
+    da: list[Tensor | None],
+) -> Tensor | None:
+    """dX += dS A of a run without masks, where it is asked for, and its dA, each as one product."""
+    joined, call = _joined(problem, inputs, updates)
+    together = ds[updates[0]] if len(updates) == 1 else torch.cat([ds[index] for index in updates], dim=1)
+    if needs.x and dx is None:
+        dx = steps.update_of(joined, together, call.lora_a, 1.0, None)
+    elif dx is not None:
+        steps.add_update(joined, dx, together, call.lora_a, 1.0)
+    asked = [index for index in updates if needs.lora_a[index]]
+    if asked:
+        only_a = LinearNeeds(False, False, True, False, False)
+        found = steps.grad_down(joined, call, together, None, only_a)
+        assert found is not None
+        for index, part in zip(updates, found.split([problem.r[index] for index in updates]), strict=True):
+            if index in asked:
+                # A view of it would keep the others' gradients alive.
+                da[index] = part.clone() if len(updates) > 1 else part
+    return dx
+
+
+def _masked(
+    problem: LoraGroupProblem,
+    inputs: Inputs,
+    updates: tuple[int, ...],
+    ds: dict[int, Tensor],
+    needs: Needs,
+    dx: Tensor | None,
+    da: list[Tensor | None],
+) -> Tensor | None:
+    """dX += drop'(dS A) of updates with masks, summed before it is rounded, and their dA: a draw of each mask."""
+    made = torch.empty(problem.m, problem.k, dtype=problem.dtype, device=problem.device) if needs.x else None
+    narrow = {index: ds[index].to(problem.adapter_dtypes[index]) for index in updates}
+    sums: dict[int, Tensor] = {}
+    for rows in steps.blocks(problem.linears[updates[0]], problem.k):
+        total: Tensor | None = None
+        for index in updates:
+            linear, call = problem.linears[index], inputs.update(index)
+            mask = steps.mask_of_rows(linear, call, rows)
+            assert mask is not None
+            if needs.x:
+                product = narrow[index][rows] @ call.lora_a
+                if total is None:
+                    total = mask.drop(product, problem.wide_dtype, linear.keep_scale)
+                else:
+                    mask.add_dropped(total, product, linear.keep_scale)
+            if needs.lora_a[index]:
+                found = (narrow[index][rows].t() @ steps.dropped(linear, call, rows, mask)).to(problem.wide_dtype)
+                sums[index] = found if index not in sums else sums[index].add_(found)
+        if made is not None and total is not None:
+            made[rows] = total if dx is None else total.add_(dx[rows])
+    for index, total in sums.items():
+        linear = problem.linears[index]
+        da[index] = total.mul_(steps.late_factor(linear)).to(problem.adapter_dtypes[index])
+    return made
+
+
+def _with_bases(
+    problem: LoraGroupProblem, inputs: Inputs, dys: Sequence[Tensor | None], updates: Tensor | None
+) -> Tensor:
+    """The updates' part of dX, and dY_j W_j of all members: each sum is rounded, so the small ones come first."""
+    there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
+    there.sort(key=lambda pair: pair[0].shape[1])
+    dx = updates if updates is not None and _adds_bases_last(problem) else None
+    for dy, weight in there:
+        if dx is None:
+            dx = steps.base_gradient(dy, weight)
+        elif _adds_bases_last(problem):
+            add_product(dx, dy, weight)
+        else:
+            dx.add_(steps.base_gradient(dy, weight))
+    assert dx is not None
+    return dx if updates is None or dx is updates else dx.add_(updates)
+
+
+def _adds_bases_last(problem: LoraGroupProblem) -> bool:
+    return problem.is_uniform and all(map(steps.adds_base_last, problem.linears))
+
+
+IMPLEMENTATION = Implementation("torch", forward, backward)
