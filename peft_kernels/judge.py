@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,14 +72,14 @@ def check_case(operator: Operator, implementation: Implementation, case: Any, de
     return max(_compare(name, draws) for name in draws[0][1])
 
 
-def _twice(operator: Operator, implementation: Implementation, call: Any, dy: Tensor) -> Results:
+def _twice(operator: Operator, implementation: Implementation, call: Any, dy: Any) -> Results:
     """Results of a run, which a second one has to give again, bit for bit, and which leaves its inputs alone."""
-    given = [x for x in (*call, dy) if isinstance(x, Tensor)]
+    given = [x for x in operator.signature.spread((*call, dy)) if isinstance(x, Tensor)]
     before = [x.clone() for x in given]
     with _poisoned():
         first, second = (_run(operator, implementation, call, dy) for _ in range(2))
-    if dy.device.type == "cuda":
-        torch.cuda.synchronize(dy.device)
+    if call[0].device.type == "cuda":
+        torch.cuda.synchronize(call[0].device)
     for old, new in zip(before, given, strict=True):
         testing.assert_bitwise_equal("an input after the call", new, old)
     for name, value in first.items():
@@ -87,38 +87,63 @@ def _twice(operator: Operator, implementation: Implementation, call: Any, dy: Te
     return first
 
 
-def _run(operator: Operator, implementation: Implementation, call: Any, dy: Tensor) -> Results:
-    """y, what a backward pass is given, and all gradients; by the operator's own two functions."""
+def _run(operator: Operator, implementation: Implementation, call: Any, dy: Any) -> Results:
+    """y, or all of several, what a backward pass is given, and all gradients; by the operator's own two functions."""
     problem, needs = operator.make_problem(call), operator.needs(*_there(operator, call))
     with torch.no_grad():
         results = operator.fresh(problem, call, implementation)
         kept = operator.keeps(results, operator.reads(needs))
         gradients = operator.differentiate(problem, call, kept, dy, needs, implementation)
-    named = {name: value for name, value in zip(operator.kept, kept, strict=True) if name != "y"}
+    named = {"y": operator.visible(results)}
+    named |= {name: value for name, value in zip(operator.kept, kept, strict=True) if name != "y"}
     named |= {f"d{name}": value for name, value in zip(needs._fields, gradients, strict=True)}
-    return {"y": results[0], **{name: value for name, value in named.items() if value is not None}}
+    return _each(named)
 
 
-def _there(operator: Operator, call: Any) -> Iterator[bool]:
-    yield from (getattr(call, name) is not None for name in operator.needs._fields)
+def _each(named: Mapping[str, Any]) -> Results:
+    """The tensors that there are by name; of a tuple each by its number."""
+    found = {}
+    for name, value in named.items():
+        leaves = {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        found |= {label: leaf for label, leaf in leaves.items() if leaf is not None}
+    return found
 
 
-def _expected(operator: Operator, family: Family, call: Any, dy: Tensor, ours: Results) -> tuple[Results, Results]:
+def _there(operator: Operator, call: Any) -> Iterator[Any]:
+    for value in (getattr(call, name) for name in operator.needs._fields):
+        yield tuple(each is not None for each in value) if isinstance(value, tuple) else value is not None
+
+
+def _expected(operator: Operator, family: Family, call: Any, dy: Any, ours: Results) -> tuple[Results, Results]:
     """By eager torch in the call's dtypes, and by the torch backend in float64."""
-    names = [name for name in operator.needs._fields if getattr(call, name) is not None]
-    leaves = call._replace(**{name: getattr(call, name).detach().requires_grad_() for name in names})
-    y = family.eager(leaves)
+    differentiable = {name: _leaves(getattr(call, name)) for name in operator.needs._fields}
+    y = family.eager(call._replace(**differentiable))
+    wanted = _each({f"d{name}": value for name, value in differentiable.items()})
     # At y it is dy. Handing dy over would make torch import its compiler, which takes longer than the problems.
-    gradients = torch.autograd.grad((y.double() * dy.double()).sum(), [getattr(leaves, name) for name in names])
+    pairs = zip(y, dy, strict=True) if operator.several else [(y, dy)]
+    loss = torch.stack([(each.double() * incoming.double()).sum() for each, incoming in pairs]).sum()
+    gradients = torch.autograd.grad(loss, list(wanted.values()))
     reference = operator.implementations[-1]
-    oracle = _run(operator, reference, family.exact(call), dy.double())
+    oracle = _run(operator, reference, family.exact(call), _map(Tensor.double, dy))
     # What is kept has no eager form; the torch backend keeps the same in these dtypes, or something else altogether.
     kept = {
         name: value
         for name, value in _run(operator, reference, call, dy).items()
         if name in operator.kept and name in ours and value.shape == ours[name].shape
     }
-    return {"y": y.detach(), **kept, **{f"d{name}": x for name, x in zip(names, gradients, strict=True)}}, oracle
+    found = _each({"y": _map(Tensor.detach, y)})
+    return {**found, **kept, **dict(zip(wanted, gradients, strict=True))}, oracle
+
+
+def _leaves(value: Any) -> Any:
+    return _map(lambda x: x.detach().requires_grad_(), value)
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A tensor, None or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(None if each is None else function(each) for each in value)
+    return None if value is None else function(value)
 
 
 def _compare(name: str, draws: Sequence[tuple[Results, ...]]) -> float:

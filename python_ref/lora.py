@@ -5,13 +5,14 @@
     y  = x W^T + bias + s S B^T
 
 x (..., K), W (N, K), A (r, K), B (N, r), bias (N,), y (..., N); sizes with leading dimensions are flattened to M rows.
-The derivation of ``backward`` is in docs/design/lora.md.
+A group is several such layers on one x, each with a mask of its own. The derivations are in docs/design/lora.md.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,47 @@ def eager(
         branch = branch * noise
     update = F.linear(F.linear(branch, lora_a), lora_b) * scale
     return (result + update).to(result.dtype)
+
+
+class Member(NamedTuple):
+    """A layer of a group: what ``forward`` takes beside x; dropout_mask bool (M, K) or None."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float | Tensor = 1.0
+    bias: Tensor | None = None
+    dropout_mask: Tensor | None = None
+    dropout_p: float = 0.0
+
+
+def group_forward(x: Tensor, members: Sequence[Member]) -> list[Tensor]:
+    """Return y_j (..., N_j) of each member, in the dtype of the arguments."""
+    return [forward(x, *member[:5], **_dropout_of(member))[0] for member in members]
+
+
+def group_backward(
+    dys: Sequence[Tensor | None], x: Tensor, members: Sequence[Member]
+) -> tuple[Tensor, list[Gradients | None]]:
+    """Return the gradient of x of sum over j of sum(dy_j * y_j), and all of each member's; None where its dy is None.
+
+    dX = [dY_1 | dY_2 | ...] [W_1; W_2; ...] + sum over j of drop'_j(dS_j A_j): the layers have x alone in common.
+    """
+    found = [
+        None if dy is None else backward(dy, x, *member[:4], **_dropout_of(member))
+        for dy, member in zip(dys, members, strict=True)
+    ]
+    there = [gradients.x for gradients in found if gradients is not None]
+    return (torch.stack(there).sum(0) if there else torch.zeros_like(x)), found
+
+
+def eager_group(x: Tensor, members: Sequence[Member]) -> list[Tensor]:
+    """What PEFT's layers compute one after another in the arguments' own dtypes; autograd adds the gradients of x."""
+    return [eager(x, *member[:5], **_dropout_of(member)) for member in members]
+
+
+def _dropout_of(member: Member) -> dict[str, Any]:
+    return {"dropout_mask": member.dropout_mask, "dropout_p": member.dropout_p}
 
 
 def dropout_mask(seed: int, rows: int, cols: int, p: float) -> Tensor:

@@ -31,21 +31,24 @@ Map, bottom to top:
     linear/                the operator `lora_linear`
         problem.py         the arguments of a call, the facts that backends decide on, every check
         torch_impl.py      the torch backend
+        torch_steps.py     its products, one by one, which the group's has too
         mask_choice.py     who computes its masks: on a GPU a kernel that is right there
         native.py          the same by torch's operators, recorded one by one, where a call is tiny
         composite.py       the same by torch's differentiable operations, where torch must see inside
         triton_impl.py     what Triton can run, and the order of its launches
         cuda_impl.py       what the CUDA kernels can run, in the order in which they are tried
         op.py              the public function, and the declaration that makes it an operator
+    group/                 the operator `lora_group`: several frozen weights that share x, in the same files
     qualification.py       the problems by which a machine checks the kernels
     module.py              FusedLoRALinear
     base_layer.py          which linear layers it can wrap, and what of torch's cannot hold it
     injection.py           `inject_lora`
 """
 
+from peft_kernels.lora.group.op import Member, lora_group
 from peft_kernels.lora.injection import inject_lora
 from peft_kernels.lora.linear.mask_choice import lora_linear_dropout_mask
 from peft_kernels.lora.linear.op import lora_linear
 from peft_kernels.lora.module import FusedLoRALinear
 
-__all__ = ["FusedLoRALinear", "inject_lora", "lora_linear", "lora_linear_dropout_mask"]
+__all__ = ["FusedLoRALinear", "Member", "inject_lora", "lora_group", "lora_linear", "lora_linear_dropout_mask"]

@@ -1,4 +1,4 @@
-"""The problems by which a machine checks `lora_linear`'s kernels, and eager torch beside them.
+"""The problems by which a machine checks the kernels of `lora_linear` and `lora_group`, and eager torch beside them.
 
 A part is the dtypes, the block that the rank falls into, and whether there is dropout. Of its problems the tall one
 has more blocks of rows than there are multiprocessors, and rows that vectors can read; nothing of the ragged one is a
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from peft_kernels._core.device import Hardware
 from peft_kernels._core.qualification import PAIRS, Draw, Family, Qualification, block_of, double, dtype_name, dtypes_of
+from peft_kernels.lora.group.problem import NAME as GROUP_NAME
+from peft_kernels.lora.group.problem import Inputs as GroupInputs
+from peft_kernels.lora.group.problem import LoraGroupProblem
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.linear.problem import NAME, Inputs, LoraLinearProblem
 
@@ -61,12 +64,12 @@ def _make(case: Case, device: torch.device, seed: int) -> tuple[Inputs, Tensor]:
     return call, draw.normal(case.dtype, case.m, case.n)
 
 
-def _eager(call: Inputs) -> Tensor:
+def _eager(call: Inputs, lane: int = 0) -> Tensor:
     """What PEFT's layer computes, with the mask of this package: x in the adapters' dtype, and the sum in the wider."""
     x = call.x.to(call.lora_a.dtype)
     if call.seed is not None:
         limit = dropout.threshold(call.dropout_p)
-        keep = dropout.keep_mask(call.seed, x.shape[0], x.shape[1], limit)
+        keep = dropout.keep_mask(call.seed, x.shape[0], x.shape[1], limit, lane)
         # nn.Dropout rounds the factor to the dtype before it multiplies.
         x = x * keep.to(x.dtype).mul_(dropout.keep_scale(limit))
     result = F.linear(call.x, call.weight, call.bias)
@@ -176,3 +179,85 @@ def cuda(kernel_of: Callable[[LoraLinearProblem], str]) -> Qualification:
     return Qualification(
         FAMILY, tuple(_CUDA), touched, _cuda_cases, quick=("decode bfloat16", "gemm bfloat16 r16"), alone=True
     )
+
+
+@dataclass(frozen=True)
+class GroupCase:
+    """One problem of several members, each with an update of rank ``r``; ``is_plain`` as ``Case`` has it."""
+
+    m: int
+    n: tuple[int, ...]
+    k: int
+    r: tuple[int, ...]
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    p: float = 0.0
+    is_plain: bool = False
+
+    def __str__(self) -> str:
+        dtypes, sizes = dtype_name(self.dtype, self.adapter_dtype), "+".join(map(str, self.n))
+        ranks = "+".join(map(str, self.r))
+        return f"{self.m}x({sizes})x{self.k} r{ranks} {dtypes}{f' p{self.p}' * (self.p > 0)}"
+
+
+def _make_group(case: GroupCase, device: torch.device, seed: int) -> tuple[GroupInputs, tuple[Tensor, ...]]:
+    draw, (dtype, adapter), k = Draw(device, seed), (case.dtype, case.adapter_dtype), case.k
+    call = GroupInputs(
+        x=draw.normal(dtype, case.m, k),
+        weights=tuple(draw.normal(dtype, n, k, std=k**-0.5) for n in case.n),
+        biases=tuple(None if case.is_plain or j == 1 else draw.normal(dtype, n) for j, n in enumerate(case.n)),
+        lora_a=tuple(draw.normal(adapter, r, k, std=k**-0.5) for r in case.r),
+        lora_b=tuple(draw.normal(adapter, n, r, std=r**-0.5) for n, r in zip(case.n, case.r, strict=True)),
+        scales=tuple(0.75 if case.is_plain else torch.tensor(0.5 + j, device=device) for j in range(len(case.n))),
+        members=tuple(range(len(case.n))),
+        dropout_p=(case.p,) * len(case.n),
+        lanes=tuple(range(len(case.n))),
+        seed=dropout.as_seed(_SEED + seed, device) if case.p else None,
+    )
+    return call, tuple(draw.normal(dtype, case.m, n) for n in case.n)
+
+
+def _eager_group(call: GroupInputs) -> tuple[Tensor, ...]:
+    return tuple(_eager(call.update(j), call.lanes[j]) for j in range(len(call.weights)))
+
+
+_GROUP_RANKS = {
+    "16": ((8, 8), (5, 6)),
+    "32": ((16, 16), (11, 16)),
+    "64": ((16, 16, 16), (33, 5, 21)),
+    "more": ((64, 64), (130, 3, 40)),
+}
+_GROUPS = {
+    f"{pair} r{block}{' dropout' * has_dropout}": (pair, block, has_dropout)
+    for pair in PAIRS
+    for block in _GROUP_RANKS
+    for has_dropout in (False, True)
+}
+
+
+def _group_touched(problem: LoraGroupProblem) -> tuple[str, ...]:
+    """A part for each dtype of factors, and for updates with masks and without."""
+    block = block_of(sum(problem.r), _BLOCKS)
+    kinds = dict.fromkeys(zip(problem.adapter_dtypes, map(bool, problem.thresholds), strict=True))
+    return tuple(
+        f"{dtype_name(problem.dtype, adapter)} r{block}{' dropout' * has_dropout}" for adapter, has_dropout in kinds
+    )
+
+
+def _group_cases(part: str, hardware: Hardware) -> Sequence[GroupCase]:
+    pair, block, has_dropout = _GROUPS[part]
+    (dtype, adapter), (whole, some), p = dtypes_of(pair), _GROUP_RANKS[block], _P * has_dropout
+    sizes = (136, 72, 264)
+    return (
+        GroupCase(64 * hardware.sm_count + 12, sizes[: len(whole)], 136, whole, dtype, adapter, p),
+        GroupCase(45, (151, 33, 70)[: len(some)], 603, some, dtype, adapter, p, is_plain=True),
+    )
+
+
+GROUP = Qualification(
+    Family(GROUP_NAME, _make_group, _eager_group, double),
+    tuple(_GROUPS),
+    _group_touched,
+    _group_cases,
+    quick=("bfloat16 r64", "bfloat16 r64 dropout"),
+)

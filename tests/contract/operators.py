@@ -203,9 +203,9 @@ def double(tensors: Tensors) -> Tensors:
 
 @cache
 def discover() -> tuple[Operator, ...]:
-    """Import the families' ``cases.py`` and collect their records."""
-    tests = Path(__file__).parent.parent
-    modules = [importlib.import_module(f"tests.{path.parent.name}.cases") for path in sorted(tests.glob("*/cases.py"))]
+    """Import the families' ``cases.py``, and ``<operator>_cases.py`` of their further ones, and collect the records."""
+    paths = sorted(Path(__file__).parent.parent.glob("*/*cases.py"))
+    modules = [importlib.import_module(f"tests.{path.parent.name}.{path.stem}") for path in paths]
     return tuple(value for module in modules for value in vars(module).values() if isinstance(value, Operator))
 
 

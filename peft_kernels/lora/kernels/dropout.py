@@ -37,6 +37,14 @@ class Dropout(NamedTuple):
     seed: Tensor | None
     threshold: int
     keep_scale: float
+    lane: int = 0
+
+
+class Lanes(NamedTuple):
+    """Lanes."""
+
+    ranks: tuple[int, ...]
+    numbers: tuple[int, ...]
 
 
 NO_DROPOUT = Dropout(seed=None, threshold=0, keep_scale=1.0)
@@ -112,7 +120,7 @@ def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) ->
     return halves.to(torch.int32).neg_().add_(limit - 1 - LEVELS // 2).bitwise_right_shift_(31)[:, :cols]
 
 
-def keep_mask(seed: Tensor, rows: int, cols: int, limit: int) -> Tensor:
+def keep_mask(seed: Tensor, rows: int, cols: int, limit: int, lane: int = 0) -> Tensor:
     """The same mask as bool, of a whole matrix, with nothing written in place: for vmap and dispatch modes."""
     row = torch.arange(rows, dtype=torch.int64, device=seed.device)[:, None]
     col = torch.arange(-(-cols // DECISIONS_PER_CALL), dtype=torch.int64, device=seed.device)
