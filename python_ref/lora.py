@@ -157,19 +157,20 @@ def _dropout_of(member: Member) -> dict[str, Any]:
     return {"dropout_mask": member.dropout_mask, "dropout_p": member.dropout_p}
 
 
-def dropout_mask(seed: int, rows: int, cols: int, p: float) -> Tensor:
-    """The keep-mask of a seed, bool (rows, cols), one element after another in Python integers.
+def dropout_mask(seed: int, rows: int, cols: int, p: float, lane: int = 0) -> Tensor:
+    """The keep-mask of a seed and a lane, bool (rows, cols), one element after another in Python integers.
 
-    Philox4x32 with 7 rounds (Salmon et al., SC'11): key = seed, counter = (column // 8, row low, row high, 0); column c
-    takes the 16-bit half c % 8 of the output words, low half first, and is kept when that half reaches the threshold.
+    Philox4x32 with 7 rounds (Salmon et al., SC'11): key = seed, counter = (column // 8, row low, row high, lane);
+    column c takes the 16-bit half c % 8 of the output words, low half first, and is kept when that half reaches the
+    threshold.
     """
     limit = _threshold(p)
     mask = torch.empty(rows, cols, dtype=torch.bool)
     for row in range(rows):
         for group in range((cols + 7) // 8):
-            words = _philox((group, row & _WORD, row >> 32, 0), seed % 2**64)
-            for lane in range(min(8, cols - 8 * group)):
-                mask[row, 8 * group + lane] = (words[lane // 2] >> (16 * (lane % 2))) & 0xFFFF >= limit
+            words = _philox((group, row & _WORD, row >> 32, lane), seed % 2**64)
+            for half in range(min(8, cols - 8 * group)):
+                mask[row, 8 * group + half] = (words[half // 2] >> (16 * (half % 2))) & 0xFFFF >= limit
     return mask
 
 

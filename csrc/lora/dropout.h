@@ -2,7 +2,7 @@
 // Plain C++ for host and device, so that a host compiler alone can test it.
 //
 // Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), key = the seed's 64
-// bits, counter = (column / 8, row low, row high, 0). One call decides on 8 columns: column c takes the 16-bit half
+// bits, counter = (column / 8, row low, row high, lane). One call decides on 8 columns: column c takes the 16-bit half
 // c % 8 of the four output words, low half first, and is kept when that half is at least the threshold.
 #pragma once
 
@@ -41,11 +41,11 @@ PEFT_KERNELS_HOST_DEVICE Words philox4x32(Words counter, uint32_t key_0, uint32_
   return counter;
 }
 
-// The draws for columns 8 * group ... 8 * group + 7 of a row.
-PEFT_KERNELS_HOST_DEVICE Words draw(int64_t seed, int64_t row, uint32_t group) {
+// The draws for columns 8 * group ... 8 * group + 7 of a row. Another lane of the same seed is another mask.
+PEFT_KERNELS_HOST_DEVICE Words draw(int64_t seed, int64_t row, uint32_t group, uint32_t lane = 0) {
   const uint64_t key = static_cast<uint64_t>(seed);
   const uint64_t index = static_cast<uint64_t>(row);
-  return philox4x32({{group, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), 0u}},
+  return philox4x32({{group, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), lane}},
                     static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
 }
 

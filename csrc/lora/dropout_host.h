@@ -28,13 +28,14 @@ constexpr auto names_of(Level) {
 // What this processor and this binary have of it, the best last.
 bool has_level(Level level);
 
-// Rows first_row ... first_row + rows - 1 of the mask that a seed gives.
+// Rows first_row ... first_row + rows - 1 of the mask that a seed gives a lane.
 struct Mask {
   const int64_t* seed;
   int64_t first_row;
   int64_t rows;
   int64_t cols;
   uint32_t threshold;  // a 16-bit draw below it drops its element
+  uint32_t lane;       // the recipe's
   int threads;         // at most so many
   Level level;
 };
@@ -78,6 +79,7 @@ void fields(Take& take, Mask& mask) {
   take("rows", mask.rows);
   take("cols", mask.cols);
   take("threshold", mask.threshold);
+  take("lane", mask.lane);
   take("threads", mask.threads);
   take("level", mask.level);
 }

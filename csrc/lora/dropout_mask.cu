@@ -1,5 +1,5 @@
 // What      the keep-mask of the low-rank branch's dropout, written out
-// Equation  mask[i, col] = half(philox(seed; col / 8, first_row + i), col % 8) >= threshold   (recipe: dropout.h)
+// Equation  mask[i, col] = half(philox(seed; col / 8, first_row + i, lane), col % 8) >= threshold   (recipe: dropout.h)
 // Tensors   mask (rows, cols) uint8, contiguous, any alignment; seed 0-d int64
 // Tiles     a thread owns 8 columns of a row; a block 256 columns of 8 rows, then walks down the rows
 // Bound     one write of the mask: rows * cols bytes
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) dropout_mask_kernel(const DropoutMas
   const int64_t seed = *params.seed;
   const int64_t row_step = static_cast<int64_t>(gridDim.y) * kBlockRows;
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * kBlockRows + threadIdx.y; row < params.rows; row += row_step) {
-    const Words draws = draw(seed, params.first_row + row, static_cast<uint32_t>(group));
+    const Words draws = draw(seed, params.first_row + row, static_cast<uint32_t>(group), params.lane);
     uint8_t* gMask = params.mask + row * params.cols + first_col;
     if constexpr (kAligned) {
       uint64_t packed = 0;

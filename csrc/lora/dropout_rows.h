@@ -15,11 +15,12 @@ constexpr int kBlock = kBlockGroups * kDecisionsPerCall;
 
 // As `draw`, for all groups of a block. A product of 32-bit words fills 64 bits and reads their lower halves alone, so
 // the words stay in 64-bit lanes whose upper halves are nobody's.
-PEFT_KERNELS_TARGET PEFT_KERNELS_INLINE void draw_block(int64_t seed, int64_t row, uint32_t first, uint16_t* halves) {
+PEFT_KERNELS_TARGET PEFT_KERNELS_INLINE void draw_block(
+    int64_t seed, int64_t row, uint32_t first, uint32_t lane, uint16_t* halves) {
   const uint64_t key = static_cast<uint64_t>(seed), index = static_cast<uint64_t>(row);
   const Lanes multiplier_0 = all(kMultiplier0), multiplier_1 = all(kMultiplier1);
   for (int i = 0; i < kBlockGroups; i += PEFT_KERNELS_LANES) {
-    Lanes c0 = groups_from(first + static_cast<uint32_t>(i)), c1 = all(index), c2 = all(index >> 32), c3 = all(0);
+    Lanes c0 = groups_from(first + static_cast<uint32_t>(i)), c1 = all(index), c2 = all(index >> 32), c3 = all(lane);
     uint32_t key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
       const Lanes product_0 = multiplied(c0, multiplier_0), product_1 = multiplied(c2, multiplier_1);
@@ -36,9 +37,10 @@ PEFT_KERNELS_TARGET PEFT_KERNELS_INLINE void draw_block(int64_t seed, int64_t ro
 
 #else
 
-PEFT_KERNELS_TARGET PEFT_KERNELS_INLINE void draw_block(int64_t seed, int64_t row, uint32_t first, uint16_t* halves) {
+PEFT_KERNELS_TARGET PEFT_KERNELS_INLINE void draw_block(
+    int64_t seed, int64_t row, uint32_t first, uint32_t lane, uint16_t* halves) {
   for (int i = 0; i < kBlockGroups; ++i) {
-    const Words words = draw(seed, row, first + static_cast<uint32_t>(i));
+    const Words words = draw(seed, row, first + static_cast<uint32_t>(i), lane);
     for (int j = 0; j < kDecisionsPerCall; ++j) {
       halves[i * kDecisionsPerCall + j] = static_cast<uint16_t>(words.word[j / 2] >> (16 * (j % 2)));
     }
@@ -146,7 +148,8 @@ PEFT_KERNELS_TARGET void walk(const Mask& mask, int64_t first, int64_t last, con
     const auto action = action_of.row(row);
     for (int64_t col = 0; col < mask.cols; col += kBlock) {
       if (mask.threshold > 0) {
-        draw_block(*mask.seed, mask.first_row + row, static_cast<uint32_t>(col / kDecisionsPerCall), halves);
+        const uint32_t group = static_cast<uint32_t>(col / kDecisionsPerCall);
+        draw_block(*mask.seed, mask.first_row + row, group, mask.lane, halves);
       }
       if (mask.cols - col >= kBlock) {
         action.columns(halves, mask.threshold, col, kBlock);

@@ -31,6 +31,7 @@ struct DropoutMaskParams {
   int64_t rows;
   int64_t cols;
   uint32_t threshold;  // a 16-bit draw below it drops its element
+  uint32_t lane;       // the recipe's
 };
 
 template <typename Take>
@@ -41,6 +42,7 @@ void fields(Take& take, DropoutMaskParams& params) {
   take("rows", params.rows);
   take("cols", params.cols);
   take("threshold", params.threshold);
+  take("lane", params.lane);
 }
 
 void dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);

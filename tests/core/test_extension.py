@@ -80,7 +80,7 @@ def test_launch_without_a_device_says_so(built: ModuleType) -> None:
     if reason is None:
         pytest.skip("there is a CUDA device")
     with pytest.raises(RuntimeError, match="launch of lora_linear's dropout_mask failed: cudaError") as error:
-        built.lora.dropout_mask(mask=8, seed=8, first_row=0, rows=1, cols=1, threshold=0, stream=0)
+        built.lora.dropout_mask(mask=8, seed=8, first_row=0, rows=1, cols=1, threshold=0, lane=0, stream=0)
     assert reason in str(error.value)
 
 
@@ -95,14 +95,15 @@ def test_launch_without_a_device_says_so(built: ModuleType) -> None:
     ],
 )
 def test_bad_arguments(built: ModuleType, wrong: dict[str, int], message: str) -> None:
-    arguments = {"mask": 8, "seed": 8, "first_row": 0, "rows": 4, "cols": 8, "threshold": 0, "stream": 0, **wrong}
+    arguments = {"mask": 8, "seed": 8, "first_row": 0, "rows": 4, "cols": 8, "threshold": 0}
+    arguments |= {"lane": 0, "stream": 0, **wrong}
     with pytest.raises(ValueError, match=message):
         built.lora.dropout_mask(**arguments)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 8), (4, 0)])
 def test_empty_launches_nothing(built: ModuleType, rows: int, cols: int) -> None:
-    built.lora.dropout_mask(mask=0, seed=0, first_row=0, rows=rows, cols=cols, threshold=0, stream=0)
+    built.lora.dropout_mask(mask=0, seed=0, first_row=0, rows=rows, cols=cols, threshold=0, lane=0, stream=0)
 
 
 DECODE = {

@@ -18,15 +18,16 @@ PROGRAM = """
 
 #include "lora/dropout.h"
 
-// Arguments: seed, first row, rows, cols, threshold. Prints a row of 0 and 1 a line.
+// Arguments: seed, first row, rows, cols, threshold, lane. Prints a row of 0 and 1 a line.
 int main(int, char** argv) {
   using namespace peft_kernels::lora;
   const int64_t seed = std::atoll(argv[1]), first = std::atoll(argv[2]), rows = std::atoll(argv[3]);
   const int64_t cols = std::atoll(argv[4]);
   const uint32_t threshold = static_cast<uint32_t>(std::atoll(argv[5]));
+  const uint32_t lane = static_cast<uint32_t>(std::atoll(argv[6]));
   for (int64_t row = first; row < first + rows; ++row) {
     for (int64_t col = 0; col < cols; ++col) {
-      const Words draws = draw(seed, row, static_cast<uint32_t>(col / kDecisionsPerCall));
+      const Words draws = draw(seed, row, static_cast<uint32_t>(col / kDecisionsPerCall), lane);
       std::putchar(keep(draws, static_cast<int>(col % kDecisionsPerCall), threshold) ? '1' : '0');
     }
     std::putchar('\\n');
@@ -42,15 +43,17 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 20240229])
 @pytest.mark.parametrize("first", [0, 2**32 - 2])
-def test_mask(program: Path, seed: int, first: int) -> None:
+@pytest.mark.parametrize("lane", [0, 5, 2**32 - 1])
+def test_mask(program: Path, seed: int, first: int, lane: int) -> None:
     """Rows on both sides of 2^32, where the counter's high word sets in."""
     rows, cols, p = 4, 21, 0.3
-    arguments = [str(number) for number in (seed, first, rows, cols, dropout.threshold(p))]
+    limit = dropout.threshold(p)
+    arguments = [str(number) for number in (seed, first, rows, cols, limit, lane)]
     printed = subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
     got = torch.tensor([[char == "1" for char in line] for line in printed.splitlines()])
-    assert torch.equal(got, dropout.keep_bits(torch.tensor(seed), first, rows, cols, dropout.threshold(p)) != 0)
+    assert torch.equal(got, dropout.keep_bits(torch.tensor(seed), first, rows, cols, limit, lane) != 0)
     if first == 0:
-        assert torch.equal(got, oracle.dropout_mask(seed, rows, cols, p))
+        assert torch.equal(got, oracle.dropout_mask(seed, rows, cols, p, lane))
 
 
 # Every function at every level on memory that ends where its tensors end; values are of no interest.
@@ -70,7 +73,7 @@ int main(int, char** argv) {
     if (!has_level(level.value)) {
       continue;
     }
-    const Mask mask{&seed, 7, rows, cols, 30000, threads, level.value};
+    const Mask mask{&seed, 7, rows, cols, 30000, 3, threads, level.value};
     std::vector<uint8_t> kept(rows * cols);
     keep({mask, kept.data()});
     for (const Element from : elements) {

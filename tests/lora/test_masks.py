@@ -19,10 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import peft_kernels as pk
 from peft_kernels._core import cuda_tools, dispatch, extension
 from peft_kernels._core.triton_tools import why_not_installed
-from peft_kernels.lora.kernels import dropout, masks
+from peft_kernels.lora.kernels import cuda_gemm, cuda_reduce, dropout, masks
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear import mask_choice, torch_impl
 from peft_kernels.lora.qualification import MASKS
+from python_ref import lora as oracle
 from tests.compiled import host_extension
 from tests.lora.cases import GRID, OPERATOR, Case
 
@@ -32,10 +33,11 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 PAIRS = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (FP64, FP64), (BF16, FP32), (FP16, FP32)]
 LIMITS = [1, dropout.threshold(0.1), 32768, 65535]
 WIDTHS = [1, 7, 8, 9, 511, 512, 513, 1000]
+LANES = [0, 1, 5, 2**32 - 1]
 
 
-def part_of(rows: int, cols: int, limit: int = 20000, seed: int = 5, first_row: int = 0) -> Rows:
-    return Rows(torch.tensor(seed), first_row, rows, cols, limit)
+def part_of(rows: int, cols: int, limit: int = 20000, seed: int = 5, first_row: int = 0, lane: int = 0) -> Rows:
+    return Rows(torch.tensor(seed), first_row, rows, cols, limit, lane)
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
@@ -57,9 +59,11 @@ def interpreted() -> type[masks.Mask]:
 def byte_mask(monkeypatch: pytest.MonkeyPatch) -> type[masks.Mask]:
     """With a launch that writes the CPU's memory by torch's recipe."""
 
-    def launch(mask: int, seed: int, first_row: int, rows: int, cols: int, threshold: int, stream: int) -> None:
+    def launch(
+        mask: int, seed: int, first_row: int, rows: int, cols: int, threshold: int, lane: int, stream: int
+    ) -> None:
         value = torch.tensor(ctypes.c_int64.from_address(seed).value)
-        kept = dropout.keep_bits(value, first_row, rows, cols, threshold) != 0
+        kept = dropout.keep_bits(value, first_row, rows, cols, threshold, lane) != 0
         ctypes.memmove(mask, kept.data_ptr(), kept.numel())
 
     @contextlib.contextmanager
@@ -99,11 +103,11 @@ def added(out: Tensor, product: Tensor, kept: Tensor, factor: float) -> Tensor:
 @pytest.mark.parametrize("first_row", [0, 2**32 - 2])
 def test_compiled_mask_is_the_recipe_s(level: str, seed: int, first_row: int) -> None:
     """Rows on both sides of 2^32, where the counter's high word sets in."""
-    for cols, limit in itertools.product(WIDTHS, LIMITS):
-        part = part_of(4, cols, limit, seed, first_row)
-        assert torch.equal(masks.HostMask(part).keep(), dropout.keep_bits(*part) != 0), (cols, limit)
+    for cols, limit, lane in itertools.product(WIDTHS, LIMITS, LANES):
+        part = part_of(4, cols, limit, seed, first_row, lane)
+        assert torch.equal(masks.HostMask(part).keep(), dropout.keep_bits(*part) != 0), (cols, limit, lane)
         if first_row == 0:
-            assert torch.equal(masks.HostMask(part).keep(), dropout.keep_mask(part.seed, 4, cols, limit))
+            assert torch.equal(masks.HostMask(part).keep(), dropout.keep_mask(part.seed, 4, cols, limit, lane))
 
 
 LAYOUTS = {
@@ -190,8 +194,15 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_arguments_are_refused(wrong: dict[str, Any], message: str) -> None:
-    given = {"seed": 8, "first_row": 0, "rows": 4, "cols": 8, "threshold": 3, "threads": 1, "level": "portable"}
-    given |= {"x": (64, 8), "out": (64, 8), "factor": 1.0, "dtype": "float32", "out_dtype": "float32"}
+    given = {"seed": 8, "first_row": 0, "rows": 4, "cols": 8, "threshold": 3, "lane": 0, "threads": 1}
+    given |= {
+        "level": "portable",
+        "x": (64, 8),
+        "out": (64, 8),
+        "factor": 1.0,
+        "dtype": "float32",
+        "out_dtype": "float32",
+    }
     with pytest.raises(ValueError, match=message):
         host_extension().lora.host_drop(**given | wrong)
 
@@ -236,6 +247,74 @@ def test_written_mask_is_torch_s(byte_mask: type[masks.Mask], dtype: torch.dtype
         made(part).add_dropped(total, drawn(5, 13, out_dtype, seed=2), factor)
     assert_same(*totals)
     assert torch.equal(byte_mask(part).keep(), dropout.keep_bits(*part) != 0)
+
+
+@pytest.fixture(params=["HostMask", "TritonMask", "TorchMask", "ByteMask"])
+def made(request: pytest.FixtureRequest) -> type[masks.Mask]:
+    """Each provider."""
+    if request.param == "HostMask":
+        host_extension()
+    if request.param == "TritonMask":
+        interpreted()
+    kind: type[masks.Mask] = getattr(masks, request.param)
+    return request.getfixturevalue("byte_mask") if request.param == "ByteMask" else kind
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_every_provider_has_the_lane_s_mask(made: type[masks.Mask], lane: int) -> None:
+    """In each of its functions; and without the lane in its counter it would have another."""
+    part, p = part_of(4, 21, dropout.threshold(0.3), lane=lane), 0.3
+    expected, ones = oracle.dropout_mask(5, 4, 21, p, lane), torch.ones(4, 21)
+    total = torch.zeros(4, 21)
+    made(part).add_dropped(total, ones.clone(), 2.0)
+    assert torch.equal(made(part).keep(), expected)
+    assert torch.equal(made(part).drop(ones, FP32, 3.0), 3.0 * expected)
+    assert torch.equal(total, 2.0 * expected)
+    assert torch.equal(made(part._replace(lane=0)).keep(), expected) == (lane == 0)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_published_mask_is_the_lane_s(lane: int) -> None:
+    expected = oracle.dropout_mask(5, 4, 21, 0.3, lane)
+    assert torch.equal(pk.lora_linear_dropout_mask(5, 4, 21, 0.3, lane=lane), expected)
+    assert torch.equal(dropout.keep_mask(torch.tensor(5), 4, 21, dropout.threshold(0.3), lane), expected)
+
+
+def test_lane_0_has_the_bits_that_there_were_before_lanes(made: type[masks.Mask]) -> None:
+    """Seeds that users have kept give the masks that they gave."""
+    limit, seed = dropout.threshold(0.1), 20240229
+    for part, rows in (
+        (part_of(4, 40, limit, seed), ("9dbbd5bfff", "def7f6fe7f", "fdfdfefe6f", "fe3ff7f7df")),
+        (part_of(4, 40, 32768, seed, 2**32 - 2), ("00016c7034", "8bfd26452f", "8bd1bd934b", "30a96a4ef2")),
+    ):
+        got = ["".join("01"[kept] for kept in row) for row in made(part).keep().tolist()]
+        assert [f"{int(row, 2):010x}" for row in got] == list(rows)
+
+
+def test_lanes_are_uncorrelated() -> None:
+    """Within five standard deviations, 1 / sqrt(draws) each: beyond them is one of two million pairs."""
+    numbers = (*range(8), 2**31, 2**32 - 1)
+    keep = [masks.TorchMask(part_of(512, 1024, 32768, lane=lane)).keep().double() * 2 - 1 for lane in numbers]
+    for a, b in itertools.combinations(keep, 2):
+        assert abs(float((a * b).mean())) < 5 / a.numel() ** 0.5
+
+
+@pytest.mark.parametrize("lane", [-1, 2**32, 1.0, True, "1", None, torch.tensor(1)], ids=repr)
+def test_a_lane_that_is_none_is_refused(lane: Any) -> None:
+    with pytest.raises(ValueError, match=r"lane must be an int in 0 \.\.\. 2\^32 - 1, got "):
+        pk.lora_linear_dropout_mask(5, 4, 21, 0.3, lane=lane)
+
+
+def test_kernels_without_lanes_refuse_them() -> None:
+    """Instead of lane 0's mask."""
+    x, drop = torch.ones(8, 8, dtype=BF16), dropout.Dropout(torch.tensor(5), 20000, dropout.keep_scale(20000), lane=3)
+    for launch in (
+        lambda: cuda_gemm.forward(x, x, x, x, 1.0, None, drop),
+        lambda: cuda_gemm.input_gradient(x, x, x, x, 1.0, drop),
+        lambda: cuda_reduce.reduce_rows(None, cuda_reduce.OverX(x, x.float(), drop), 8, BF16),
+    ):
+        with pytest.raises(ValueError, match="draws the mask of lane 0 alone, got lane 3"):
+            launch()
 
 
 @pytest.mark.parametrize(
@@ -352,17 +431,9 @@ BY_TORCH = [case for case in GRID if case.p and case.m == 37]
 
 
 @pytest.mark.parametrize("rows", [7, 1 << 20])
-@pytest.mark.parametrize("name", ["HostMask", "TritonMask", "TorchMask", "ByteMask"])
 @pytest.mark.parametrize("case", BY_TORCH, ids=str)
-def test_torch_backend_by_each(
-    case: Case, name: str, rows: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_backend_by_each(case: Case, made: type[masks.Mask], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error budget, in one block of rows and in several."""
-    if name == "HostMask":
-        host_extension()
-    made = request.getfixturevalue("byte_mask") if name == "ByteMask" else getattr(masks, name)
-    if name == "TritonMask":
-        interpreted()
     monkeypatch.setattr(mask_choice, "provider", lambda device: made)
     monkeypatch.setattr(torch_impl, "torch_rows_per_block", lambda width, device_type: rows)
     OPERATOR.check_budget(case, torch.device("cpu"), functools.partial(OPERATOR.run_ours, variant="torch"))

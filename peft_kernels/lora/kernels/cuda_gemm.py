@@ -17,7 +17,7 @@ from peft_kernels._core.cuda_tools import address, dtype_name, strided
 from peft_kernels._core.device import hardware
 from peft_kernels._core.tma import readable
 from peft_kernels.lora.kernels import cuda_workspace
-from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
+from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout, require_lane_0
 
 ARCH = 90
 MAX_SIZE = 2**31 - 1024  # TMA's coordinates are 32-bit, and tiles reach past the end
@@ -68,6 +68,7 @@ def _launch(
     backward: bool,
 ) -> tuple[Tensor, Tensor]:
     """One product as GemmParams in csrc/lora/params.h describes it."""
+    require_lane_0(dropout)
     kernels, device = extension.load().lora, x.device
     m, k = x.shape
     n, r = (up.shape[1], up.shape[0]) if backward else up.shape

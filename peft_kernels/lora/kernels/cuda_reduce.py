@@ -19,7 +19,7 @@ from peft_kernels._core.cuda_tools import address, dtype_name, strided
 from peft_kernels._core.device import hardware
 from peft_kernels._core.tma import readable
 from peft_kernels.lora.kernels import cuda_workspace
-from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout
+from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout, require_lane_0
 
 MINIMUM_ARCH = 80
 TILE_COLUMNS = 256  # csrc/lora/reduce_config.h: dS comes in a part for each of these of dY
@@ -71,9 +71,10 @@ def reduce_rows(over_dy: OverDy | None, over_x: OverX | None, r: int, adapter_dt
     some = dy if x is None else x
     if some is None:
         return Sums(None, None, None, None)
+    ds, dropout = (None, NO_DROPOUT) if over_x is None else over_x[1:]
+    require_lane_0(dropout)
     kernels, m, device = extension.load().lora, some.shape[0], some.device
     scale, s, lora_b, asks_dbias = (0.0, None, None, False) if over_dy is None else over_dy[1:]
-    ds, dropout = (None, NO_DROPOUT) if over_x is None else over_x[1:]
     n, k = 0 if dy is None else dy.shape[1], 0 if x is None else x.shape[1]
     scale_tensor, scale_value = cuda_tools.float32_scale(scale)
     sm_count = hardware(device).sm_count

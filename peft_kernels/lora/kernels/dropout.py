@@ -1,8 +1,11 @@
 """Which elements of x the low-rank branch drops: one recipe, the same bits on torch, Triton and CUDA.
 
 Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), key = the 64-bit seed,
-counter = (column // 8, row low, row high, 0). One call decides on 8 columns: column c takes the 16-bit half c % 8 of
+counter = (column // 8, row low, row high, lane). One call decides on 8 columns: column c takes the 16-bit half c % 8 of
 the four output words, low half first, and is kept when that half is at least ``threshold``.
+
+A lane is a part of a call's low-rank updates that has a mask of its own. Its number, a 32-bit unsigned word, is all
+that tells its mask from the other lanes' under the call's one seed; a single layer is lane 0.
 
 Ten rounds are the usual margin. Seven are enough for the statistical tests of BigCrush (its authors' library Random123
 documents so), which ask for more than independent decisions do, and the rounds are what dropout costs a kernel.
@@ -32,7 +35,7 @@ _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Dropout(NamedTuple):
-    """Seed of a mask (0-d int64; None: nothing is dropped), and what ``threshold`` and ``keep_scale`` return."""
+    """Seed (0-d int64; None: nothing is dropped), what ``threshold`` and ``keep_scale`` return, and the mask's lane."""
 
     seed: Tensor | None
     threshold: int
@@ -52,7 +55,7 @@ NO_DROPOUT = Dropout(seed=None, threshold=0, keep_scale=1.0)
 
 class Rows(NamedTuple):
     """Which part of a mask: ``rows`` rows from ``first_row`` on, all ``cols`` columns; ``limit`` as ``threshold`` gives
-    it, ``seed`` 0-d int64.
+    it, ``seed`` 0-d int64, ``lane`` as ``as_lane`` returns it.
     """
 
     seed: Tensor
@@ -97,7 +100,28 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) -> Tensor:
+def as_lane(lane: int) -> int:
+    """Check the public argument, and return it.
+
+    Raises:
+        ValueError: lane is no int in 0 ... 2^32 - 1.
+    """
+    if isinstance(lane, bool) or not isinstance(lane, int) or not 0 <= lane <= _LOW:
+        raise ValueError(f"lora_linear_dropout_mask: lane must be an int in 0 ... 2^32 - 1, got {lane!r}")
+    return lane
+
+
+def require_lane_0(dropout: Dropout) -> None:
+    """Guard a kernel that has no parameter for the lane.
+
+    Raises:
+        ValueError: the dropout is another lane's.
+    """
+    if dropout.lane != 0:
+        raise ValueError(f"lora_linear: this kernel draws the mask of lane 0 alone, got lane {dropout.lane}")
+
+
+def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int, lane: int = 0) -> Tensor:
     """Compute the keep-mask of some rows, as integers whose bits are all set where the element is kept.
 
     Args:
@@ -105,6 +129,7 @@ def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) ->
         first_row: index of the first row in the whole (M, K) matrix.
         rows, cols: size of the mask.
         limit: as ``threshold`` returns it.
+        lane: 32-bit unsigned number of the mask among those of the seed.
 
     Returns:
         (rows, cols) int32 tensor, -1 where the element is kept, else 0.
@@ -113,7 +138,7 @@ def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int) ->
     groups = (cols + DECISIONS_PER_CALL - 1) // DECISIONS_PER_CALL
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device).unsqueeze(1)
     col = torch.arange(groups, dtype=torch.int64, device=device).unsqueeze(0)
-    words = torch.stack([word.to(torch.int32) for word in _philox(seed, col, row & _LOW, row >> 32)], dim=-1)
+    words = torch.stack([word.to(torch.int32) for word in _philox(seed, col, row & _LOW, row >> 32, lane)], dim=-1)
     # Little-endian, so the low half comes first. Flipping the top bit maps a half h from 0 ... 65535 to h - 32768 of
     # signed 16 bits. It is kept, h >= limit, when limit - 1 - h is negative; the shift spreads the sign to all bits.
     halves = words.view(torch.int16).bitwise_xor_(-(LEVELS // 2)).view(rows, groups * DECISIONS_PER_CALL)
@@ -124,7 +149,7 @@ def keep_mask(seed: Tensor, rows: int, cols: int, limit: int, lane: int = 0) -> 
     """The same mask as bool, of a whole matrix, with nothing written in place: for vmap and dispatch modes."""
     row = torch.arange(rows, dtype=torch.int64, device=seed.device)[:, None]
     col = torch.arange(-(-cols // DECISIONS_PER_CALL), dtype=torch.int64, device=seed.device)
-    words = _philox(seed, col, row & _LOW, row >> 32, in_place=False)
+    words = _philox(seed, col, row & _LOW, row >> 32, lane, in_place=False)
     halves = torch.stack([half for word in words for half in (word & (LEVELS - 1), word >> 16)], dim=-1)
     return halves.flatten(1)[:, :cols] >= limit
 
@@ -145,14 +170,14 @@ def drop(x: Tensor, bits: Tensor) -> Tensor:
     return (x.resolve_neg().view(integer) & bits.to(integer)).view(x.dtype)
 
 
-def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, in_place: bool = True) -> tuple[Tensor, ...]:
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, lane: int, in_place: bool = True) -> tuple[Tensor, ...]:
     """Run the rounds on counters that broadcast against each other.
 
     The counters stay unbroadcast: until the words of rows and columns mix in the third round, each product is made on
     a row or a column alone.
     """
     key_0, key_1 = seed & _LOW, (seed >> 32) & _LOW
-    c3 = torch.zeros((), dtype=torch.int64, device=seed.device)
+    c3 = torch.full((), lane, dtype=torch.int64, device=seed.device)
     for _ in range(ROUNDS):
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
         c0, c2 = _mixed(product_1, c1, key_0, in_place), _mixed(product_0, c3, key_1, in_place)

@@ -72,7 +72,7 @@ def add(out: Tensor, product: Tensor, factor: float) -> None:
         out.add_(product, alpha=factor)
     else:
         # Nothing is below the threshold 0, so no seed is read.
-        _host_add(out, product, factor, _host_arguments(0, 0, out.shape[0], out.shape[1], 0))
+        _host_add(out, product, factor, _host_arguments(0, 0, out.shape[0], out.shape[1], 0, 0))
 
 
 class TorchMask:
@@ -165,6 +165,7 @@ class ByteMask:
                 rows=part.rows,
                 cols=part.cols,
                 threshold=part.limit,
+                lane=part.lane,
                 stream=stream,
             )
 
@@ -179,7 +180,7 @@ class ByteMask:
         return self.mask
 
 
-def _host_arguments(seed: int, first_row: int, rows: int, cols: int, limit: int) -> dict[str, Any]:
+def _host_arguments(seed: int, first_row: int, rows: int, cols: int, limit: int, lane: int) -> dict[str, Any]:
     """What every function of the compiled code takes; ``seed`` is the address of one."""
     return {
         "seed": seed,
@@ -187,6 +188,7 @@ def _host_arguments(seed: int, first_row: int, rows: int, cols: int, limit: int)
         "rows": rows,
         "cols": cols,
         "threshold": limit,
+        "lane": lane,
         "threads": torch.get_num_threads(),
         "level": _host_level(),
     }

@@ -106,7 +106,7 @@ def reduce_rows_kernel(
         x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         s = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if HAS_DROPOUT:
-            keep = keep_tile(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, dropout_threshold, BLOCK_K)
+            keep = keep_tile(tl.load(seed_ptr), 0, offs_m, pid_k * BLOCK_K, dropout_threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         acc = dot(tl.trans(s), x, acc, EXACT, PRECISION)
 

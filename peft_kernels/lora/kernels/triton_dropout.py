@@ -22,11 +22,12 @@ BLOCK_M, BLOCK_K = 4, 512  # 16 elements a thread; compiled for aligned rows, 28
 
 
 @triton.jit
-def keep_tile(seed, offs_m, first_col, threshold, BLOCK_COLS: tl.constexpr):
+def keep_tile(seed, lane, offs_m, first_col, threshold, BLOCK_COLS: tl.constexpr):
     """Decide on a tile's elements.
 
     Args:
         seed: 64-bit key.
+        lane: the counter's last word, a number or a constexpr; of a signed one, its bits.
         offs_m: (BLOCK_M,) row indices below 2^31, so the counter's high row word is 0.
         first_col: the tile's first column, a multiple of 8.
         threshold: a 16-bit draw below it drops its element.
@@ -37,7 +38,7 @@ def keep_tile(seed, offs_m, first_col, threshold, BLOCK_COLS: tl.constexpr):
     group = (first_col // 8 + tl.arange(0, BLOCK_COLS // 8)).to(tl.uint32)[None, :]
     row = offs_m.to(tl.uint32)[:, None]
     zero = tl.zeros((1, 1), tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, group, row, zero, zero, 7)
+    w0, w1, w2, w3 = tl.philox(seed, group, row, zero, tl.full((1, 1), lane, tl.uint32), 7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_M, BLOCK_COLS / 8, 2, 2): word 2 i + j at [i, j]
     halves = tl.join(words & 0xFFFF, words >> 16)
     # Halves are below 2^16; signed, they compare with a threshold that Triton may have turned into a constant.
@@ -45,12 +46,12 @@ def keep_tile(seed, offs_m, first_col, threshold, BLOCK_COLS: tl.constexpr):
 
 
 # Numbers that no address is made of: special cases of them would only be compiled once more each.
-@triton.jit(do_not_specialize=["M", "first_row", "dropout_threshold"])
+@triton.jit(do_not_specialize=["M", "first_row", "dropout_threshold", "lane"])
 def dropout_kernel(
     # pointers
     x_ptr, out_ptr, seed_ptr,
     # sizes
-    M, K, first_row, dropout_threshold, factor,
+    M, K, first_row, dropout_threshold, factor, lane,
     # strides
     stride_xm, stride_xk, stride_om,
     # constexprs
@@ -62,7 +63,9 @@ def dropout_kernel(
     mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
     x_tile = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     out_tile = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_k[None, :]
-    keep = keep_tile(tl.load(seed_ptr), first_row + offs_m, first_col, dropout_threshold, BLOCK_K)
+    # Lane 0, which is None, has no parameter.
+    number = 0 if lane is None else lane
+    keep = keep_tile(tl.load(seed_ptr), number, first_row + offs_m, first_col, dropout_threshold, BLOCK_K)
     x = tl.load(x_tile, mask=mask, other=0.0)
     if not ADDS:
         # torch casts first, and multiplies what it has cast.
@@ -71,6 +74,11 @@ def dropout_kernel(
     if ADDS:
         value += tl.load(out_tile, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_tile, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def as_int32(lane: int) -> int:
+    """The signed number of a lane's 32 bits: Triton has one type for all of them."""
+    return lane - (1 << 32) if lane >> 31 else lane
 
 
 def drop(x: Tensor, out: Tensor, part: Rows, factor: float) -> None:
@@ -90,7 +98,7 @@ def _launch(x: Tensor, out: Tensor, part: Rows, factor: float, adds: bool) -> No
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
         dropout_kernel[grid](
             x, out, part.seed,
-            part.rows, part.cols, part.first_row, part.limit, factor,
+            part.rows, part.cols, part.first_row, part.limit, factor, as_int32(part.lane) if part.lane else None,
             x.stride(0), x.stride(1), out.stride(0),
             ADDS=adds, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
         )  # fmt: skip

@@ -73,7 +73,7 @@ def narrow_product_kernel(
             a_rows + offs_k.to(tl.int64)[:, None] * stride_ak, mask=mask_k[:, None] & mask_r[None, :], other=0.0
         )
         if HAS_DROPOUT:
-            x = tl.where(keep_tile(tl.load(seed_ptr), offs_m, k, dropout_threshold, BLOCK_K), x, 0.0)
+            x = tl.where(keep_tile(tl.load(seed_ptr), 0, offs_m, k, dropout_threshold, BLOCK_K), x, 0.0)
         acc = dot(x, a, acc, EXACT, PRECISION)
 
     acc = acc * load_scalar(factor, FACTOR_IS_TENSOR)
@@ -121,7 +121,7 @@ def rank_product_kernel(
         product = tl.dot(nearest_tf32(s) if ROUNDS_S else s, nearest_tf32(b) if ROUNDS_B else b, product, PRECISION)
 
     if HAS_DROPOUT:
-        keep = keep_tile(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, dropout_threshold, BLOCK_N)
+        keep = keep_tile(tl.load(seed_ptr), 0, offs_m, pid_n * BLOCK_N, dropout_threshold, BLOCK_N)
         product = tl.where(keep, product, 0.0) * keep_scale
     if HAS_BIAS:
         product += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]

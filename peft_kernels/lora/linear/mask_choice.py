@@ -68,9 +68,9 @@ def bound_to(kind: type[Mask]) -> Iterator[None]:
 
 
 def lora_linear_dropout_mask(
-    seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str = "cpu"
+    seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str = "cpu", lane: int = 0
 ) -> Tensor:
-    """Return the keep-mask that ``lora_linear`` uses for a seed, on every backend.
+    """Return the keep-mask that ``lora_linear`` uses for a seed, on every backend, or another lane's of that seed.
 
     Semantics: ``drop(x) = where(mask, x, 0) / (1 - q)`` with ``q = round(p * 65536) / 65536``.
 
@@ -79,12 +79,14 @@ def lora_linear_dropout_mask(
         rows, cols: M and K of the flattened x.
         p: dropout probability in [0, 1).
         device: where the mask is made.
+        lane: int in 0 ... 2^32 - 1; ``lora_linear`` is lane 0.
 
     Returns:
         (rows, cols) bool tensor, True where the element is kept.
 
     Raises:
-        ValueError: p outside [0, 1), a seed that is no 64-bit integer, a negative size.
+        ValueError: p outside [0, 1), a seed that is no 64-bit integer, a lane that is no 32-bit unsigned integer, a
+            negative size.
 
     Example:
         >>> lora_linear_dropout_mask(seed=0, rows=2, cols=3, p=0.0)
@@ -93,8 +95,8 @@ def lora_linear_dropout_mask(
     """
     if rows < 0 or cols < 0:
         raise ValueError(f"lora_linear_dropout_mask: rows and cols must not be negative, got ({rows}, {cols})")
-    limit = dropout.threshold(p)
+    limit, lane = dropout.threshold(p), dropout.as_lane(lane)
     seed_tensor = dropout.as_seed(seed, torch.device(device)).to(device)
     if not masks.has_memory(seed_tensor):
-        return dropout.keep_mask(seed_tensor, rows, cols, limit)
-    return provider(seed_tensor.device)(Rows(seed_tensor, 0, rows, cols, limit)).keep()
+        return dropout.keep_mask(seed_tensor, rows, cols, limit, lane)
+    return provider(seed_tensor.device)(Rows(seed_tensor, 0, rows, cols, limit, lane)).keep()
