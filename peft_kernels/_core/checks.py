@@ -98,8 +98,12 @@ class Table:
     first: str
     rows: tuple[Row, ...]
 
-    def check(self, call: Any) -> Sizes:
+    def check(self, call: Any, part: str = "") -> Sizes:
         """Check the tensors of a call and return the sizes of the letters.
+
+        Args:
+            call: has them as attributes.
+            part: what stands in messages before the names of all but the first argument, as in "members[1].weight".
 
         Raises:
             ValueError: naming the argument, what it must be and what it was.
@@ -111,16 +115,16 @@ class Table:
             tensor = getattr(call, row.name)
             if isinstance(tensor, Tensor):
                 if tensor.layout is not torch.strided or tensor.is_nested:
-                    self._refuse_layout(row, tensor)
+                    self._refuse_layout(self._label(row, part), tensor)
                 wrong = row.bind(tensor.shape, sizes)
                 if wrong is not None:
-                    raise ValueError(f"{self.operator}: {row.name} {wrong}")
+                    raise ValueError(f"{self._label(row, part)} {wrong}")
                 wrong = row.then(sizes) if row.then is not None else None
                 if wrong is not None:
-                    raise ValueError(f"{self.operator}: {wrong}")
+                    raise ValueError(f"{self.operator}: {part}{wrong}")
                 there.append((row, tensor))
             elif tensor is not None or not row.optional:
-                raise ValueError(f"{self.operator}: {row.name} must be a torch.Tensor, got {type(tensor).__name__}")
+                raise ValueError(f"{self._label(row, part)} must be a torch.Tensor, got {type(tensor).__name__}")
         first = getattr(call, self.first)
         dtype, device = first.dtype, first.device
         if dtype not in FLOATING:
@@ -130,29 +134,30 @@ class Table:
             if row.dtype_of:
                 expected = dtype if row.dtype_of == self.first else getattr(call, row.dtype_of).dtype
                 if tensor.dtype != expected:
-                    self._check_float32(row, tensor, expected)
+                    self._check_float32(row, part, tensor, expected)
             if tensor is not first and tensor.device != device:
                 raise ValueError(
-                    f"{self.operator}: {row.name} must be on the device of {self.first} ({device}), got {tensor.device}"
+                    f"{self._label(row, part)} must be on the device of {self.first} ({device}), got {tensor.device}"
                 )
         return sizes
 
-    def _refuse_layout(self, row: Row, tensor: Tensor) -> None:
-        text = f"{self.operator}: {row.name} must be a dense tensor, got a"
+    def _label(self, row: Row, part: str) -> str:
+        return f"{self.operator}: {'' if row.name == self.first else part}{row.name}"
+
+    def _refuse_layout(self, label: str, tensor: Tensor) -> None:
+        text = f"{label} must be a dense tensor, got a"
         if tensor.is_nested:
             raise UnsupportedError(
                 f"{text} nested one; torch.nested.to_padded_tensor or, if jagged, values() make it one"
             )
         raise ValueError(f"{text} {tensor.layout} one")
 
-    def _check_float32(self, row: Row, tensor: Tensor, dtype: torch.dtype) -> None:
+    def _check_float32(self, row: Row, part: str, tensor: Tensor, dtype: torch.dtype) -> None:
         mixes = row.or_float32 and dtype in (torch.bfloat16, torch.float16)
         if not (mixes and tensor.dtype == torch.float32):
             other = f"{row.dtype_of}, or float32 beside half precision," if row.or_float32 else row.dtype_of
             choice = f"{dtype} or {torch.float32}" if mixes else str(dtype)
-            raise ValueError(
-                f"{self.operator}: {row.name} must have the dtype of {other} ({choice}), got {tensor.dtype}"
-            )
+            raise ValueError(f"{self._label(row, part)} must have the dtype of {other} ({choice}), got {tensor.dtype}")
 
 
 def scalar(operator: str, name: str, value: object) -> None:

@@ -120,7 +120,9 @@ class Signature:
             elif self.types[name] == _SCALAR:
                 values += [gradient, None]
             else:
-                values.append(list(gradient) if self.types[name] == "Tensor[]" else None if self.is_tuple(name) else gradient)
+                values.append(
+                    list(gradient) if self.types[name] == "Tensor[]" else None if self.is_tuple(name) else gradient
+                )
         return values
 
     def leaves(self, call: Any) -> tuple[Any, ...]:

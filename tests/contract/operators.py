@@ -50,6 +50,7 @@ class Operator:
         oracle: (case, tensors, dy) -> y and gradients in float64, from the same rounded inputs.
         draws: case -> how many draws join in one comparison of errors, which scatter where values are few.
         unrounded: results that have eager's bits.
+        together: sets of tensors for whose gradients alone no more is kept than by eager; without it each is one.
         budget: cases and variants held against the error budget.
         exact: cases for ``make_exact``; ``exact_draws`` of them, and always ``exact_examples``, the first in float32.
         repeated: cases and variants that give the same bits twice; ``deterministic`` where torch must be asked.
@@ -93,6 +94,7 @@ class Operator:
     rows: tuple[tuple[Case, tuple[str, ...]], ...] = ()
     scaled: tuple[Case, ...] = ()
     unrounded: tuple[str, ...] = ()
+    together: tuple[tuple[str, ...], ...] = ()
     deterministic: bool = False
     usual: Callable[[Case, Tensors], Tensor] | None = None
 

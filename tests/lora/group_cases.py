@@ -91,7 +91,9 @@ def members(tensors: Tensors, scales: Any) -> list[op.Member]:
     return found
 
 
-def lora_group(*, scale: Any, dropout_p: Any, seed: Any, backend: str | None, **tensors: Tensor) -> Tensor:
+def lora_group(
+    *, scale: Any = 1.0, dropout_p: Any = 0.0, seed: Any = None, backend: str | None = None, **tensors: Tensor
+) -> Tensor:
     """The outputs side by side (..., sum of N_j)."""
     given = members(Tensors(**tensors), scale)
     ys = op.lora_group(tensors["x"], given, dropout_p=dropout_p, seed=seed, backend=backend)
@@ -241,6 +243,8 @@ OPERATOR = Operator(
         for p in (0.0, 0.3)
         for variant in VARIANTS
     ),
+    # S is one matrix for all members.
+    together=(("x",), *(tuple(f"{part}_{j}" for j in range(3)) for part in PARTS)),
     typical=Case(p=0.3, r=(40, 5, 3)),
     kinds=tuple(replace(_SMALL, p=p, scale=scale) for p in (0.0, 0.3) for scale in (0.5, torch.tensor(0.5))),
     gradcheck=tuple(Case(m=4, n=(4, 3), k=5, r=(2, 1), dtype=torch.float64, p=p) for p in (0.0, 0.3)),
@@ -259,7 +263,7 @@ OPERATOR = Operator(
         ({"lora_a_1": torch.randn(3, 7)}, r"members\[1\].lora_a must be \(r, K\) = \(3, 8\), got \(3, 7\)"),
         ({"lora_a_1": torch.randn(0, 8), "lora_b_1": torch.randn(4, 0)}, r"members\[1\].lora_a .*r >= 1, got rank 0"),
         ({"lora_b_1": torch.randn(5, 3)}, r"members\[1\].lora_b must be \(N, r\) = \(4, 3\), got \(5, 3\)"),
-        ({"lora_b_0": torch.randn(6, 2).double()}, r"members\[0\].lora_b must have the dtype of members\[0\].lora_a"),
+        ({"lora_b_0": torch.randn(6, 2).double()}, r"members\[0\].lora_b must have the dtype of lora_a"),
         ({"bias_1": torch.randn(5)}, r"members\[1\].bias must be \(N,\) = \(4,\), got \(5,\)"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"dropout_p": math.nan}, r"dropout_p must be in \[0, 1\), got nan"),
@@ -270,7 +274,7 @@ OPERATOR = Operator(
         ({"scale": (0.5, "1")}, r"members\[1\].scale must be a float or a 0-d floating tensor, got str"),
     ),
     unsupported=(
-        ("cuda", Case(), "backend 'cuda'"),
+        ("cuda", Case(), "there is no 'cuda' implementation of it"),
         ("triton", Case(dtype=torch.float64), "backend 'triton' cannot run this problem: .*float64"),
     ),
 )

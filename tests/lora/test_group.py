@@ -184,12 +184,14 @@ def test_an_output_that_nobody_uses_costs_no_product(p: float, backend: str) -> 
     assert partly == flops([0, 1], [members[0], members[2]]) > 0
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+@each_backend
 def test_dx_is_more_exact_than_autograd_s_sum(backend: str) -> None:
-    """In bfloat16: a rounding for each member, the largest sum last, and not one of each part and one of each sum."""
+    """In bfloat16, with updates a tenth of the base: a rounding for each member, the largest sum last, and not one of
+    each part and one of each sum.
+    """
     draw, m, k, r = Draw(0), 256, 512, 16
     members = [
-        pk.Member(draw.normal(n, k, std=k**-0.5), draw.normal(r, k, std=k**-0.5), draw.normal(n, r, std=0.1), 2.0)
+        pk.Member(draw.normal(n, k, std=k**-0.5), draw.normal(r, k, std=k**-0.5), draw.normal(n, r, std=0.01), 2.0)
         for n in (512, 128, 128)
     ]
     x = draw.normal(m, k)
@@ -205,8 +207,9 @@ def test_dx_is_more_exact_than_autograd_s_sum(backend: str) -> None:
     def error(dx: Tensor) -> float:
         return float((dx.double() - exact).norm() / exact.norm())
 
-    # Measured on a CPU with and without products of bfloat16.
-    assert error(ours) < 0.85 * error(apart)
+    # Roundings of sizes 1/6, 1/3 and 1 against those of 2/3, 1/6, 1/6, and of 5/6 and 1: 1.22 to 1.63 where products of
+    # bfloat16 add to a result, 1.41 where sums are made in float32.
+    assert error(ours) < 0.9 * error(apart)
 
 
 @pytest.mark.skipif(why_not_environment() is not None, reason=str(why_not_environment()))
@@ -214,7 +217,9 @@ def test_dx_is_more_exact_than_autograd_s_sum(backend: str) -> None:
 def test_members_share_launches_over_x(p: float) -> None:
     """x is read by one launch a pass, dX's update is written by one, and each dY is read by one."""
     fwd, bwd = triton_impl._kernels()
-    counts = dict.fromkeys(("narrow_product", "rank_product", "add_rank_product", "narrow_and_reduce", "reduce_rows"), 0)
+    counts = dict.fromkeys(
+        ("narrow_product", "rank_product", "add_rank_product", "narrow_and_reduce", "reduce_rows"), 0
+    )
 
     def counting(module: Any, name: str) -> Any:
         function = getattr(module, name)

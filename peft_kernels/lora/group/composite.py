@@ -14,12 +14,11 @@ def composite(problem: LoraGroupProblem, call: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (..., N_j) of each member."""
     ys = [F.linear(call.x, weight, bias) for weight, bias in zip(call.weights, call.biases, strict=True)]
     for index, member in enumerate(problem.members):
-        linear = problem.linears[index]
-        x, scale = call.x.to(linear.adapter_dtype), call.scales[index]
-        if linear.has_dropout:
+        x, scale, limit = call.x.to(problem.adapter_dtypes[index]), call.scales[index], problem.thresholds[index]
+        if limit > 0:
             assert call.seed is not None
-            keep = dropout.keep_mask(call.seed, linear.m, linear.k, linear.dropout_threshold, linear.lane)
-            x = torch.where(keep.reshape(x.shape), x * linear.keep_scale, 0.0)
+            keep = dropout.keep_mask(call.seed, problem.m, problem.k, limit, problem.lanes[index])
+            x = torch.where(keep.reshape(x.shape), x * dropout.keep_scale(limit), 0.0)
         scale = scale.detach() if isinstance(scale, Tensor) else scale
         update = F.linear(F.linear(x, call.lora_a[index]), call.lora_b[index]) * scale
         ys[member] = ys[member] + update.to(problem.dtype)

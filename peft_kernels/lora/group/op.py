@@ -118,8 +118,8 @@ def group_call(
     if isinstance(x, Tensor):
         x, weights, biases, updates = _autocast(x, weights, biases, updates)
     seed_tensor: Tensor | None = None
-    if any([dropout.threshold(update.dropout_p) for update in updates]):
-        seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device)
+    if any([dropout.threshold(update.dropout_p, NAME) for update in updates]):
+        seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device, NAME)
     call = Inputs(
         x,
         weights,

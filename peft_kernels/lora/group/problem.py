@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from types import SimpleNamespace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,38 @@ from peft_kernels.lora.linear.problem import Inputs as LinearInputs
 from peft_kernels.lora.linear.problem import LoraLinearProblem, check_seed
 
 NAME = "lora_group"
+
+_FROZEN = (
+    checks.Row("x", "... K"),
+    checks.Row("weight", "N K", dtype_of="x"),
+    checks.Row("bias", "N", dtype_of="x", optional=True),
+)
+FROZEN = checks.Table(NAME, "x", _FROZEN)
+ADAPTED = checks.Table(
+    NAME,
+    "x",
+    (
+        *_FROZEN,
+        checks.Row(
+            "lora_a",
+            "r K",
+            dtype_of="x",
+            or_float32=True,
+            then=lambda sizes: None if sizes["r"] else "lora_a must be (r, K) with rank r >= 1, got rank 0",
+        ),
+        checks.Row("lora_b", "N r", dtype_of="lora_a"),
+    ),
+)
+
+
+class _Member(NamedTuple):
+    """What a member's checks are about."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
 
 
 class Inputs(NamedTuple):
@@ -175,19 +206,15 @@ def make_problem(call: Inputs) -> LoraGroupProblem:
     """
     x = call.x
     check_structure(call)
-    sizes: dict[str, int] = {}
     n: list[int] = []
-    for member, weight in enumerate(call.weights):
-        updates = tuple(index for index, each in enumerate(call.members) if each == member)
-        tensors = {"x": x, f"members[{member}].weight": weight, f"members[{member}].bias": call.biases[member]}
-        names = _names(member, len(updates))
-        for (a, b), index in zip(names, updates, strict=True):
-            tensors |= {a: call.lora_a[index], b: call.lora_b[index]}
-        sizes = _table(member, len(updates)).check(SimpleNamespace(**tensors))
+    for member, (weight, bias) in enumerate(zip(call.weights, call.biases, strict=True)):
+        part = f"members[{member}]."
+        sizes = FROZEN.check(_Member(x, weight, bias), part)
+        for owner, lora_a, lora_b, scale in zip(call.members, call.lora_a, call.lora_b, call.scales, strict=True):
+            if owner == member:
+                ADAPTED.check(_Member(x, weight, bias, lora_a, lora_b), part)
+                checks.scalar(NAME, f"{part}scale", scale)
         n.append(sizes["N"])
-        for place, index in enumerate(updates):
-            label = f"members[{member}].scale" + (f"[{place}]" if len(updates) > 1 else "")
-            checks.scalar(NAME, label, call.scales[index])
     if call.seed is not None:
         check_seed(NAME, call.seed, x.device)
     return LoraGroupProblem(
@@ -222,29 +249,3 @@ def check_structure(call: Inputs) -> None:
     for lane in call.lanes:
         if isinstance(lane, bool) or not isinstance(lane, (int, torch.SymInt)) or not 0 <= lane < dropout.LANES:
             raise ValueError(f"{NAME}: a lane must be an int in 0 ... {dropout.LANES - 1}, got {lane!r}")
-
-
-@lru_cache(maxsize=256)
-def _names(member: int, updates: int) -> tuple[tuple[str, str], ...]:
-    """What messages call the factors of a member's updates."""
-    places = [f"[{place}]" for place in range(updates)] if updates > 1 else [""] * updates
-    return tuple((f"members[{member}].lora_a{place}", f"members[{member}].lora_b{place}") for place in places)
-
-
-@lru_cache(maxsize=256)
-def _table(member: int, updates: int) -> checks.Table:
-    """The tensors of a member with x."""
-    rows = [
-        checks.Row("x", "... K"),
-        checks.Row(f"members[{member}].weight", "N K", dtype_of="x"),
-        checks.Row(f"members[{member}].bias", "N", dtype_of="x", optional=True),
-    ]
-    for place, (a, b) in enumerate(_names(member, updates)):
-        rank = f"r{place}" if updates > 1 else "r"
-
-        def has_rank(sizes: checks.Sizes, a: str = a, rank: str = rank) -> str | None:
-            return None if sizes[rank] else f"{a} must be (r, K) with rank r >= 1, got rank 0"
-
-        rows.append(checks.Row(a, f"{rank} K", dtype_of="x", or_float32=True, then=has_rank))
-        rows.append(checks.Row(b, f"N {rank}", dtype_of=a))
-    return checks.Table(NAME, "x", tuple(rows))

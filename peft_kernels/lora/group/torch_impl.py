@@ -51,11 +51,13 @@ def backward(
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for; a member whose dY is None takes part in none of them."""
     live = tuple(index for index, member in enumerate(problem.members) if dys[member] is not None)
+    needs_ds = needs.x or any(needs.lora_a[index] for index in live)
     ds: dict[int, Tensor] = {}
     da: list[Tensor | None] = [None] * len(problem.r)
     db: list[Tensor | None] = [None] * len(problem.r)
     for index in live:
-        asked = LinearNeeds(needs.x, False, needs.lora_a[index], needs.lora_b[index], False)
+        # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
+        asked = LinearNeeds(needs_ds, False, needs_ds, needs.lora_b[index], False)
         if any(asked):
             dy = dys[problem.members[index]]
             assert dy is not None
@@ -73,8 +75,7 @@ def backward(
     return Gradients(
         x=_with_bases(problem, inputs, dys, dx) if needs.x else None,
         weights=tuple(
-            dy.t() @ inputs.x if need and dy is not None else None
-            for dy, need in zip(dys, needs.weights, strict=True)
+            dy.t() @ inputs.x if need and dy is not None else None for dy, need in zip(dys, needs.weights, strict=True)
         ),
         biases=tuple(
             dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, needs.biases, strict=True)
@@ -102,8 +103,9 @@ def _joined(
     linear, call = problem.linears[updates[0]], inputs.update(updates[0])
     if len(updates) == 1:
         return linear, call
-    lora_a = torch.cat([inputs.lora_a[index] for index in updates])
-    return replace(linear, r=lora_a.shape[0]), call._replace(lora_a=lora_a)
+    if call.lora_a is not None:  # else no one reads it
+        call = call._replace(lora_a=torch.cat([inputs.lora_a[index] for index in updates]))
+    return replace(linear, r=sum(problem.r[index] for index in updates)), call
 
 
 def _unmasked(
@@ -145,7 +147,9 @@ def _masked(
 ) -> Tensor | None:
     """dX += drop'(dS A) of updates with masks, summed before it is rounded, and their dA: a draw of each mask."""
     made = torch.empty(problem.m, problem.k, dtype=problem.dtype, device=problem.device) if needs.x else None
-    narrow = {index: ds[index].to(problem.adapter_dtypes[index]) for index in updates}
+    dtype = problem.wide_dtype
+    wide = {index: (ds[index].to(dtype), inputs.lora_a[index].to(dtype)) for index in updates if needs.x}
+    narrow = {index: ds[index].to(problem.adapter_dtypes[index]) for index in updates if needs.lora_a[index]}
     sums: dict[int, Tensor] = {}
     for rows in steps.blocks(problem.linears[updates[0]], problem.k):
         total: Tensor | None = None
@@ -154,13 +158,13 @@ def _masked(
             mask = steps.mask_of_rows(linear, call, rows)
             assert mask is not None
             if needs.x:
-                product = narrow[index][rows] @ call.lora_a
+                product = wide[index][0][rows] @ wide[index][1]
                 if total is None:
-                    total = mask.drop(product, problem.wide_dtype, linear.keep_scale)
+                    total = mask.drop(product, dtype, linear.keep_scale)
                 else:
                     mask.add_dropped(total, product, linear.keep_scale)
             if needs.lora_a[index]:
-                found = (narrow[index][rows].t() @ steps.dropped(linear, call, rows, mask)).to(problem.wide_dtype)
+                found = (narrow[index][rows].t() @ steps.dropped(linear, call, rows, mask)).to(dtype)
                 sums[index] = found if index not in sums else sums[index].add_(found)
         if made is not None and total is not None:
             made[rows] = total if dx is None else total.add_(dx[rows])
@@ -173,19 +177,25 @@ def _masked(
 def _with_bases(
     problem: LoraGroupProblem, inputs: Inputs, dys: Sequence[Tensor | None], updates: Tensor | None
 ) -> Tensor:
-    """The updates' part of dX, and dY_j W_j of all members: each sum is rounded, so the small ones come first."""
+    """The updates' part of dX, and dY_j W_j of all members.
+
+    Where products add to dX each sum is rounded, so the small ones come first; else sums are made in S's dtype.
+    """
     there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
     there.sort(key=lambda pair: pair[0].shape[1])
-    dx = updates if updates is not None and _adds_bases_last(problem) else None
-    for dy, weight in there:
-        if dx is None:
-            dx = steps.base_gradient(dy, weight)
-        elif _adds_bases_last(problem):
-            add_product(dx, dy, weight)
-        else:
-            dx.add_(steps.base_gradient(dy, weight))
-    assert dx is not None
-    return dx if updates is None or dx is updates else dx.add_(updates)
+    if _adds_bases_last(problem):
+        dx = updates
+        for dy, weight in there:
+            dx = steps.base_gradient(dy, weight) if dx is None else add_product(dx, dy, weight)
+        assert dx is not None
+        return dx
+    (dy, weight), *others = there
+    total = steps.base_gradient(dy, weight)
+    if others:
+        total = total.to(problem.wide_dtype)
+    for dy, weight in others:
+        total.add_(steps.base_gradient(dy, weight))
+    return (total if updates is None else total.add_(updates)).to(problem.dtype)
 
 
 def _adds_bases_last(problem: LoraGroupProblem) -> bool:

@@ -64,20 +64,23 @@ def backward(
     db: list[Tensor | None] = [None] * len(problem.r)
     dbias: list[Tensor | None] = [None] * len(problem.n)
     columns = _packed(problem, live)
-    needs_ds = needs.x or any(needs.lora_a)
+    # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
+    needs_ds = needs.x or any(needs.lora_a[index] for index in live)
     rank = sum(problem.r[index] for index in live)
     ds = torch.empty(problem.m, rank if needs_ds else 0, dtype=torch.float32, device=problem.device)
     for index in live:
         member = problem.members[index]
         asked = LinearNeeds(
-            x=needs.x,
+            x=needs_ds,
             weight=False,
-            lora_a=needs.lora_a[index],
+            lora_a=needs_ds,
             lora_b=needs.lora_b[index],
             bias=needs.biases[member] and index == problem.of_member(member)[0],
         )
         launches, _ = _launches(problem, inputs, (index,))
-        out = ds[:, columns[index]] if asked.x or asked.lora_a else None
+        if not any(asked):
+            continue
+        out = ds[:, columns[index]] if needs_ds else None
         part = s[:, problem.columns[index]] if asked.lora_b else None
         _, made, bias = launches.narrow_and_reduce(
             dys[member], part, inputs.lora_b[index], inputs.scales[index], asked, out
@@ -88,19 +91,18 @@ def backward(
     for run in problem.runs(live):
         if needs.x:
             dx = _add_updates(problem, inputs, run, ds[:, _between(columns, run)], dx)
-        asked_a = tuple(index for index in run if needs.lora_a[index])
-        for part in _neighbours(asked_a):
-            launches, lanes = _launches(problem, inputs, part)
-            factor, of_run = problem.linears[part[0]].keep_scale, ds[:, _between(columns, part)]
+        if any(needs.lora_a[index] for index in run):
+            launches, lanes = _launches(problem, inputs, run)
+            factor, of_run = problem.linears[run[0]].keep_scale, ds[:, _between(columns, run)]
             found = launches.reduce_rows(inputs.x, of_run, factor, launches.dropout, lanes)
-            for index, each in zip(part, found.split([problem.r[index] for index in part]), strict=True):
-                # A view would keep the others' gradients alive.
-                da[index] = each.to(problem.adapter_dtypes[index], copy=len(part) > 1)
+            for index, part in zip(run, found.split([problem.r[index] for index in run]), strict=True):
+                if needs.lora_a[index]:
+                    # A view would keep the others' gradients alive.
+                    da[index] = part.to(problem.adapter_dtypes[index], copy=len(run) > 1)
     return Gradients(
         x=_with_bases(inputs, dys, dx) if needs.x else None,
         weights=tuple(
-            dy.t() @ inputs.x if need and dy is not None else None
-            for dy, need in zip(dys, needs.weights, strict=True)
+            dy.t() @ inputs.x if need and dy is not None else None for dy, need in zip(dys, needs.weights, strict=True)
         ),
         biases=tuple(
             _bias_gradient(problem, dy, made) if need and dy is not None else None
@@ -141,17 +143,6 @@ def _packed(problem: LoraGroupProblem, live: Run) -> dict[int, slice]:
 
 def _between(columns: dict[int, slice], run: Run) -> slice:
     return slice(columns[run[0]].start, columns[run[-1]].stop)
-
-
-def _neighbours(updates: Run) -> list[Run]:
-    """Divide rising numbers where one is left out."""
-    runs: list[Run] = []
-    for index in updates:
-        if runs and runs[-1][-1] == index - 1:
-            runs[-1] = (*runs[-1], index)
-        else:
-            runs.append((index,))
-    return runs
 
 
 def _term(problem: LoraGroupProblem, inputs: Inputs, s: Tensor, updates: Run) -> Term:

@@ -66,14 +66,14 @@ class Rows(NamedTuple):
     lane: int = 0
 
 
-def threshold(p: float) -> int:
-    """Quantise a dropout probability to 1/65536; below 1 something is always kept.
+def threshold(p: float, operator: str = "lora_linear") -> int:
+    """Quantise a dropout probability to 1/65536; below 1 something is always kept. ``operator`` is for the message.
 
     Raises:
         ValueError: p is not in [0, 1).
     """
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {p}")
+        raise ValueError(f"{operator}: dropout_p must be in [0, 1), got {p}")
     return min(int(p * LEVELS + 0.5), LEVELS - 1)
 
 
@@ -87,7 +87,7 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+def as_seed(seed: int | Tensor, device: torch.device, operator: str = "lora_linear") -> Tensor:
     """Turn the public argument into a 0-d int64 tensor; an int is written by a fill, which a CUDA graph can capture.
 
     Raises:
@@ -96,7 +96,7 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"lora_linear: seed must be None, a 64-bit int or a 0-d int64 tensor, got {seed!r}")
+        raise ValueError(f"{operator}: seed must be None, a 64-bit int or a 0-d int64 tensor, got {seed!r}")
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

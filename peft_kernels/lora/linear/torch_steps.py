@@ -177,9 +177,7 @@ def _tall_product(wide: Tensor, narrow: Tensor) -> Tensor:
     return wide.t() @ narrow
 
 
-def grad_down(
-    problem: LoraLinearProblem, inputs: Inputs, ds: Tensor, dx: Tensor | None, needs: Needs
-) -> Tensor | None:
+def grad_down(problem: LoraLinearProblem, inputs: Inputs, ds: Tensor, dx: Tensor | None, needs: Needs) -> Tensor | None:
     """dA = dS^T drop(x), and dX += drop'(dS A) in place; one draw of the mask serves both."""
     narrow = ds.to(problem.adapter_dtype)
     if not problem.has_dropout:
