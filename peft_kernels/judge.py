@@ -102,7 +102,7 @@ def _run(operator: Operator, implementation: Implementation, call: Any, dy: Any)
 
 def _each(named: Mapping[str, Any]) -> Results:
     """The tensors that there are by name; of a tuple each by its number."""
-    found = {}
+    found: Results = {}
     for name, value in named.items():
         leaves = {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, tuple) else {name: value}
         found |= {label: leaf for label, leaf in leaves.items() if leaf is not None}

@@ -25,14 +25,16 @@ class Family(NamedTuple):
 
     Attributes:
         operator: its name.
-        make: (case, device, seed) -> the operator's call, in the case's dtypes, and a gradient of y.
-        eager: call -> y by eager torch in the call's dtypes, differentiable: what the error budget is measured in.
+        make: (case, device, seed) -> the operator's call, in the case's dtypes, and a gradient of y, or of each of
+            several.
+        eager: call -> y, or all of several, by eager torch in the call's dtypes, differentiable: what the error budget
+            is measured in.
         exact: call -> the call whose float64 result is the exact one: rounded where the operator rounds by contract.
     """
 
     operator: str
-    make: Callable[[Any, torch.device, int], tuple[Any, Tensor]]
-    eager: Callable[[Any], Tensor]
+    make: Callable[[Any, torch.device, int], tuple[Any, Any]]
+    eager: Callable[[Any], Any]
     exact: Callable[[Any], Any]
 
 

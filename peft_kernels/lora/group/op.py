@@ -57,7 +57,7 @@ def lora_group(
     x: Tensor,
     members: Sequence[Member],
     *,
-    dropout_p: float | Sequence[float] = 0.0,
+    dropout_p: float | list[float] | tuple[float, ...] = 0.0,
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ def group_call(
     if isinstance(x, Tensor):
         x, weights, biases, updates = _autocast(x, weights, biases, updates)
     seed_tensor: Tensor | None = None
-    if any([dropout.threshold(update.dropout_p, NAME) for update in updates]):
+    if any(dropout.threshold(update.dropout_p, NAME) for update in updates):
         seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device, NAME)
     call = Inputs(
         x,
@@ -145,12 +145,12 @@ def _members(members: Sequence[Member]) -> list[Member]:
     return list(members)
 
 
-def _probabilities(p: float | Sequence[float], count: int) -> Sequence[float]:
-    if isinstance(p, Sequence) and not isinstance(p, str):
+def _probabilities(p: float | list[float] | tuple[float, ...], count: int) -> Sequence[float]:
+    if isinstance(p, (list, tuple)):
         if len(p) != count:
             raise ValueError(f"{NAME}: dropout_p must be one number, or {count}, as there are members, got {len(p)}")
         return p
-    return [p] * count  # type: ignore[list-item]
+    return [p] * count
 
 
 def _scale(scale: float | Tensor, x: Tensor) -> float | Tensor:

@@ -70,6 +70,8 @@ def backward(
     ds = torch.empty(problem.m, rank if needs_ds else 0, dtype=torch.float32, device=problem.device)
     for index in live:
         member = problem.members[index]
+        dy = dys[member]
+        assert dy is not None
         asked = LinearNeeds(
             x=needs_ds,
             weight=False,
@@ -82,9 +84,7 @@ def backward(
             continue
         out = ds[:, columns[index]] if needs_ds else None
         part = s[:, problem.columns[index]] if asked.lora_b else None
-        _, made, bias = launches.narrow_and_reduce(
-            dys[member], part, inputs.lora_b[index], inputs.scales[index], asked, out
-        )
+        _, made, bias = launches.narrow_and_reduce(dy, part, inputs.lora_b[index], inputs.scales[index], asked, out)
         db[index] = None if made is None else made.to(problem.adapter_dtypes[index])
         dbias[member] = bias if bias is not None else dbias[member]
     dx = None

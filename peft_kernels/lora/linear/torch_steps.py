@@ -1,4 +1,4 @@
-"""The steps of LoRA's torch backends: products of one update with x, its base and dY, each as a very good user writes it.
+"""The steps of LoRA's torch backends: products of one update with x, its base and dY, as a very good user writes them.
 
 Tensors   as problem.Inputs; S and dS (M, r) in the widest dtype whose bits they have
 Temporary what dropout or float32 adapters on a half-precision x need is made for a block of rows at a time; on a CPU
@@ -135,7 +135,7 @@ def down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
 
 
 def grad_up(
-    problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, needs: Needs
+    problem: LoraLinearProblem, inputs: Inputs, s: Tensor | None, dy: Tensor, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """dS = scale dY B, as wide as its bits, where x or lora_a needs it, and dB = scale dY^T S, which alone reads S."""
     needs_ds = needs.x or needs.lora_a
@@ -148,7 +148,7 @@ def grad_up(
         if ds is not None:
             # torch would first round a tensor of a wider dtype to ds's.
             ds = (ds.to(wide) if isinstance(scale, Tensor) else ds).mul_(scale)
-        db = _tall_product(dy, (s * scale).to(dy.dtype)) if needs.lora_b else None
+        db = _tall_product(dy, (s * scale).to(dy.dtype)) if s is not None and needs.lora_b else None
         return ds, db
     ds = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device) if needs_ds else None
     db = torch.zeros(problem.n, problem.r, dtype=wide, device=problem.device) if needs.lora_b else None
@@ -156,7 +156,7 @@ def grad_up(
         block = dy[rows].to(wide)
         if ds is not None:
             torch.mm(block, b, out=ds[rows])
-        if db is not None:
+        if db is not None and s is not None:
             db += _tall_product(block, s[rows])
     return None if ds is None else ds.mul_(scale), None if db is None else db.mul_(scale)
 
