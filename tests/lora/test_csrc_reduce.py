@@ -59,14 +59,19 @@ def draw(task: Task, seed: int = 0, integers: bool = False) -> Operands:
 
 
 def wild(task: Task) -> Operands:
-    """Of numbers from 1 to 2^40 a sum is another in every order."""
+    """Numbers from 1 to 2^40 of which those in the second half of the rows take away those in the first: what is left of
+    a sum is what its order has rounded away."""
     operands = draw(task)
     generator = torch.Generator().manual_seed(1)
-    dy, x = (
-        matrix.sign() * 2.0 ** torch.randint(0, 41, matrix.shape, generator=generator)
-        for matrix in (operands.dy, operands.x)
-    )
-    return operands._replace(dy=dy.to(task.dtype), x=x.to(task.dtype))
+
+    def mirrored(matrix: Tensor) -> Tensor:
+        half = matrix[: -(-task.m // 2)]
+        size = 2.0 ** torch.randint(0, 41, half.shape, generator=generator)
+        return torch.cat((half.sign() * size, (-half.sign() * size).flip(0)))[: task.m].to(task.dtype)
+
+    half = operands.s[: -(-task.m // 2)]
+    s = torch.cat((half, half.flip(0)))[: task.m]
+    return operands._replace(dy=mirrored(operands.dy), x=mirrored(operands.x), s=s)
 
 
 def unit_rows(task: Task) -> Operands:
