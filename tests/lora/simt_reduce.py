@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,7 @@ from torch import Tensor
 from peft_kernels._core.cuda_tools import dtype_name
 from tests.simt import build
 
-PROGRAM = r"""
-#include "lora/reduce.cuh"
-#include "simt/take.h"
-
-using namespace peft_kernels::lora;
-
+TEST = r"""
 // The workspace is poisoned once: tickets keep what the schedule before has left, and each has a nonce of its own.
 template <typename C>
 void test(const simt::Arguments& arguments) {
@@ -66,7 +62,17 @@ void test(const simt::Arguments& arguments) {
     workspace.check();
   });
 }
+"""
 
+PROGRAM = (
+    r"""
+#include "lora/reduce.cuh"
+#include "simt/take.h"
+
+using namespace peft_kernels::lora;
+"""
+    + TEST
+    + r"""
 template <typename T>
 void test_of(const simt::Arguments& arguments) {
   const std::map<std::string, void (*)(const simt::Arguments&)> tests = {
@@ -83,6 +89,7 @@ int main(int argc, char** argv) {
   });
 }
 """
+)
 
 
 @dataclass(frozen=True)
@@ -144,12 +151,14 @@ def run(
     resident: int = 0,
     repeat_nonce: bool = False,
     zero_tickets: bool = False,
+    faulty: tuple[Path, int] | None = None,
 ) -> Results:
     """The gradients that the task asks for, the same bits under all schedules; ds is the sum of its parts.
 
     Args:
         resident: blocks on the machine at a time; 0: all.
         repeat_nonce, zero_tickets: what a graph's replays do, and what is done about it.
+        faulty: a program of ``tests.simt.faults``, and which of its versions.
     """
     m, n, k, r = task.m, task.n, task.k, task.r
     dy, x = in_rows_of_8(operands.dy), in_rows_of_8(operands.x)
@@ -193,7 +202,10 @@ def run(
         "repeat_nonce": int(repeat_nonce),
         "zero_tickets": int(zero_tickets),
     }
-    got = run_program(task, inputs, shapes, arguments, schedules, first_seed)
+    program = None
+    if faulty is not None:
+        program, arguments["version"] = faulty
+    got = run_program(task, inputs, shapes, arguments, schedules, first_seed, program)
     parts = got.get("ds_parts")
     return Results(got.get("db"), got.get("dbias"), got.get("da"), None if parts is None else parts.sum(0))
 
@@ -205,6 +217,7 @@ def run_program(
     arguments: Mapping[str, float | str],
     schedules: int,
     first_seed: int,
+    program: Path | None = None,
 ) -> dict[str, Tensor]:
     """The outputs, on tensors that lie in memory as the strides among the arguments say.
 
@@ -215,7 +228,8 @@ def run_program(
     sizes = {f"{name}_bytes": 0 for name in shapes}
     sizes |= {f"{name}_bytes": torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in outputs.items()}
     names = {"dtype": dtype_name(task.dtype), "adapter_dtype": dtype_name(task.adapter_dtype)}
-    return build.run(build.build(PROGRAM), inputs, outputs, schedules, first_seed, **{**arguments, **sizes, **names})
+    numbers = {**arguments, **sizes, **names}
+    return build.run(program or build.build(PROGRAM), inputs, outputs, schedules, first_seed, **numbers)
 
 
 def in_rows_of_8(matrix: Tensor) -> Tensor:
