@@ -42,6 +42,13 @@ class Dropout(NamedTuple):
     lane: int = 0
 
 
+class Lanes(NamedTuple):
+    """Lanes whose columns of S stand side by side in this order: how many each has, and its number."""
+
+    ranks: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+
 NO_DROPOUT = Dropout(seed=None, threshold=0, keep_scale=1.0)
 
 
