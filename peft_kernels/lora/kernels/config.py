@@ -13,6 +13,7 @@ import torch
 
 from peft_kernels._core.device import Hardware
 from peft_kernels._core.triton_tools import cdiv, next_power_of_2, split_count
+from peft_kernels.lora.kernels.dropout import Lanes
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,24 @@ def reads_dy_once(r: int) -> bool:
     return r <= 32
 
 
+def _blocks_of_ranks(r: int, lanes: Lanes | None, most: int) -> tuple[int, int]:
+    """Size of a block of ranks, which holds the widest lane where the bound lets it, and how many blocks there are."""
+    ranks = (r,) if lanes is None else lanes.ranks
+    block_r = min(most, max(16, next_power_of_2(max(ranks))))
+    return block_r, sum(cdiv(rank, block_r) for rank in ranks)
+
+
 def narrow_product_config(
-    m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware
+    m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware, lanes: Lanes | None = None
 ) -> NarrowProductConfig:
-    """A tile per multiprocessor: rows are halved, then K split, until there is one (assumed: bandwidth needs all)."""
-    block_r = min(128, max(16, next_power_of_2(r)))
+    """A tile per multiprocessor: rows are halved, then K split, until there is one (assumed: bandwidth needs all).
+
+    Lanes are more programs for each tile of rows, of which they need fewer; a taller one reads A's tiles less often.
+    """
+    block_r, blocks = _blocks_of_ranks(r, lanes, 128)
+    per_tile = 1 if lanes is None else blocks
     block_m = 64
-    while block_m > 16 and cdiv(m, block_m) < hardware.sm_count:
+    while block_m > 16 and cdiv(m, block_m) * per_tile < hardware.sm_count:
         block_m //= 2
     # 32 KiB of a float32 operand's tile and its pieces in registers is what 255 registers a thread hold.
     block_k = 128 if block_r <= 32 else 64
@@ -123,18 +135,19 @@ def narrow_product_config(
         BLOCK_R=block_r,
         num_warps=8 if takes_eight_warps else 4,
         num_stages=3,
-        splits=split_count(cdiv(k, block_k) // 4, cdiv(m, block_m) * cdiv(r, block_r), hardware),
+        splits=split_count(cdiv(k, block_k) // 4, cdiv(m, block_m) * blocks, hardware),
     )
 
 
-def rank_product_config(dtype: torch.dtype) -> RankProductConfig:
+def rank_product_config(dtype: torch.dtype, lanes: Lanes | None = None) -> RankProductConfig:
     """Wide rows for whole cache lines; the rank is walked in blocks, so any rank takes the same registers.
 
-    Blocks of 32 ranks spill beside float32 adapters on sm_89.
+    Blocks of 32 ranks spill beside float32 adapters on sm_89. Lanes have a second accumulator; with it rows of 128 take
+    up to 204 registers on sm_90, of which a multiprocessor has room for one block, and rows of 64 up to 120, for two.
     """
     return RankProductConfig(
         BLOCK_M=64,
-        BLOCK_N=64 if dtype == torch.float32 else 128,
+        BLOCK_N=64 if dtype == torch.float32 or lanes is not None else 128,
         BLOCK_R=16,
         num_warps=8,
         num_stages=2,
@@ -157,9 +170,12 @@ def narrow_and_reduce_config(
     )
 
 
-def reduce_rows_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware) -> ReduceRowsConfig:
+def reduce_rows_config(
+    m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware, lanes: Lanes | None = None
+) -> ReduceRowsConfig:
     """As ``narrow_and_reduce_config``; ranks beyond 64 take further programs, which re-read x from L2."""
-    block_r, block_k = min(64, max(16, next_power_of_2(r))), 128
+    block_k = 128
+    block_r, blocks = _blocks_of_ranks(r, lanes, 64)
     block_m = 32 if exact or dtype == torch.float32 else 64
     return ReduceRowsConfig(
         BLOCK_M=block_m,
@@ -167,7 +183,7 @@ def reduce_rows_config(m: int, k: int, r: int, dtype: torch.dtype, exact: bool, 
         BLOCK_R=block_r,
         num_warps=4 if hardware.arch >= 100 else 8,
         num_stages=3,
-        splits=split_count(cdiv(m, block_m), cdiv(k, block_k) * cdiv(r, block_r), hardware),
+        splits=split_count(cdiv(m, block_m), cdiv(k, block_k) * blocks, hardware),
     )
 
 

@@ -44,7 +44,7 @@ class Dropout(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """Lanes."""
+    """Lanes whose columns of S stand side by side in this order: how many each has, and its number."""
 
     ranks: tuple[int, ...]
     numbers: tuple[int, ...]

@@ -2,10 +2,11 @@
 
 Equation  narrow_and_reduce: dS_part = f dY B and dB_part = f dY^T S in one pass over dY, and dbias_part = sum dY
           reduce_rows: out_part = f S^T drop(x); dS for S gives dA, dY for x gives dB^T  (docs/design/lora.md)
+          with lanes S is [S_1 | S_2 | ...], and out_l = f S_l^T drop_l(x), under each other
 Tensors   dY (M, N), x (M, K), B (N, r): any strides; S, dS (M, r) float32, contiguous rows
           partial sums float32: dS (tiles of N, M, r), dB (splits, N, r), dbias (splits, N), out (splits, r, K)
 Tiles     narrow_and_reduce: a program owns BLOCK_N columns of dY and one of the ranges of rows
-          reduce_rows: likewise of x, and BLOCK_R ranks
+          reduce_rows: likewise of x, and BLOCK_R ranks of one lane; lanes' blocks are the fastest, as there
           partials are then summed in a fixed order, so two runs give the same bits
 Bound     narrow_and_reduce: one read of dY; its partials move 2 * 4 r (M N / BLOCK_N + splits N) bytes more, mostly
           within L2
@@ -26,8 +27,8 @@ from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot, load_scalar, split_range
 from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, shape_of_partials, sum_partials
 from peft_kernels.lora.kernels.config import NarrowAndReduceConfig, ReduceRowsConfig
-from peft_kernels.lora.kernels.dropout import Dropout
-from peft_kernels.lora.kernels.triton_dropout import keep_tile
+from peft_kernels.lora.kernels.dropout import Dropout, Lanes
+from peft_kernels.lora.kernels.triton_dropout import grid_of, keep_tile, lane_constants, place_in_lanes
 from peft_kernels.lora.kernels.triton_fwd import partials_for, summed
 
 
@@ -88,13 +89,18 @@ def reduce_rows_kernel(
     # specialized
     M, K, R, stride_xm, stride_xk, stride_sm,
     # constexprs
-    HAS_DROPOUT: tl.constexpr, FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, RANKS: tl.constexpr, NUMBERS: tl.constexpr,
+    FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid_k, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pid_split = tl.program_id(2)
+    if len(RANKS) > 0:
+        pid_k, first_r, end_r, lane = place_in_lanes(tl.program_id(0), RANKS, NUMBERS, BLOCK_R)
+    else:
+        pid_k, first_r, end_r, lane = tl.program_id(0), tl.program_id(1) * BLOCK_R, R, NUMBERS[0]
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_k, mask_r = offs_k < K, offs_r < R
+    offs_r = first_r + tl.arange(0, BLOCK_R)
+    mask_k, mask_r = offs_k < K, offs_r < end_r
 
     first, last = split_range(pid_split, M, blocks, BLOCK_M)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
@@ -106,7 +112,7 @@ def reduce_rows_kernel(
         x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         s = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if HAS_DROPOUT:
-            keep = keep_tile(tl.load(seed_ptr), 0, offs_m, pid_k * BLOCK_K, dropout_threshold, BLOCK_K)
+            keep = keep_tile(tl.load(seed_ptr), lane, offs_m, pid_k * BLOCK_K, dropout_threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         acc = dot(tl.trans(s), x, acc, EXACT, PRECISION)
 
@@ -119,7 +125,9 @@ _launch_narrow_and_reduce = Launcher(
     narrow_and_reduce_kernel,
     flags=("NEEDS_DS", "NEEDS_DB", "NEEDS_DBIAS", "FACTOR_IS_TENSOR", "EXACT", "PRECISION"),
 )
-_launch_reduce_rows = Launcher(reduce_rows_kernel, flags=("HAS_DROPOUT", "FACTOR_IS_TENSOR", "EXACT", "PRECISION"))
+_launch_reduce_rows = Launcher(
+    reduce_rows_kernel, flags=("HAS_DROPOUT", "RANKS", "NUMBERS", "FACTOR_IS_TENSOR", "EXACT", "PRECISION")
+)
 
 
 def narrow_and_reduce(
@@ -174,7 +182,13 @@ def narrow_and_reduce(
 
 
 def reduce_rows(
-    x: Tensor, s: Tensor, factor: float | Tensor, dropout: Dropout, exact: bool, config: ReduceRowsConfig
+    x: Tensor,
+    s: Tensor,
+    factor: float | Tensor,
+    dropout: Dropout,
+    exact: bool,
+    config: ReduceRowsConfig,
+    lanes: Lanes | None = None,
 ) -> Tensor:
     """Launch factor * s^T drop(x) and return it (r, K) float32.
 
@@ -182,16 +196,18 @@ def reduce_rows(
         x: (M, K). s: (M, r) float32 with contiguous rows. factor: float or 0-d tensor; holds the dropout's keep_scale.
         dropout: of x, or ``NO_DROPOUT``.
         exact: keep all bits of s beside a half-precision x.
+        lanes: of the dropout, where the columns of s have several; it has no lane of its own then.
     """
     (m, k), r = x.shape, s.shape[1]
     partials = torch.empty(shape_of_partials(config.splits, r, k), dtype=torch.float32, device=x.device)
+    ranks, numbers = lane_constants(dropout, lanes)
 
     _launch_reduce_rows(
-        (cdiv(k, config.BLOCK_K), cdiv(r, config.BLOCK_R), config.splits),
+        grid_of(cdiv(k, config.BLOCK_K), r, ranks, config.BLOCK_R, config.splits),
         (x, s, partials, dropout.seed, factor),
         (blocks_of_range(m, config.BLOCK_M, config.splits), dropout.threshold),
         (m, k, r, *x.stride(), s.stride(0)),
-        (dropout.seed is not None, isinstance(factor, Tensor), exact, dot_precision(x.dtype)),
+        (dropout.seed is not None, ranks, numbers, isinstance(factor, Tensor), exact, dot_precision(x.dtype)),
         config,
     )
     return sum_partials(partials, config.splits)

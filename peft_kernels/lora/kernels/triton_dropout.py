@@ -1,4 +1,5 @@
-"""The keep-mask of dropout.py, recomputed in registers for one tile; and dropout alone, for the torch backend.
+"""The keep-mask of dropout.py, recomputed in registers for one tile; which lane a program works on; and dropout alone,
+for the torch backend.
 
 Equation  drop: out = f D * x | add_dropped: out += f D * product, in place       (D is the mask, f a number)
 Tensors   x, product (rows, cols), any strides; out likewise with contiguous rows: float32, bfloat16 or float16 each
@@ -16,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_kernels.lora.kernels.dropout import Rows
+from peft_kernels._core.triton_tools import cdiv
+from peft_kernels.lora.kernels.dropout import Dropout, Lanes, Rows
 
 BLOCK_M, BLOCK_K = 4, 512  # 16 elements a thread; compiled for aligned rows, 28 to 38 registers
 
@@ -27,7 +29,7 @@ def keep_tile(seed, lane, offs_m, first_col, threshold, BLOCK_COLS: tl.constexpr
 
     Args:
         seed: 64-bit key.
-        lane: the counter's last word, a number or a constexpr; of a signed one, its bits.
+        lane: the counter's last word as a signed number, as ``as_int32`` returns it; or a constexpr.
         offs_m: (BLOCK_M,) row indices below 2^31, so the counter's high row word is 0.
         first_col: the tile's first column, a multiple of 8.
         threshold: a 16-bit draw below it drops its element.
@@ -38,11 +40,43 @@ def keep_tile(seed, lane, offs_m, first_col, threshold, BLOCK_COLS: tl.constexpr
     group = (first_col // 8 + tl.arange(0, BLOCK_COLS // 8)).to(tl.uint32)[None, :]
     row = offs_m.to(tl.uint32)[:, None]
     zero = tl.zeros((1, 1), tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, group, row, zero, tl.full((1, 1), lane, tl.uint32), 7)
+    last = tl.full((1, 1), lane, tl.int32).to(tl.uint32, bitcast=True)
+    w0, w1, w2, w3 = tl.philox(seed, group, row, zero, last, 7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_M, BLOCK_COLS / 8, 2, 2): word 2 i + j at [i, j]
     halves = tl.join(words & 0xFFFF, words >> 16)
     # Halves are below 2^16; signed, they compare with a threshold that Triton may have turned into a constant.
     return tl.reshape(halves, (offs_m.shape[0], BLOCK_COLS)).to(tl.int32) >= threshold
+
+
+@triton.jit
+def columns_of_lane(index, RANKS: tl.constexpr, NUMBERS: tl.constexpr):
+    """First rank of a lane and the end of its ranks among those of all lanes, and the lane's number."""
+    first, end, number = 0, RANKS[0], NUMBERS[0]
+    ranks = RANKS[0]
+    for i in tl.static_range(1, len(RANKS)):
+        is_here = index >= i
+        first = tl.where(is_here, ranks, first)
+        ranks += RANKS[i]
+        end = tl.where(is_here, ranks, end)
+        number = tl.where(is_here, NUMBERS[i], number)
+    return first, end, number
+
+
+@triton.jit
+def place_in_lanes(pid, RANKS: tl.constexpr, NUMBERS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What a program of ``grid_of`` works on: its tile, its first rank, and what ``columns_of_lane`` returns beside."""
+    total = 0
+    for i in tl.static_range(len(RANKS)):
+        total += tl.cdiv(RANKS[i], BLOCK_R)
+    block = pid % total
+    index, lane_s_first, blocks = 0, 0, 0
+    for i in tl.static_range(len(RANKS)):
+        is_here = block >= blocks
+        index = tl.where(is_here, i, index)
+        lane_s_first = tl.where(is_here, blocks, lane_s_first)
+        blocks += tl.cdiv(RANKS[i], BLOCK_R)
+    first, end, number = columns_of_lane(index, RANKS, NUMBERS)
+    return pid // total, first + (block - lane_s_first) * BLOCK_R, end, number
 
 
 # Numbers that no address is made of: special cases of them would only be compiled once more each.
@@ -79,6 +113,27 @@ def dropout_kernel(
 def as_int32(lane: int) -> int:
     """The signed number of a lane's 32 bits: Triton has one type for all of them."""
     return lane - (1 << 32) if lane >> 31 else lane
+
+
+def lane_constants(dropout: Dropout, lanes: Lanes | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What kernels take as RANKS and NUMBERS. One lane has no RANKS; without a mask there is no more than one."""
+    if dropout.seed is None:
+        return (), (0,)
+    if lanes is None:
+        return (), (as_int32(dropout.lane),)
+    numbers = tuple(map(as_int32, lanes.numbers))
+    return (lanes.ranks if len(lanes.ranks) > 1 else ()), numbers
+
+
+def grid_of(tiles: int, r: int, ranks: tuple[int, ...], block_r: int, splits: int) -> tuple[int, int, int]:
+    """Programs of tiles of x, blocks of ranks and ranges of a reduction; ``ranks`` as ``lane_constants`` returns them.
+
+    The blocks of lanes are the fastest: the programs that read one tile of x follow each other. They share an axis with
+    the tiles, since only the first has room for all of them.
+    """
+    if not ranks:
+        return tiles, cdiv(r, block_r), splits
+    return tiles * sum(cdiv(rank, block_r) for rank in ranks), 1, splits
 
 
 def drop(x: Tensor, out: Tensor, part: Rows, factor: float) -> None:

@@ -101,7 +101,7 @@ class Launches(NamedTuple):
     ) -> Tensor:
         """factor * drop(x) a^T, float32."""
         (m, k), r = x.shape, a.shape[0]
-        chosen = triton_tools.chosen(config.narrow_product_config, m, k, r, x.dtype, self.exact, self.hardware)
+        chosen = triton_tools.chosen(config.narrow_product_config, m, k, r, x.dtype, self.exact, self.hardware, lanes)
         return self.fwd.narrow_product(x, a, factor, dropout, self.exact, chosen, out, lanes)
 
     def rank_product(
@@ -113,7 +113,7 @@ class Launches(NamedTuple):
         lanes: Lanes | None = None,
     ) -> Tensor:
         """bias + the rank product, in ``dtype``."""
-        chosen = triton_tools.chosen(config.rank_product_config, dtype)
+        chosen = triton_tools.chosen(config.rank_product_config, dtype, lanes)
         return self.fwd.rank_product(self.fwd.RankProduct(*term), bias, dropout, dtype, chosen, lanes)
 
     def add_rank_product(
@@ -124,7 +124,7 @@ class Launches(NamedTuple):
         lanes: Lanes | None = None,
     ) -> None:
         """y += the rank product, in place."""
-        chosen = triton_tools.chosen(config.rank_product_config, y.dtype)
+        chosen = triton_tools.chosen(config.rank_product_config, y.dtype, lanes)
         self.fwd.add_rank_product(y, self.fwd.RankProduct(*term), dropout, chosen, lanes)
 
     def narrow_and_reduce(
@@ -154,7 +154,7 @@ class Launches(NamedTuple):
     ) -> Tensor:
         """factor * s^T drop(x), float32."""
         (m, k), r = x.shape, s.shape[1]
-        chosen = triton_tools.chosen(config.reduce_rows_config, m, k, r, x.dtype, self.exact, self.hardware)
+        chosen = triton_tools.chosen(config.reduce_rows_config, m, k, r, x.dtype, self.exact, self.hardware, lanes)
         return self.bwd.reduce_rows(x, s, factor, dropout, self.exact, chosen, lanes)
 
 
