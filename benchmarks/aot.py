@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from peft_kernels._core import device
 
 OPCODES = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG", "UTCHMMA", "UTCQMMA", "LDGSTS", "LDG", "STG", "LDL", "STL")
+_OPCODE = re.compile(rf"\b(?:{'|'.join(OPCODES)})\b")
 
 # Multiprocessors of A100, L40S, H100 SXM and B200.
 HARDWARE = {
@@ -71,17 +73,18 @@ def inspect(kernel: Any) -> dict[str, Any]:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(kernel.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", path)
-        sass = _tool("nvdisasm", path)
+        sass = _tool("nvdisasm", "--print-code", path)
     fields = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if fields is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage}")
+    counts = Counter(_OPCODE.findall(sass))
     return {
         "registers": int(fields[1]),
         "stack": int(fields[2]),
         "shared": kernel.metadata.shared,
         "tensor_memory": kernel.metadata.tmem_size or 0,
         "warps": kernel.metadata.num_warps,
-        **{opcode: len(re.findall(rf"\b{opcode}\b", sass)) for opcode in OPCODES},
+        **{opcode: counts[opcode] for opcode in OPCODES},
     }
 
 
