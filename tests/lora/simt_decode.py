@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,12 +12,7 @@ from peft_kernels._core import cuda_tools
 from tests.lora.cases import Case, Tensors
 from tests.simt import build
 
-PROGRAM = r"""
-#include "lora/decode.cuh"
-#include "simt/take.h"
-
-using namespace peft_kernels::lora;
-
+TEST = r"""
 // The workspace is poisoned once: flags keep what the schedule before has left, and each has a nonce of its own.
 template <typename T, typename TAdapter>
 void test(const simt::Arguments& arguments) {
@@ -59,7 +55,17 @@ void test(const simt::Arguments& arguments) {
         workspace.check();
       });
 }
+"""
 
+PROGRAM = (
+    r"""
+#include "lora/decode.cuh"
+#include "simt/take.h"
+
+using namespace peft_kernels::lora;
+"""
+    + TEST
+    + r"""
 void test_of(const simt::Arguments& arguments) {
   const std::map<std::string, void (*)(const simt::Arguments&)> tests = {
       {"bfloat16+bfloat16", test<__nv_bfloat16, __nv_bfloat16>},
@@ -73,6 +79,7 @@ int main(int argc, char** argv) {
   return simt::main_of(argc, argv, test_of);
 }
 """
+)
 
 
 def run(
@@ -86,11 +93,13 @@ def run(
     scale_tensor: bool = False,
     repeat_nonce: bool = False,
     zero_flags: bool = False,
+    faulty: tuple[Path, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (m, n) and S (m, r), the same bits under all schedules.
 
     Args:
         repeat_nonce, zero_flags: what a graph's replays do, and what is done about it.
+        faulty: a program of ``tests.simt.faults``, and which of its versions.
     """
     arguments = {
         "m": case.m,
@@ -112,7 +121,10 @@ def run(
         "zero_flags": int(zero_flags),
     }
     inputs = {**tensors._asdict(), "scale": torch.tensor([case.scale]) if scale_tensor else None}
-    return run_on(case.dtype, case.adapter_dtype or case.dtype, inputs, arguments, schedules, first_seed)
+    program = None
+    if faulty is not None:
+        program, arguments["version"] = faulty
+    return run_on(case.dtype, case.adapter_dtype or case.dtype, inputs, arguments, schedules, first_seed, program)
 
 
 def run_on(
@@ -122,10 +134,12 @@ def run_on(
     arguments: Mapping[str, float | str],
     schedules: int,
     first_seed: int = 0,
+    program: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``run``, on tensors that lie in memory as the strides among the arguments say: lora_b_0 and lora_b_1."""
     m, n, r = (int(arguments[name]) for name in ("m", "n", "r"))
     names = {"dtype": cuda_tools.dtype_name(dtype), "adapter_dtype": cuda_tools.dtype_name(adapter_dtype)}
     outputs = {"y": ((m, n), dtype), "s": ((m, r), torch.float32)}
-    got = build.run(build.build(PROGRAM), inputs, outputs, schedules, first_seed, **{**arguments, **names})
+    program = program or build.build(PROGRAM)
+    got = build.run(program, inputs, outputs, schedules, first_seed, **{**arguments, **names})
     return got["y"], got["s"]

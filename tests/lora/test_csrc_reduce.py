@@ -59,8 +59,8 @@ def draw(task: Task, seed: int = 0, integers: bool = False) -> Operands:
 
 
 def wild(task: Task) -> Operands:
-    """Numbers from 1 to 2^40 of which those in the second half of the rows take away those in the first: what is left of
-    a sum is what its order has rounded away."""
+    """Numbers from 1 to 2^40, and in the second half of the rows their negatives: what is left of a sum is what its
+    order has rounded away."""
     operands = draw(task)
     generator = torch.Generator().manual_seed(1)
 

@@ -71,9 +71,7 @@ FAULTS = {
     ),
     "the last but one takes itself for the last": Fault("last - first + 1)", "last - first)", PLAIN),
     "two units share a slot": Fault("{ return cta + unit; }", "{ return cta; }", PLAIN),
-    "every block of ranks makes dbias": Fault(
-        "job.sums != nullptr && work.rank == 0", "job.sums != nullptr", NARROW
-    ),
+    "every block of ranks makes dbias": Fault("job.sums != nullptr && work.rank == 0", "job.sums != nullptr", NARROW),
     "dbias has dB's factor": Fault("static_cast<T>(sums.bias[i]", "static_cast<T>(factor * sums.bias[i]", NARROW),
     "x has the mask of the row below": Fault("C::kRows + row, draws_of", "C::kRows + row + 1, draws_of", PLAIN),
     "x has the mask of the first columns": Fault("work.column / kDecisionsPerCall + thread.lane", "thread.lane", PLAIN),
