@@ -31,6 +31,7 @@ FAULTS = {
     "a float32 factor loses its largest piece": Fault(
         "for (int i = 2; i >= 0; --i)", "for (int i = 2; i > 0; --i)", EXACT
     ),
+    "an infinite element has a rest": Fault("rest == rest ? rest : 0.0f", "rest", EXACT),
     "a chunk's copies are not waited for": Fault("    wait_for_copies<C::kStages - 2>();\n", "", PLAIN),
     "one more group of copies is taken to be there": Fault("<C::kStages - 2>", "<C::kStages - 1>", PLAIN),
     "the last copies are not waited for": Fault("  wait_for_copies<0>();\n", "", PLAIN),
@@ -88,11 +89,10 @@ def faulty() -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_seen(faulty: Path, fault: str) -> None:
-    task = TASKS[FAULTS[fault].config]
+    task, version = TASKS[FAULTS[fault].config], (faulty, list(FAULTS).index(fault))
     keep_scale = 2.0 if task.threshold else 1.0
 
     def check(task: Task, operands: Operands, schedules: int) -> None:
-        version = (faulty, list(FAULTS).index(fault))
         got = simt_reduce.run(task, operands, 0.5, keep_scale, schedules, faulty=version)
         assert_as_expected(task, operands, keep_scale, got)
 
@@ -101,7 +101,11 @@ def test_faults_are_seen(faulty: Path, fault: str) -> None:
         if FAULTS[fault].config == EXACT:
             small = dataclasses.replace(task, m=16, n=16, k=16)
             check(small, unit_rows(small), schedules=1)
-        simt_reduce.run(task, wild(task), schedules=6, faulty=(faulty, list(FAULTS).index(fault)))
+            operands = unit_rows(small)
+            operands.s[3, 1] = torch.inf
+            db = simt_reduce.run(small, operands, faulty=version).db
+            assert db is not None and db[3, 1] == torch.inf  # the oracle's, and no nan
+        simt_reduce.run(task, wild(task), schedules=6, faulty=version)
 
     if fault.startswith("no fault"):
         check_all()

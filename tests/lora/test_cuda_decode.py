@@ -118,10 +118,11 @@ def test_replays_need_their_flags_zeroed() -> None:
         simt_decode.run(case, tensors, **repeats)
 
 
+@pytest.mark.parametrize("m", [5, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_adapters_lose_no_bit(dtype: torch.dtype) -> None:
+def test_float32_adapters_lose_no_bit(dtype: torch.dtype, m: int) -> None:
     """A token that is 1 in one place takes A's column there: in three pieces, to the last bit."""
-    case = Case(m=16, n=8, k=64, r=70, dtype=dtype, adapter_dtype=torch.float32, bias=False)
+    case = Case(m=m, n=8, k=64, r=70, dtype=dtype, adapter_dtype=torch.float32, bias=False)
     tensors = make(case, CPU)
     columns = torch.randperm(case.k, generator=torch.Generator().manual_seed(0))[: case.m]
     x = torch.zeros_like(tensors.x).scatter_(1, columns[:, None], 1.0)
