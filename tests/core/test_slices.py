@@ -17,13 +17,13 @@ pytestmark = pytest.mark.cpu_only
 OUT = Path("out", "cpu", "tests")
 
 # Takes the place of torch and of git, whose answers are not what is tested, and which take seconds.
-PLUGIN = """
+STUB = """
 from tests import slices
-from tests.slices import *
 header = {"commit": None, "dirty": None, "sources": "new", "versions": {}, "device": "cpu"}
 slices.where = lambda: (header, "cpu")
 slices._ALL = 0.5
 """
+PLUGIN = f"from tests.slices import *\n{STUB}"
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -93,12 +93,14 @@ def test_a_test_that_kills_its_process_twice_is_a_failure(tmp_path: Path) -> Non
 def test_whoever_runs_slices_learns_that_a_process_died(tmp_path: Path) -> None:
     """Its status is the dead process's own, which may be any; there is more to do."""
     (tmp_path / "test_it.py").write_text("import os\ndef test_kills(): os._exit(1)\ndef test_last(): pass\n")
-    command = [sys.executable, "-m", "tests.slices", "test_it.py", "-p", "no:cacheprovider", "--slices", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "stub.py").write_text(STUB)
+    program = "import sys, stub; sys.exit(stub.slices.main(sys.argv[1:]))"
+    options = ["test_it.py", "-p", "stub", "-p", "no:cacheprovider", "--slices", "out"]
+    command = [sys.executable, "-c", program, *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     statuses = [subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode for _ in range(3)]
     assert statuses == [75, 75, 1]
-    (folder,) = tmp_path.glob("out/*/tests")
-    assert "1 crashed, 1 passed, 0 not run" in (folder / "summary.md").read_text()
+    assert "1 crashed, 1 passed, 0 not run" in (tmp_path / OUT / "summary.md").read_text()
 
 
 SLOW = "import os, time\ndef slow(): time.sleep(0 if os.path.exists('quick') else 99)\n"

@@ -18,6 +18,7 @@ from examples import checks, finetune, labels, methods, picture, report, switchi
 from examples.methods import lora, prompt_ensemble, prompt_tuning
 from examples.model import Texts, mean_token, model_folder
 from peft_kernels import FusedLoRALinear, ParallelAdapter, PrefixEncoder, PromptEmbedding, SerialAdapter
+from tests.once import made_once
 
 try:
     model_folder()
@@ -348,17 +349,21 @@ def test_one_method_alone(data: task.Task, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture(scope="module")
-def short_run(data: task.Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, dict]:
-    """Run the whole program on a few texts; so few that it need not learn anything."""
-    folder = tmp_path_factory.mktemp("demo")
+def short_run(data: task.Task) -> tuple[int, Path, dict]:
+    """Run the whole program on a few texts, once for all workers; so few that it need not learn anything."""
     few = task.Task(data.train[:64], data.validation[:20], data.test[:24])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "load_task", lambda: few)
-        patch.setattr(train, "BATCH_SIZE", 8)
-        patch.setattr(train, "FORWARD_REPETITIONS", 2)
-        patch.setattr(switching, "REPETITIONS", 2)
-        status = finetune.main(["--steps", "3", "--out", str(folder), "--threads", "1"])
-    return status, folder, json.loads((folder / report.NUMBERS_FILE).read_text())
+
+    def run(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(task, "load_task", lambda: few)
+            patch.setattr(train, "BATCH_SIZE", 8)
+            patch.setattr(train, "FORWARD_REPETITIONS", 2)
+            patch.setattr(switching, "REPETITIONS", 2)
+            status = finetune.main(["--steps", "3", "--out", str(folder), "--threads", "1"])
+        (folder / "status").write_text(str(status))
+
+    folder = made_once("demo", run)
+    return int((folder / "status").read_text()), folder, json.loads((folder / report.NUMBERS_FILE).read_text())
 
 
 def test_short_run_writes_its_files(short_run: tuple[int, Path, dict]) -> None:

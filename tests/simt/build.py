@@ -7,7 +7,6 @@ is a failure.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -22,6 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
+from tests.once import made_once
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent
@@ -131,16 +132,12 @@ def _toolkit_includes() -> tuple[str, ...]:
 
 @functools.cache
 def _built(source: str, command: tuple[str, ...]) -> Path:
+    def make(folder: Path) -> None:
+        text = folder / "main.cpp"
+        text.write_text(source)
+        made = [*command, str(text), "-o", str(folder / "main")]
+        result = subprocess.run(made, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-6000:]
+
     name = hashlib.sha256(source.encode() + shlex.join(command).encode()).hexdigest()[:16]
-    program = Path(os.environ["PEFT_KERNELS_TESTS_BUILD"], name)
-    text, partial = program.with_suffix(".cpp"), program.with_suffix(".partial")
-    with program.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
-        if not program.exists():
-            text.write_text(source)
-            result = subprocess.run(
-                [*command, str(text), "-o", str(partial)], capture_output=True, text=True, check=False
-            )
-            assert result.returncode == 0, result.stderr[-6000:]
-            partial.rename(program)
-    return program
+    return made_once(name, make) / "main"
