@@ -167,7 +167,7 @@ def test_without_a_verdict_torch_runs_and_nothing_is_on_record(on_a_toy: Path) -
     assert not (on_a_toy.parent / "cache" / MACHINE.file_name).exists()
 
 
-_ONE_OF_EIGHT = """
+_ONE_OF_SEVERAL = """
 import sys, torch
 from peft_kernels._core import records, verdicts
 from tests.core.test_qualify_sabotage import CPU, LIMITS, MACHINE, _wanted
@@ -177,13 +177,13 @@ print(verdicts.why_not_parts(MACHINE, [_wanted(what) for what in sys.argv[1:]], 
 
 def _start(*what: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", _ONE_OF_EIGHT, *what], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", _ONE_OF_SEVERAL, *what], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-def test_eight_processes_check_once(on_a_toy: Path) -> None:
-    processes = [_start("right", "slow") for _ in range(8)]
-    assert [process.communicate(timeout=200)[0] for process in processes] == ["None\n"] * 8
+def test_processes_check_once(on_a_toy: Path) -> None:
+    processes = [_start("right", "slow") for _ in range(4)]
+    assert [process.communicate(timeout=200)[0] for process in processes] == ["None\n"] * 4
     assert len(on_a_toy.read_text().splitlines()) == 1
 
 

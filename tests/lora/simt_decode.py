@@ -123,7 +123,7 @@ def run(
     inputs = {**tensors._asdict(), "scale": torch.tensor([case.scale]) if scale_tensor else None}
     program = None
     if faulty is not None:
-        program, arguments["version"] = faulty
+        program, arguments["config"] = faulty
     return run_on(case.dtype, case.adapter_dtype or case.dtype, inputs, arguments, schedules, first_seed, program)
 
 

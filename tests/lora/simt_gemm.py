@@ -16,13 +16,9 @@ from tests.contract.operators import double
 from tests.lora import cases
 from tests.lora.cases import Case, Tensors
 from tests.simt import build
+from tests.simt.faults import MAIN
 
-PROGRAM = r"""
-#include "lora/gemm_sm90_arguments.h"
-
-using namespace peft_kernels;
-using namespace peft_kernels::lora;
-
+TEST = r"""
 // The flags are poisoned once and then keep what the schedule before has left; each schedule has a nonce of its own.
 template <typename Config>
 void test(const simt::Arguments& arguments) {
@@ -80,15 +76,19 @@ void test(const simt::Arguments& arguments) {
     s_half.check();
   });
 }
-
-TESTS
-
-int main(int argc, char** argv) {
-  return simt::main_of(argc, argv, [](const simt::Arguments& arguments) {
-    tests.at(arguments.text("config"))(arguments);
-  });
-}
 """
+
+PROGRAM = (
+    r"""
+#include "lora/gemm_sm90_arguments.h"
+
+using namespace peft_kernels;
+using namespace peft_kernels::lora;
+"""
+    + TEST
+    + "TESTS"
+    + MAIN
+)
 
 # What a kernel is compiled for: dtype, padded rank, direction, columns of a tile, whether it drops. Not all, for the
 # time that compiling takes.

@@ -204,7 +204,7 @@ def run(
     }
     program = None
     if faulty is not None:
-        program, arguments["version"] = faulty
+        program, arguments["config"] = faulty
     got = run_program(task, inputs, shapes, arguments, schedules, first_seed, program)
     parts = got.get("ds_parts")
     return Results(got.get("db"), got.get("dbias"), got.get("da"), None if parts is None else parts.sum(0))

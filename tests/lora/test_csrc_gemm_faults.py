@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.compiled import CSRC
 from tests.lora import cases, simt_gemm
 from tests.lora.cases import Case
-from tests.simt import build
+from tests.simt import build, faults
+from tests.simt.faults import Fault
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -239,17 +239,6 @@ FAULTS = {
         DROPPED,
     ),
 }
-MUTATED = (
-    "gemm_sm90_config.h",
-    "tile_order.h",
-    "gemm_sm90_producer.cuh",
-    "gemm_sm90_dropout.cuh",
-    "gemm_sm90_products.cuh",
-    "gemm_sm90_epilogue.cuh",
-    "gemm_sm90.cuh",
-    "gemm_sm90_arguments.h",
-)
-
 
 FAULT_CASE = Case(m=300, n=520, k=200, r=3, dtype=BF16)  # two clusters high, with a ghost below the last row block
 FAULT_CASE_BACKWARD = Case(m=200, n=200, k=520, r=3, dtype=BF16)
@@ -258,28 +247,14 @@ FAULT_CASE_BACKWARD = Case(m=200, n=200, k=520, r=3, dtype=BF16)
 @pytest.fixture(scope="module")
 def faulty() -> Path:
     """One program with every faulty version of the kernel, by its number."""
-    kernel = "".join((CSRC / "lora" / name).read_text() for name in MUTATED).replace("#pragma once", "")
-    for name in MUTATED:
-        kernel = kernel.replace(f'#include "lora/{name}"\n', "")
-    includes, main = simt_gemm.PROGRAM.split("TESTS")
-    test = includes.split("using namespace peft_kernels::lora;")[1]
-    unused = ("parameter", "value", "but-set-variable", "variable")
-    text = "".join(f'#pragma GCC diagnostic ignored "-Wunused-{what}"\n' for what in unused)
-    text += '#include "lora/dropout.h"\n#include "lora/params.h"\nusing namespace peft_kernels;\n'
-    names = ("GemmParams", "Words", "draw", "keep", "kDecisionsPerCall", "kDropoutLevels")
-    shared = "".join(f"using lora::{name};" for name in names)
-    entries = []
-    for number, (fault, (old, new, config)) in enumerate(FAULTS.items()):
-        assert old in kernel, f"{fault}: there is nothing to replace"
-        space, (kind, rank, direction) = f"peft_kernels::fault_{number}", config.split("-")[:3]
-        text += f"namespace {space} {{ {shared} }}\n"
-        text += (kernel.replace(old, new) if old else kernel).replace("peft_kernels::lora", space)
-        text += f"namespace {space} {{\n{test}}}\n"
+    versions = {}
+    for fault, (old, new, config) in FAULTS.items():
+        kind, rank, direction = config.split("-")[:3]
         drops = str(config.endswith("dropout")).lower()
-        types = f"sm90::HalfType::{kind}, {rank}, {space}::Direction::{direction}, 256, {drops}"
-        entries.append(f'{{"{number}", {space}::test<{space}::GemmConfig<{types}>>}}')
-    tests = f"const std::map<std::string, void (*)(const simt::Arguments&)> tests = {{{', '.join(entries)}}};"
-    return build.build(text + tests + main)
+        types = f"sm90::HalfType::{kind}, {rank}, Direction::{direction}, 256, {drops}"
+        versions[fault] = Fault(old, new, f"GemmConfig<{types}>")
+    kept = ("lora/dropout.h", "lora/params.h")
+    return build.build(faults.source("lora/gemm_sm90_arguments.h", simt_gemm.TEST, versions, kept))
 
 
 @pytest.mark.slow

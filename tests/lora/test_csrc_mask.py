@@ -84,7 +84,7 @@ def check(program: Path, fault: str, threshold: int, offset: int) -> None:
         "lane": LANE,
     }
     numbers |= {"grid_columns": -(-columns // BLOCK_COLUMNS), "grid_rows": GRID_ROWS, "bytes": size + offset}
-    numbers["version"] = list(FAULTS).index(fault)
+    numbers["config"] = list(FAULTS).index(fault)
     outputs = {"mask": ((size + offset,), torch.uint8)}
     got = build.run(program, {"seed": SEED}, outputs, schedules=2, **numbers)["mask"]
     assert got[:offset].tolist() == POISON[:offset], "bytes before the mask were written"

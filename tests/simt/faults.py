@@ -18,7 +18,7 @@ _UNUSED = ("parameter", "value", "but-set-variable", "variable")
 MAIN = r"""
 int main(int argc, char** argv) {
   return simt::main_of(argc, argv, [](const simt::Arguments& arguments) {
-    tests.at(arguments.text("version"))(arguments);
+    tests.at(arguments.text("config"))(arguments);
   });
 }
 """
