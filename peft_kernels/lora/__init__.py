@@ -39,6 +39,7 @@ Map, bottom to top:
         op.py              the public function, and the declaration that makes it an operator
     qualification.py       the problems by which a machine checks the kernels
     module.py              FusedLoRALinear
+    merging.py             merged weights: what it and PEFT's layers sum
     base_layer.py          which linear layers it can wrap, and what of torch's cannot hold it
     injection.py           `inject_lora`
 """
