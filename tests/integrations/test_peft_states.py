@@ -332,7 +332,8 @@ def test_one_layer_through_all_states(fused_calls: list[int]) -> None:
                 try:
                     ran = len(fused_calls) - count
                     if not drops and name != "autocast":
-                        _assert_same(got, expected, exactly=ran == 0)
+                        # A merged weight is summed in another order than PEFT's.
+                        _assert_same(got, expected, exactly=ran == 0 and name != "merged")
                 except AssertionError as error:
                     raise AssertionError(f"in the state {name!r}: {error}") from error
         _assert_same(_outcome(plain, x), usual, exactly=False)  # else the test itself leaves something behind

@@ -87,7 +87,7 @@ class Merging(Swapped):
                 return
             count_fallback(self, str(reason))
             if found is not None:
-                warnings.warn(f"unmerge: {reason}, which does not give back the bits of before", stacklevel=2)
+                warnings.warn(f"unmerge: {reason}, which does not give back the bits of before", stacklevel=3)
         PeftLinear.unmerge(self)
         kept.drop(self)
 
@@ -137,7 +137,7 @@ def _merge(layer: Any, safe_merge: bool, names: list[str] | None, where: kept.Ke
     kept.put(layer, kept.Kept(tuple(layer.merged_adapters), originals, merged, where))
 
 
-def _added(layer: Any, names: list[str] | None) -> list[str]:
+def _added(layer: Any, names: Any) -> list[str]:
     """The adapters that a merge adds; none where PEFT refuses the names."""
     if isinstance(names, str):
         return []
