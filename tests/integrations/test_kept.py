@@ -73,7 +73,7 @@ def test_bits_alone_count(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_cast_is_noticed_where_bits_are_the_same() -> None:
     zeros = torch.zeros(3, 4)
-    assert len({fingerprint(zeros.to(dtype)) for dtype in DTYPES}) == 4
+    assert len({fingerprint(zeros.to(dtype)) for dtype in DTYPES} | {fingerprint(zeros.t())}) == 5
 
 
 @pytest.mark.parametrize("shape", [(5,), (0,), (0, 3), (3, 0), (1, 1)])
@@ -96,6 +96,18 @@ def test_copies_lie_where_they_are_asked_to() -> None:
         copy = kept.copied(weight, where)
         assert torch.equal(copy, weight) and copy.stride() == weight.stride() and not copy.requires_grad
         assert copy.data_ptr() != weight.data_ptr() and not copy.is_pinned()
+
+
+def test_a_gpu_s_weight_is_asked_to_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    asked: list[dict[str, object]] = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **how: (asked.append(how), empty_like(tensor))[1])
+    assert torch.equal(kept.copied(_weight().as_subclass(OnGpu), "host"), _weight())
+    kept.copied(_weight(), "host")
+    assert [(how["device"], how["pin_memory"]) for how in asked] == [("cpu", True), ("cpu", False)]
 
 
 @pytest.mark.gpu

@@ -120,9 +120,12 @@ def _active(layer: Any, names: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _merged(layer: Any) -> Iterator[None]:
+    weight = layer.base_layer.weight.detach().clone()
     layer.merge(adapter_names=["default"])
     yield
     layer.unmerge()
+    # PEFT's own layer is left with the roundings of both.
+    layer.base_layer.weight.data.copy_(weight)
 
 
 @contextlib.contextmanager
