@@ -296,6 +296,11 @@ class TestAsPeft:
         layer, x = layer_of(model), torch.ones(2, K)
         before = bits(layer)
         layer.merge()
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        with model.disable_adapter(), pytest.raises(torch._dynamo.exc.Unsupported, match=merging._NOT_COMPILED):
+            whole(x)
+        assert layer.merged
+        torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")
         with model.disable_adapter():
             y = compiled(x)

@@ -360,7 +360,7 @@ class TestCopiesAndFiles:
     def test_peft_unmerges_what_leaves(self, how: str) -> None:
         """A pickled or reverted layer is PEFT's: merged, and its unmerge subtracts from the merged weight."""
         model = model_of(torch.bfloat16)
-        pk.apply(model)
+        report = pk.apply(model)
         layer = layer_of(model)
         before, state = bits(layer), set(model.state_dict())
         layer.merge()
@@ -382,6 +382,7 @@ class TestCopiesAndFiles:
         # What a tool has kept of a fused layer's methods is PEFT's after revert.
         (layer.unmerge if how == "pickle" else unmerge)()
         compare.assert_bitwise_equal("weight", bits(layer)[0], expected)
+        assert not report.fallback_calls
         # Off by the rounding of the merged weight, and of the update and the difference.
         slack = 2 * torch.finfo(torch.bfloat16).eps * float(merged[0].abs().max())
         assert 0 < float((bits(layer)[0].float() - before[0].float()).abs().max()) <= slack
