@@ -70,7 +70,7 @@ PEFT_MERGES: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "factors of another rank": (
         _set("lora_A.default.weight", lambda weight: nn.Parameter(weight[:2].detach())),
-        "its factors are no (40, 24)",
+        "its factors' product is not (40, 24)",
     ),
     "scaling by feature": (
         lambda layer: layer.scaling.update(default=torch.ones(K)),

@@ -44,7 +44,9 @@ _COMPUTED = SUPPORT.rule(
     "a weight that is computed, as parametrizations do", "its weight is no parameter, so that PEFT merges"
 )
 _SEVERAL_DEVICES = SUPPORT.rule("weights on several devices", "its weights are on several devices, so that PEFT merges")
-_SHAPES = SUPPORT.rule("factors of other shapes than the weight", "its factors are no {shape}, so that PEFT merges")
+_SHAPES = SUPPORT.rule(
+    "factors of other shapes than the weight", "its factors' product is not {shape}, so that PEFT merges"
+)
 _SCALING = SUPPORT.rule("a scaling that is no number", "its scaling is a {scaling}, so that PEFT merges")
 _NO_BIAS = SUPPORT.rule("`lora_bias` on a base layer without one", "its base layer has no bias to merge into")
 _NOT_KEPT = SUPPORT.rule(
