@@ -3,6 +3,7 @@
 peft/, adapterhub/, transformers/   what concerns one library, and the names for its users
 apply_revert.py                     which libraries a model is of; apply, revert
 report.py                           what apply found, and what fell back since
+kept.py                             base weights of before a merge, kept beside the layers
 rules.py                            the reasons for fallbacks, and docs/integrations.md's tables of them
 sites.py                            what is swapped as one, and the swap itself
 versions.py                         the oldest releases of other libraries

@@ -9,6 +9,8 @@ import warnings
 from torch import nn
 
 from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.integrations import kept
+from peft_kernels.integrations.kept import KeepBase
 from peft_kernels.integrations.report import Report, forget
 from peft_kernels.integrations.sites import Site
 from peft_kernels.integrations.versions import needs
@@ -23,7 +25,7 @@ _LIBRARIES = {
 _WHOLE = "the model"
 
 
-def apply(model: nn.Module, *, strict: bool = False) -> Report:
+def apply(model: nn.Module, *, strict: bool = False, keep_base: KeepBase | None = None) -> Report:
     """Put a model of PEFT's or AdapterHub's on these kernels, in place.
 
     Of PEFT's: its LoRA layers, or the prefixes or prompts of the whole model. Of AdapterHub's: its bottleneck adapters.
@@ -36,17 +38,22 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
         model: any module that contains PEFT's or AdapterHub's layers, or is PEFT's model for prefix or prompt tuning.
         strict: raise, and change nothing, if as things stand any module of a known kind would fall back, or none would
             run on these kernels.
+        keep_base: where PEFT's LoRA layers keep their base weights while merged, so that ``unmerge`` puts back every
+            bit: "device", beside the merged ones, "host", in pinned memory, or False, nowhere: PEFT subtracts. None
+            leaves a layer's choice as it is, at first "device". Counts from the next merge into an unmerged layer;
+            ``merge_and_unload`` keeps nothing.
 
     Returns:
         A report: counts, every fallback with its reason; prints well.
 
     Raises:
-        ValueError: ``model`` is no module.
+        ValueError: ``model`` is no module, ``keep_base`` no such choice.
         UnsupportedError: ``strict``, and something would fall back.
         ImportError: the library is older than what this package knows; says which release is needed.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"apply: model must be a torch.nn.Module, got {type(model).__name__}")
+    kept.check_choice("apply", keep_base)
     sites = _sites(model)
     swapped = [site for site in sites if site.why_not() is None]
     report = _report(sites, swapped)
@@ -57,6 +64,8 @@ def apply(model: nn.Module, *, strict: bool = False) -> Report:
         warnings.warn(text, stacklevel=2)
     for site in swapped:
         site.fuse()
+        for module in site.modules.values():
+            kept.choose(module, keep_base)
     return report
 
 
@@ -89,6 +98,8 @@ def _hint(sites: list[Site]) -> str:
 def revert(model: nn.Module) -> None:
     """Undo ``apply``: every module is again of its library's own class, and nothing else differs.
 
+    A merged layer stays merged, and what was kept for its ``unmerge`` goes: PEFT subtracts the updates from it.
+
     Raises:
         ValueError: ``model`` is no module.
     """
@@ -98,6 +109,7 @@ def revert(model: nn.Module) -> None:
         site.restore()
         for module in site.modules.values():
             forget(module)
+            kept.forget(module)
 
 
 def _sites(model: nn.Module) -> list[Site]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_kernels._core.explain import note
 
-# Calls that a fused layer handed to its library's own forward, by layer and reason. Beside the layers, not on them:
+# Calls that a fused layer handed to its library's own code, by layer and reason. Beside the layers, not on them:
 # they stay what their library made them, for pickling and for revert.
 _fallen_back: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 
@@ -35,7 +35,7 @@ class Report:
 
     @property
     def fallback_calls(self) -> Counter[str]:
-        """Calls of fused modules that ran their library's own forward after all, by reason; none while compiling."""
+        """Calls of fused modules, merges too, that ran their library's own code after all; none while compiling."""
         total: Counter[str] = Counter()
         for module in self._modules:
             total += _fallen_back.get(module, Counter())
@@ -53,10 +53,10 @@ class Report:
 
 
 def count_fallback(module: nn.Module, reason: str) -> None:
-    """Remember that a fused module ran its library's forward; a compiled graph is not made to remember."""
+    """Remember that a fused module ran its library's code; a compiled graph is not made to remember."""
     if not torch.compiler.is_dynamo_compiling():
         _fallen_back.setdefault(module, Counter())[reason] += 1
-        note(lambda: f"{type(module).__name__}: its library's own forward\n  peft_kernels: {reason}")
+        note(lambda: f"{type(module).__name__}: its library's own code\n  peft_kernels: {reason}")
 
 
 def forget(module: nn.Module) -> None:

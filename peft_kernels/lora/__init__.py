@@ -41,6 +41,7 @@ Map, bottom to top:
     group/                 the operator `lora_group`: several frozen weights that share x, in the same files
     qualification.py       the problems by which a machine checks the kernels
     module.py              FusedLoRALinear
+    merging.py             merged weights: what it and PEFT's layers sum
     base_layer.py          which linear layers it can wrap, and what of torch's cannot hold it
     injection.py           `inject_lora`
 """

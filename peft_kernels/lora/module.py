@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from peft_kernels._core import arguments
 from peft_kernels.lora.base_layer import guard_readers, why_not_base
 from peft_kernels.lora.linear.op import lora_linear
+from peft_kernels.lora.merging import Update, write_merged
 
 _NAME = "FusedLoRALinear"
 _HALF = (torch.bfloat16, torch.float16)
-_MERGE_ROWS = 1024
 
 
 class _Source(NamedTuple):
@@ -265,15 +265,9 @@ class FusedLoRALinear(nn.Module):
         self._merged_from = sources
         return merged
 
-    @torch.no_grad()
     def _merge_into(self, target: Tensor) -> None:
         name = cast("str", self._active)
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        lora_a, lora_b = self.lora_A[name].to(wide), self.lora_B[name].to(wide)
-        for start in range(0, self.out_features, _MERGE_ROWS):
-            rows = slice(start, start + _MERGE_ROWS)
-            update = torch.addmm(self.weight[rows].to(wide), lora_b[rows], lora_a, alpha=self.scaling[name])
-            target[rows].copy_(update)
+        write_merged(target, self.weight, [Update(self.lora_B[name], self.lora_A[name], self.scaling[name])])
 
     def _sources(self) -> tuple[_Source, ...]:
         name = cast("str", self._active)

@@ -127,7 +127,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
 STATES: dict[str, tuple[Callable[[Any], object], str]] = {
     "dropout of 1": (_part("lora_dropout", lambda: nn.Dropout(1.0)), "leaves nothing, with p = 1"),
     "scaling elsewhere": (_scaled(torch.tensor(0.5, device="meta")), "several devices"),
-    "merged": (lambda layer: layer.merge(), "merged"),
+    "merged": (lambda layer: PeftLinear.merge(layer), "merged"),  # ours sums in another order
     "disabled": (lambda layer: layer.enable_adapters(False), "disabled"),
     "adapter in float64": (
         lambda layer: (layer.lora_A.double(), layer.lora_B.double()),

@@ -107,7 +107,8 @@ class TestPeftFeatures:
         fused, plain, _ = pair()
         got, expected = fused.merge_and_unload(), plain.merge_and_unload()
         assert not lora_layers(got)
-        compare.assert_bitwise_equal("logits", run(got)[0], run(expected)[0])
+        # The merged weights are summed in another order than PEFT's.
+        torch.testing.assert_close(run(got)[0], run(expected)[0], **CLOSE)
 
     def test_delete_and_switch(self) -> None:
         fused, plain, _ = pair(adapters=3)

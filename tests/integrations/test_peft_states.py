@@ -120,9 +120,12 @@ def _active(layer: Any, names: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _merged(layer: Any) -> Iterator[None]:
+    weight = layer.base_layer.weight.detach().clone()
     layer.merge(adapter_names=["default"])
     yield
     layer.unmerge()
+    # PEFT's own layer is left with the roundings of both.
+    layer.base_layer.weight.data.copy_(weight)
 
 
 @contextlib.contextmanager
@@ -332,7 +335,8 @@ def test_one_layer_through_all_states(fused_calls: list[int]) -> None:
                 try:
                     ran = len(fused_calls) - count
                     if not drops and name != "autocast":
-                        _assert_same(got, expected, exactly=ran == 0)
+                        # A merged weight is summed in another order than PEFT's.
+                        _assert_same(got, expected, exactly=ran == 0 and name != "merged")
                 except AssertionError as error:
                     raise AssertionError(f"in the state {name!r}: {error}") from error
         _assert_same(_outcome(plain, x), usual, exactly=False)  # else the test itself leaves something behind

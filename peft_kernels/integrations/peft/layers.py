@@ -24,9 +24,10 @@ from peft_kernels._core.plans import Plan, Recent
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
 from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
+from peft_kernels.integrations.peft.merging import Merging
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Support
-from peft_kernels.integrations.sites import Site, Swapped
+from peft_kernels.integrations.sites import Site
 from peft_kernels.lora import lora_linear
 from peft_kernels.lora.linear.op import OPERATOR
 from peft_kernels.lora.linear.problem import Inputs
@@ -128,7 +129,7 @@ class _Operands(NamedTuple):
         yield from (scaling for scaling in self.scalings if isinstance(scaling, Tensor) and not scaling.is_cpu)
 
 
-class FusedLoraLinear(Swapped, PeftLinear):
+class FusedLoraLinear(Merging, PeftLinear):
     """PEFT's ``lora.Linear`` whose base product and low-rank update are one operation."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
