@@ -1,4 +1,4 @@
-"""The LoRA linear launches that are compiled ahead of time: forward, backward; dtypes, ranks, alignments."""
+"""The launches of LoRA that are compiled ahead of time: forward, backward; dtypes, ranks, lanes, alignments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from peft_kernels.lora.group import problem as group_problem
+from peft_kernels.lora.group import triton_impl as group_impl
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear import triton_impl
@@ -30,6 +32,12 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         yield _mask_case(dtype, adapter, k)
     # Rows that are no multiple of 16 bytes.
     yield _case(BF16, FP32, 16, 0.1, 4095)
+    for dtype, adapter in ((BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)):
+        yield _group_case(dtype, adapter, (16, 16, 16), 0.1)
+    for ranks in ((64, 64), (16, 5, 1, 33), (130, 8)):
+        yield _group_case(BF16, BF16, ranks, 0.1)
+    yield _group_case(BF16, FP32, (64, 8, 16, 64), 0.1)
+    yield _group_case(BF16, BF16, (16, 16, 16), 0.0)
 
 
 def _name(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> str:
@@ -39,6 +47,14 @@ def _name(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) ->
 
 def _case(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> tuple[str, Callable[[], None]]:
     return _name(dtype, adapter, r, p, k), functools.partial(_launch, dtype, adapter, r, p, k)
+
+
+def _group_case(
+    dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ...], p: float
+) -> tuple[str, Callable[[], None]]:
+    """Members of several ranks on one x; what they do not share with each other are launches as above."""
+    name = _name(dtype, adapter, 0, p, 4096).replace("r0", "r" + "+".join(map(str, ranks)))
+    return name, functools.partial(_launch_group, dtype, adapter, ranks, p)
 
 
 def _mask_case(dtype: torch.dtype, adapter: torch.dtype, k: int) -> tuple[str, Callable[[], None]]:
@@ -71,6 +87,28 @@ def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) 
     _, s = triton_impl.forward(problem, inputs)
     dy = make(m, n, dtype=dtype)
     triton_impl.backward(problem, inputs, s, dy, Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=True))
+
+
+def _launch_group(dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ...], p: float) -> None:
+    m = n = k = 4096
+    make, count = functools.partial(torch.empty, device="meta"), len(ranks)
+    inputs = group_problem.Inputs(
+        x=make(m, k, dtype=dtype),
+        weights=(make(n, k, dtype=dtype),) * count,
+        biases=(None,) * count,
+        lora_a=tuple(make(r, k, dtype=adapter) for r in ranks),
+        lora_b=tuple(make(n, r, dtype=adapter) for r in ranks),
+        scales=(0.5,) * count,
+        members=tuple(range(count)),
+        dropout_p=(p,) * count,
+        lanes=tuple(range(count)),
+        seed=make((), dtype=torch.int64) if p else None,
+    )
+    problem = group_problem.make_problem(inputs)
+    *ys, s = group_impl.forward(problem, inputs)
+    every, none = (True,) * count, (False,) * count
+    needs = group_problem.Needs(x=True, weights=none, biases=none, lora_a=every, lora_b=every)
+    group_impl.backward(problem, inputs, s, [torch.empty_like(y) for y in ys], needs)
 
 
 def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:

@@ -127,8 +127,10 @@ def narrow_product_config(
     block_k = 128 if block_r <= 32 else 64
     if exact or dtype == torch.float32:
         block_k //= 2
-    # On sm_100 it is the narrow ones that spill with four warps, and the widest with eight (ahead-of-time compiles).
-    takes_eight_warps = block_r <= 64 if hardware.arch >= 100 else block_r > 32
+    # On sm_100 it is the narrow ones that spill with four warps, and the widest with eight; with lanes the other way
+    # round (ahead-of-time compiles).
+    is_wide = block_r > (64 if hardware.arch >= 100 else 32)
+    takes_eight_warps = is_wide if hardware.arch < 100 or lanes is not None else not is_wide
     return NarrowProductConfig(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
@@ -160,6 +162,8 @@ def narrow_and_reduce_config(
     """Rows are split until there is a program per multiprocessor; ``reads_dy_once`` bounds the rank."""
     block_n = 128
     block_m = 32 if exact or dtype == torch.float32 else 64
+    if dtype == torch.float32 and hardware.arch >= 100:
+        block_m = 16  # 32 rows spill where there is no dbias
     return NarrowAndReduceConfig(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
