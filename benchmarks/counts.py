@@ -37,7 +37,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 ARCH, SM_COUNT = 90, 132
 
 # Widths of an 8B model's, K = 4096.
-QKV, GATE_UP = (4096, 1024, 1024), (14336, 14336)
+ALONE, QKV, GATE_UP = (4096,), (4096, 1024, 1024), (14336, 14336)
 
 # They move nothing: views, and memory that is asked for.
 FREE = {"t", "transpose", "view", "_unsafe_view", "detach", "slice", "expand", "as_strided", "unsqueeze", "alias"}
@@ -116,10 +116,10 @@ class Layer:
 
 def layers() -> Iterator[Layer]:
     """The rows: sizes are those of docs/design."""
-    yield lora("LoRA", BF16, 0.0)
-    yield lora("LoRA, float32 adapters, dropout 0.1", FP32, 0.1)
-    yield lora_members("LoRA on q, k, v: three calls", QKV, BF16, 0.0, grouped=False)
-    yield lora_members("LoRA on q, k, v: one group", QKV, BF16, 0.0, grouped=True)
+    yield lora("LoRA", ALONE, BF16, 0.0)
+    yield lora("LoRA, float32 adapters, dropout 0.1", ALONE, FP32, 0.1)
+    yield lora("LoRA on q, k, v: three calls", QKV, BF16, 0.0)
+    yield lora("LoRA on q, k, v: one group", QKV, BF16, 0.0, grouped=True)
     yield adapter("bottleneck adapter, serial, gelu")
     yield prefix("prefix attention, causal")
     yield prompt("prompt tuning", 1)
@@ -131,45 +131,12 @@ def groups() -> Iterator[tuple[Layer, Layer]]:
     kinds = ((BF16, 0.0, "bfloat16"), (BF16, 0.1, "bfloat16, dropout 0.1"), (FP32, 0.1, "float32, dropout 0.1"))
     for members, n in (("q, k, v", QKV), ("gate, up", GATE_UP)):
         for adapter_dtype, p, kind in kinds:
-            calls, group = (
-                lora_members(f"{members}, {kind}", n, adapter_dtype, p, grouped) for grouped in (False, True)
-            )
+            calls, group = (lora(f"{members}, {kind}", n, adapter_dtype, p, grouped) for grouped in (False, True))
             yield calls, group
 
 
-def lora(name: str, adapter_dtype: torch.dtype, p: float) -> Layer:
-    from peft_kernels.lora.linear import op, problem, triton_impl
-
-    m, n, r, scale = 8192, 4096, 16, 0.5
-    make = functools.partial(torch.empty, device="meta")
-    x, weight = _leaf(m, n), make(n, n, dtype=BF16)
-    a, b = _leaf(r, n, dtype=adapter_dtype), _leaf(n, r, dtype=adapter_dtype)
-    seed = make((), dtype=torch.int64) if p else None
-
-    call = problem.Inputs(x.detach(), weight, a.detach(), b.detach(), scale, None, p, seed)
-    needs = problem.Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=False)
-    return Layer(
-        name,
-        bytes_of(x),
-        functools.partial(_peft_lora, x, weight, a, b, scale, p),
-        (x,),
-        (a, b),
-        (weight,),
-        here=_by_triton(triton_impl, problem, call, lambda kept: (*kept, make(m, n, dtype=BF16), needs)),
-        keeps=_keeps(op.OPERATOR, call, needs, ("x",)),
-    )
-
-
-def _peft_lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
-    result = F.linear(x, weight)
-    branch = x.to(a.dtype)
-    if p:
-        branch = torch.native_dropout(branch, p, True)[0]  # what F.dropout is on CUDA
-    return (result + F.linear(F.linear(branch, a), b) * scale).to(result.dtype)
-
-
-def lora_members(name: str, n: tuple[int, ...], adapter_dtype: torch.dtype, p: float, grouped: bool) -> Layer:
-    """Layers of one x, K to each of n: today one after another; here calls of one each, or a group."""
+def lora(name: str, n: tuple[int, ...], adapter_dtype: torch.dtype, p: float, grouped: bool = False) -> Layer:
+    """A layer, or layers of one x, K to each of n: today one after another; here a call of each, or a group."""
     m, k, r, scale = 8192, 4096, 16, 0.5
     make = functools.partial(torch.empty, device="meta")
     x, weights = _leaf(m, k), [make(width, k, dtype=BF16) for width in n]
@@ -189,6 +156,14 @@ def lora_members(name: str, n: tuple[int, ...], adapter_dtype: torch.dtype, p: f
         here,
         keeps,
     )
+
+
+def _peft_lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    result = F.linear(x, weight)
+    branch = x.to(a.dtype)
+    if p:
+        branch = torch.native_dropout(branch, p, True)[0]  # what F.dropout is on CUDA
+    return (result + F.linear(F.linear(branch, a), b) * scale).to(result.dtype)
 
 
 def _as_calls(
@@ -405,42 +380,29 @@ def render() -> str:
     Raises:
         ImportError: Triton is not installed, whose launches are counted.
     """
-    what = ("kernels, {}", "passes, {}", "kept, {}")
-    header = ["one layer's step", *(name.format(whose) for name in what for whose in ("today", "here"))]
-    rows = []
-    for layer in layers():
-        today, here = count_today(layer), count_here(layer)
-        rows.append(
-            [
-                layer.name,
-                *(f"{count.forward} + {count.backward}" for count in (today, here)),
-                *(f"{count.bytes / layer.activation:.1f}" for count in (today, here)),
-                *(_share(count.kept / layer.activation) for count in (today, here)),
-            ]
-        )
-    return markdown(header, rows)
+    return _table("one layer's step", ("today", "here"), [[layer, layer] for layer in layers()])
 
 
 def render_groups() -> str:
-    """Lay out the table of docs/design/lora.md.
+    """Lay out the table of docs/design/lora.md; raises as ``render``."""
+    return _table("members", ("PEFT", "calls", "group"), [[calls, calls, group] for calls, group in groups()])
 
-    Raises:
-        ImportError: Triton is not installed, whose launches are counted.
-    """
-    what = ("kernels, {}", "passes, {}", "kept, {}")
-    header = ["members", *(name.format(whose) for name in what for whose in ("PEFT", "calls", "group"))]
-    rows = []
-    for calls, group in groups():
-        found = (count_today(calls), count_here(calls), count_here(group))
-        rows.append(
+
+def _table(title: str, ways: Sequence[str], rows: Sequence[Sequence[Layer]]) -> str:
+    """A line for each row: its first layer as it is run today, the others as here."""
+    header = [title, *(f"{what}, {way}" for what in ("kernels", "passes", "kept") for way in ways)]
+    lines = []
+    for first, *others in rows:
+        found = [count_today(first), *map(count_here, others)]
+        lines.append(
             [
-                calls.name,
+                first.name,
                 *(f"{count.forward} + {count.backward}" for count in found),
-                *(f"{count.bytes / calls.activation:.1f}" for count in found),
-                *(_share(count.kept / calls.activation) for count in found),
+                *(f"{count.bytes / first.activation:.1f}" for count in found),
+                *(_share(count.kept / first.activation) for count in found),
             ]
         )
-    return markdown(header, rows)
+    return markdown(header, lines)
 
 
 def _share(value: float) -> str:

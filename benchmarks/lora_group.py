@@ -1,8 +1,8 @@
 """LoRA group: q, k, v and gate, up of real models, whose layers share x.
 
 Each provider computes y_j = x W_j^T + scale (drop_j(x) A_j^T) B_j^T of every member j, and the gradients of x, summed
-over the members, and of all A_j and B_j. ``base`` is the frozen products alone. The baselines of ``lora.py`` are here run
-on one member after another, and autograd sums the gradients of x; so are ``calls`` of ``lora_linear``, another baseline:
+over the members, and of all A_j and B_j. ``base`` is the frozen products alone. The baselines of ``lora.py`` run here
+on one member after another, and autograd sums the gradients of x. So do ``calls`` of ``lora_linear``, another baseline:
 what a group has to beat.
 """
 

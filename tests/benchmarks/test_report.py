@@ -259,7 +259,7 @@ def test_counts() -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 def test_counts_of_members(grouped: bool, p: float) -> None:
     """By hand for q, k, v, in passes over x: together their y are 1.5, their W 0.75; partial dS are half of dY."""
-    layer = counts.lora_members("q, k, v", counts.QKV, torch.bfloat16, p, grouped)
+    layer = counts.lora("q, k, v", counts.QKV, torch.bfloat16, p, grouped)
     today, here = counts.count_today(layer), counts.count_here(layer)
     y, w, each = 1.5, 0.75, 3
     # As one layer's, where what is as large as x counts for each member; then two sums of the gradients of x. Dropout
