@@ -1,5 +1,7 @@
 """Kernels, bytes and kept memory of a training step of one layer, by methods as they are run today and here: counts.
 
+Where layers share x, of all of them; "here" they may be a call each, or one group.
+
 Nothing is run. Operators and launches are counted on tensors without memory, each by the bytes of the tensors that it
 reads and writes, each tensor once; caches are left out. A pass is one reading or one writing of the activations, x (or
 q, or the token embeddings) in its own dtype.
@@ -27,10 +29,15 @@ from python_ref import prompt as prompt_oracle
 
 BEGIN = "<!-- counts:begin -->"
 END = "<!-- counts:end -->"
+BEGIN_GROUPS = "<!-- counts of groups:begin -->"
+END_GROUPS = "<!-- counts of groups:end -->"
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # An H200's, whose choice of configs is counted.
 ARCH, SM_COUNT = 90, 132
+
+# Widths of an 8B model's, K = 4096.
+ALONE, QKV, GATE_UP = (4096,), (4096, 1024, 1024), (14336, 14336)
 
 # They move nothing: views, and memory that is asked for.
 FREE = {"t", "transpose", "view", "_unsafe_view", "detach", "slice", "expand", "as_strided", "unsqueeze", "alias"}
@@ -79,14 +86,17 @@ class Count:
     kept: int
 
 
+Passes = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One method's layer.
+    """One method's layer, or layers that share x.
 
     Attributes:
         name: of the table's row.
         activation: bytes of one pass.
-        today: its forward, from the tensors that have a gradient or a value of their own.
+        today: its forward, y or all of several, from the tensors that have a gradient or a value of their own.
         activations: its tensors that are no parameters and have a gradient.
         parameters: its tensors that are trained.
         weights: those that are frozen.
@@ -96,52 +106,103 @@ class Layer:
 
     name: str
     activation: int
-    today: Callable[[], Tensor]
+    today: Callable[[], Tensor | tuple[Tensor, ...]]
     activations: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]
     weights: tuple[Tensor, ...]
-    here: tuple[Callable[[], Any], Callable[[Any], Any]]
+    here: Passes
     keeps: Callable[[Any], int]
 
 
 def layers() -> Iterator[Layer]:
     """The rows: sizes are those of docs/design."""
-    yield lora("LoRA", BF16, 0.0)
-    yield lora("LoRA, float32 adapters, dropout 0.1", FP32, 0.1)
+    yield lora("LoRA", ALONE, BF16, 0.0)
+    yield lora("LoRA, float32 adapters, dropout 0.1", ALONE, FP32, 0.1)
+    yield lora("LoRA on q, k, v: three calls", QKV, BF16, 0.0)
+    yield lora("LoRA on q, k, v: one group", QKV, BF16, 0.0, grouped=True)
     yield adapter("bottleneck adapter, serial, gelu")
     yield prefix("prefix attention, causal")
     yield prompt("prompt tuning", 1)
     yield prompt("prompt tuning, 5 prompts as one batch", 5)
 
 
-def lora(name: str, adapter_dtype: torch.dtype, p: float) -> Layer:
-    from peft_kernels.lora.linear import op, problem, triton_impl
+def groups() -> Iterator[tuple[Layer, Layer]]:
+    """What members of one x cost in the common cases, as calls and as a group."""
+    kinds = ((BF16, 0.0, "bfloat16"), (BF16, 0.1, "bfloat16, dropout 0.1"), (FP32, 0.1, "float32, dropout 0.1"))
+    for members, n in (("q, k, v", QKV), ("gate, up", GATE_UP)):
+        for adapter_dtype, p, kind in kinds:
+            calls, group = (lora(f"{members}, {kind}", n, adapter_dtype, p, grouped) for grouped in (False, True))
+            yield calls, group
 
-    m, n, r, scale = 8192, 4096, 16, 0.5
+
+def lora(name: str, n: tuple[int, ...], adapter_dtype: torch.dtype, p: float, grouped: bool = False) -> Layer:
+    """A layer, or layers of one x, K to each of n: today one after another; here a call of each, or a group."""
+    m, k, r, scale = 8192, 4096, 16, 0.5
     make = functools.partial(torch.empty, device="meta")
-    x, weight = _leaf(m, n), make(n, n, dtype=BF16)
-    a, b = _leaf(r, n, dtype=adapter_dtype), _leaf(n, r, dtype=adapter_dtype)
-    seed = make((), dtype=torch.int64) if p else None
-
-    def today() -> Tensor:
-        result = F.linear(x, weight)
-        branch = x.to(adapter_dtype)
-        if p:
-            branch = torch.native_dropout(branch, p, True)[0]  # what F.dropout is on CUDA
-        return (result + F.linear(F.linear(branch, a), b) * scale).to(result.dtype)
-
-    call = problem.Inputs(x.detach(), weight, a.detach(), b.detach(), scale, None, p, seed)
-    needs = problem.Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=False)
+    x, weights = _leaf(m, k), [make(width, k, dtype=BF16) for width in n]
+    factors_a = [_leaf(r, k, dtype=adapter_dtype) for _ in n]
+    factors_b = [_leaf(width, r, dtype=adapter_dtype) for width in n]
+    members, seed = list(zip(weights, factors_a, factors_b, strict=True)), make((), dtype=torch.int64) if p else None
+    dys = [make(m, width, dtype=BF16) for width in n]
+    ways = _as_group if grouped else _as_calls
+    here, keeps = ways(x.detach(), members, scale, p, seed, dys)
     return Layer(
         name,
         bytes_of(x),
-        today,
+        lambda: tuple([_peft_lora(x, *member, scale, p) for member in members]),
         (x,),
-        (a, b),
-        (weight,),
-        here=_by_triton(triton_impl, problem, call, lambda kept: (*kept, make(m, n, dtype=BF16), needs)),
-        keeps=_keeps(op.OPERATOR, call, needs, ("x",)),
+        (*factors_a, *factors_b),
+        tuple(weights),
+        here,
+        keeps,
     )
+
+
+def _peft_lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    result = F.linear(x, weight)
+    branch = x.to(a.dtype)
+    if p:
+        branch = torch.native_dropout(branch, p, True)[0]  # what F.dropout is on CUDA
+    return (result + F.linear(F.linear(branch, a), b) * scale).to(result.dtype)
+
+
+def _as_calls(
+    x: Tensor, members: Sequence[Sequence[Tensor]], scale: float, p: float, seed: Tensor | None, dys: Sequence[Tensor]
+) -> tuple[Passes, Callable[[Any], int]]:
+    """``lora_linear`` on one member after another; autograd sums the gradients of x."""
+    from peft_kernels.lora.linear import op, problem, triton_impl
+
+    needs = problem.Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=False)
+    passes, keeps = [], []
+    for (weight, a, b), dy in zip(members, dys, strict=True):
+        call = problem.Inputs(x, weight, a.detach(), b.detach(), scale, None, p, seed)
+        passes.append(_by_triton(triton_impl, problem, call, lambda kept, dy=dy: (*kept, dy, needs)))
+        keeps.append(_keeps(op.OPERATOR, call, needs, ()))
+
+    def forward() -> list[Any]:
+        return [forward() for forward, _ in passes]
+
+    def backward(kept: list[Any]) -> Tensor:
+        found = [backward(of_member).x for (_, backward), of_member in zip(passes, kept, strict=True)]
+        return functools.reduce(torch.add, found)
+
+    return (forward, backward), lambda kept: bytes_of(x) + sum(map(lambda keep, each: keep(each), keeps, kept))
+
+
+def _as_group(
+    x: Tensor, members: Sequence[Sequence[Tensor]], scale: float, p: float, seed: Tensor | None, dys: Sequence[Tensor]
+) -> tuple[Passes, Callable[[Any], int]]:
+    from peft_kernels.lora.group import op, problem, triton_impl
+
+    count = len(members)
+    weights, factors_a, factors_b = (tuple([part.detach() for part in parts]) for parts in zip(*members, strict=True))
+    lanes = tuple(range(count))
+    call = problem.Inputs(
+        x, weights, (None,) * count, factors_a, factors_b, (scale,) * count, lanes, (p,) * count, lanes, seed
+    )
+    needs = problem.Needs(True, (False,) * count, (False,) * count, (True,) * count, (True,) * count)
+    here = _by_triton(triton_impl, problem, call, lambda kept: (*kept, dys, needs), outputs=count)
+    return here, _keeps(op.OPERATOR, call, needs, ("x",))
 
 
 def adapter(name: str) -> Layer:
@@ -210,7 +271,7 @@ def prefix(name: str) -> Layer:
         (q, k, v),
         prefixes,
         (mask,),
-        here=_by_triton(triton_impl, problem, call, lambda kept: (*kept, torch.empty_like(call.q), needs), with_y=True),
+        here=_by_triton(triton_impl, problem, call, lambda kept: (*kept, torch.empty_like(call.q), needs), outputs=0),
         keeps=_keeps(op.OPERATOR, call, needs, ("q", "k", "v")),
     )
 
@@ -242,14 +303,14 @@ def _leaf(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def _by_triton(
-    implementation: Any, family: Any, call: Any, rest: Callable[[tuple[Any, ...]], Sequence[Any]], with_y: bool = False
-) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """The two passes of an implementation whose results, behind y, are kept; y too where the backward pass reads it."""
+    implementation: Any, family: Any, call: Any, rest: Callable[[tuple[Any, ...]], Sequence[Any]], outputs: int = 1
+) -> Passes:
+    """The two passes of an implementation of whose results those behind the outputs are kept; ``outputs`` is 0 where
+    the backward pass reads y too."""
     problem = family.make_problem(call)
 
     def forward() -> tuple[Any, ...]:
-        y, *kept = implementation.forward(problem, call)
-        return (y, *kept) if with_y else tuple(kept)
+        return tuple(implementation.forward(problem, call)[outputs:])
 
     return forward, lambda kept: implementation.backward(problem, call, *rest(kept))
 
@@ -272,8 +333,10 @@ def count_today(layer: Layer) -> Count:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Traffic() as forward:
         y = layer.today()
+    outputs = y if isinstance(y, tuple) else (y,)
+    dys = [torch.empty_like(each) for each in outputs]
     with Traffic() as backward:
-        torch.autograd.grad(y, (*layer.activations, *layer.parameters), torch.empty_like(y))
+        torch.autograd.grad(outputs, (*layer.activations, *layer.parameters), dys)
     return Count(forward.launches, backward.launches, forward.bytes + backward.bytes, sum(kept.values()))
 
 
@@ -317,20 +380,29 @@ def render() -> str:
     Raises:
         ImportError: Triton is not installed, whose launches are counted.
     """
-    what = ("kernels, {}", "passes, {}", "kept, {}")
-    header = ["one layer's step", *(name.format(whose) for name in what for whose in ("today", "here"))]
-    rows = []
-    for layer in layers():
-        today, here = count_today(layer), count_here(layer)
-        rows.append(
+    return _table("one layer's step", ("today", "here"), [[layer, layer] for layer in layers()])
+
+
+def render_groups() -> str:
+    """Lay out the table of docs/design/lora.md; raises as ``render``."""
+    return _table("members", ("PEFT", "calls", "group"), [[calls, calls, group] for calls, group in groups()])
+
+
+def _table(title: str, ways: Sequence[str], rows: Sequence[Sequence[Layer]]) -> str:
+    """A line for each row: its first layer as it is run today, the others as here."""
+    header = [title, *(f"{what}, {way}" for what in ("kernels", "passes", "kept") for way in ways)]
+    lines = []
+    for first, *others in rows:
+        found = [count_today(first), *map(count_here, others)]
+        lines.append(
             [
-                layer.name,
-                *(f"{count.forward} + {count.backward}" for count in (today, here)),
-                *(f"{count.bytes / layer.activation:.1f}" for count in (today, here)),
-                *(_share(count.kept / layer.activation) for count in (today, here)),
+                first.name,
+                *(f"{count.forward} + {count.backward}" for count in found),
+                *(f"{count.bytes / first.activation:.1f}" for count in found),
+                *(_share(count.kept / first.activation) for count in found),
             ]
         )
-    return markdown(header, rows)
+    return markdown(header, lines)
 
 
 def _share(value: float) -> str:

@@ -36,14 +36,14 @@ class Call:
     """One provider on one set of inputs.
 
     Attributes:
-        apply: computes the output; records a graph where gradients are enabled.
+        apply: computes the output, or all of several; records a graph where gradients are enabled.
         wrt: the tensors whose gradients a training step needs.
-        dy: gradient of the output.
+        dy: gradient of the output, or of each.
     """
 
-    apply: Callable[[], Tensor]
+    apply: Callable[[], Tensor | tuple[Tensor, ...]]
     wrt: tuple[Tensor, ...]
-    dy: Tensor
+    dy: Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Provider:
 
     Attributes:
         name: as recorded.
-        role: "limit" is the time that no provider should be expected to beat, "baseline" what users have without us.
+        role: "limit" is the time that no provider should be expected to beat, "baseline" what users have without it.
         why_not: (problem, device) -> reason why it is not timed, or None.
         make: (problem, inputs) -> Call.
         refusals: exceptions of its first call that mean "cannot run this problem".
@@ -67,10 +67,10 @@ class Provider:
 
 @dataclass(frozen=True)
 class Family:
-    """One kernel family.
+    """One operator of a kernel family.
 
     Attributes:
-        name: letter for letter the family's.
+        name: letter for letter the public function's.
         problems: grid -> frozen dataclasses of numbers and strings, the most telling ones first.
         modes: problem -> what is timed.
         make_inputs: (problem, device, seed) -> random inputs.

@@ -7,6 +7,7 @@ the least of several medians; on a busy machine only ratios within one run mean 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -124,6 +125,43 @@ def lora_calls() -> dict[str, Callable[[], object]]:
     }
 
 
+def member_calls(backend: str, dropout_p: float = 0.0) -> dict[str, Callable[[], object]]:
+    """q, k and v of one x in float32, as three calls of ``lora_linear`` and as one group.
+
+    So small that what is timed is Python and torch's own time for each operator.
+    """
+    import peft_kernels as pk
+
+    m, k, r = 32, 64, 8
+    x = torch.randn(m, k, requires_grad=True)
+    members = [
+        pk.Member(torch.randn(n, k), torch.randn(r, k, requires_grad=True), torch.randn(n, r, requires_grad=True), 0.5)
+        for n in (64, 16, 16)
+    ]
+    wrt = (x, *(member.lora_a for member in members), *(member.lora_b for member in members))
+    dys = [torch.randn(m, member.weight.shape[0]) for member in members]
+    options = {"dropout_p": dropout_p, "backend": backend}
+
+    def calls() -> tuple[torch.Tensor, ...]:
+        return tuple([pk.lora_linear(x, *member, **options) for member in members])
+
+    def group() -> tuple[torch.Tensor, ...]:
+        return pk.lora_group(x, members, **options)
+
+    def forward(apply: Callable[[], tuple[torch.Tensor, ...]]) -> object:
+        with torch.no_grad():
+            return apply()
+
+    def both(apply: Callable[[], tuple[torch.Tensor, ...]]) -> object:
+        return torch.autograd.grad(apply(), wrt, dys)
+
+    return {
+        f"q,k,v on {backend}, p = {dropout_p:g}, {passes}, {way}": functools.partial(run, apply)
+        for passes, run in (("no gradient", forward), ("both passes", both))
+        for way, apply in (("calls", calls), ("group", group))
+    }
+
+
 def other_calls() -> dict[str, Callable[[], object]]:
     """A forward pass of each other family, without gradients."""
     import peft_kernels as pk
@@ -155,8 +193,12 @@ def main() -> None:
         raise SystemExit("unset TRITON_INTERPRET: the interpreter binds nothing")
     torch.set_num_threads(1)
     install(90, lambda *arguments: None)
-    for name, spent in microseconds({**lora_calls(), **other_calls()}).items():
-        print(f"{name:42} {spent:7.1f} us")
+    timed = {**lora_calls(), **other_calls()}
+    for backend in ("torch", "triton"):
+        for dropout_p in (0.0, 0.1):
+            timed |= member_calls(backend, dropout_p)
+    for name, spent in microseconds(timed).items():
+        print(f"{name:46} {spent:7.1f} us")
 
 
 if __name__ == "__main__":

@@ -168,9 +168,13 @@ def checker(problem: Problem, inputs: Inputs) -> Callable[[Provider], Mapping[st
     return check
 
 
+def checked_rows(m: int, products: int, device: torch.device) -> int:
+    """How many of m rows, each of so many products, the oracle takes."""
+    return m if m * products <= _ORACLE_PRODUCTS[device.type] else min(m, _ORACLE_ROWS)
+
+
 def _reference(problem: Problem, inputs: Inputs) -> _Reference:
-    whole = problem.m * problem.n * problem.k <= _ORACLE_PRODUCTS[inputs.x.device.type]
-    rows = problem.m if whole else min(problem.m, _ORACLE_ROWS)
+    rows = checked_rows(problem.m, problem.n * problem.k, inputs.x.device)
     mask = None
     if problem.p > 0:
         mask = pk.lora_linear_dropout_mask(_CHECK_SEED, rows, problem.k, problem.p, device=inputs.x.device)
@@ -183,7 +187,7 @@ def _reference(problem: Problem, inputs: Inputs) -> _Reference:
     exact, _ = oracle.forward(x, weight, lora_a, lora_b, SCALE, dropout_mask=mask, dropout_p=problem.p)
     grads = oracle.backward(dy, x, weight, lora_a, lora_b, SCALE, dropout_mask=mask, dropout_p=problem.p)
     expected = {"y": exact, "dx": grads.x, "da": grads.lora_a, "db": grads.lora_b}
-    names = ("y", "dx", "da", "db") if whole else ("y", "dx")
+    names = ("y", "dx", "da", "db") if rows == problem.m else ("y", "dx")
     return _Reference(rows, {name: expected[name] for name in names}, {name: eager[name] for name in names})
 
 

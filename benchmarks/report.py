@@ -1,7 +1,7 @@
 """``python -m benchmarks.report [--check] [--images]``: tables and pictures from the recorded results.
 
-The README has counts, and a line for each of those that people compare with. docs/benchmarks.md has every measurement,
-and every problem on which a baseline is faster.
+The README has counts, and a line for each of those that people compare with; docs/design/lora.md has more counts, of
+groups. docs/benchmarks.md has every measurement, and every problem on which a baseline is faster.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from benchmarks.family import Family, discover
 
 ROOT = Path(__file__).resolve().parent.parent
 README = "README.md"
+DESIGN = "docs/design/lora.md"
 DETAILS = "docs/benchmarks.md"
 IMAGES = "docs/images"
 BEGIN = "<!-- benchmarks:begin -->"
@@ -35,22 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", action="store_true", help=f"also draw {IMAGES}")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the records")
     parser.add_argument("--checks", type=Path, default=gpus.SHIPPED, help="folder of the records of checks")
-    parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of {README} and {DETAILS}")
+    parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of {README}, {DESIGN} and {DETAILS}")
     options = parser.parse_args(arguments)
 
     families = discover()
     results = load_results(options.results)
-    readme, details = options.root / README, options.root / DETAILS
+    readme, design, details = (options.root / name for name in (README, DESIGN, DETAILS))
     if options.images:
         for path in pictures.draw(results, families, options.root / IMAGES):
             print(path)
+    written: dict[Path, str] = {}
     try:
         text = replace_part(readme.read_text(), render_summary(results, families))
         checks = gpus.load(options.checks)
         text = replace_part(text, gpus.line(results, checks), gpus.BEGIN, gpus.END)
-        written = {readme: replace_part(text, counts.render(), counts.BEGIN, counts.END)}
+        written[readme] = replace_part(text, counts.render(), counts.BEGIN, counts.END)
+        marks = counts.BEGIN_GROUPS, counts.END_GROUPS
+        written[design] = replace_part(design.read_text(), counts.render_groups(), *marks)
     except (ImportError, ValueError) as error:
-        print(f"{readme}: {error}", file=sys.stderr)
+        print(f"{design if readme in written else readme}: {error}", file=sys.stderr)
         return 1
     on_record = gpus.table(results, checks)
     written[details] = render_details(results, families, options.root / IMAGES, on_record)

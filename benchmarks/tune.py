@@ -18,12 +18,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+import peft_kernels as pk
 from benchmarks import aot, candidates, harness, record, tables, timing
 from benchmarks.candidates import Candidate
 from benchmarks.family import Family, Grid, Provider, discover
@@ -39,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     families = discover()
     options = _parser(sorted(families)).parse_args(arguments)
     family = families[options.family]
-    # A family's benchmarks are a module of its folder's name.
-    folder = family.make_inputs.__module__.rpartition(".")[2]
-    config = importlib.import_module(f"peft_kernels.{folder}.kernels.config")
+    config = config_of(family)
     choices = candidates.tunables(config)
     if options.function not in choices:
         raise SystemExit(f"{config.__name__} has no function {options.function!r} to tune; it has {', '.join(choices)}")
@@ -52,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("timing needs a GPU; --prune ARCH does not")
     return tuner.measure(options.changes, deadline)
+
+
+def config_of(family: Family) -> ModuleType:
+    """The config.py of the kernels that an operator runs, which stand in the folder of its function's family."""
+    _, folder, *_ = getattr(pk, family.name).__module__.split(".")
+    return importlib.import_module(f"peft_kernels.{folder}.kernels.config")
 
 
 def _parser(families: Sequence[str]) -> argparse.ArgumentParser:
@@ -213,10 +220,13 @@ def _without_a_gpu() -> Iterator[None]:
 def _meta(inputs: Any) -> Any:
     """The same shapes, strides and demands for gradients, without storage; a tensor that stands twice stays one."""
     moved: dict[int, Tensor] = {}
-    for tensor in inputs:
+
+    def move(tensor: Tensor) -> Tensor:
         if id(tensor) not in moved:
             moved[id(tensor)] = tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
-    return type(inputs)(*(moved[id(tensor)] for tensor in inputs))
+        return moved[id(tensor)]
+
+    return tree_map_only(Tensor, move, inputs)
 
 
 def _key(problem: Any) -> str:

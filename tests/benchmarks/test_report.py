@@ -152,19 +152,26 @@ def _write(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     if not readme.exists():
         blocks = ((gpus.BEGIN, gpus.END), (counts.BEGIN, counts.END), (report.BEGIN, report.END))
         readme.write_text("\n".join(["# Title", *(line for block in blocks for line in block), ""]))
+        design = folder / report.DESIGN
+        design.parent.mkdir(parents=True)
+        design.write_text(f"before\n{counts.BEGIN_GROUPS}\n{counts.END_GROUPS}\nafter\n")
     return ["--results", str(folder / "results"), "--checks", str(folder / "checks"), "--root", str(folder)]
 
 
-def test_check_fails_until_both_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_fails_until_all_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = _write(tmp_path, problem_lines(TIMES))
     assert report.main([*options, "--check"]) == 1
     assert "make report" in capsys.readouterr().err
     assert report.main(options) == 0
     assert report.main([*options, "--check"]) == 0
-    for name in (report.README, report.DETAILS):
+    for name in (report.README, report.DESIGN, report.DETAILS):
         path = tmp_path / name
         written = path.read_text()
-        path.write_text(written.replace("the 0 in", "the 7 in").replace("No baseline", "A baseline"))
+        changed = (
+            written.replace("the 0 in", "the 7 in").replace("No baseline", "A baseline").replace("15 + 23", "1 + 1")
+        )
+        assert changed != written
+        path.write_text(changed)
         assert (report.main([*options, "--check"]) == 1) == (path.read_text() != written)
         path.write_text(written)
     _write(tmp_path, problem_lines({**TIMES, "ours_torch": 70.0}, run=SECOND))
@@ -212,6 +219,15 @@ def test_a_readme_without_marks_is_left_alone(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / report.DETAILS).exists()
 
 
+def test_a_design_without_marks_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = _write(tmp_path, problem_lines(TIMES))
+    before = (tmp_path / report.README).read_text()
+    (tmp_path / report.DESIGN).write_text("# LoRA\n")
+    assert report.main(options) == 1
+    assert f"{report.DESIGN}: needs {counts.BEGIN_GROUPS}" in capsys.readouterr().err
+    assert (tmp_path / report.README).read_text() == before
+
+
 def test_gpus_come_first_and_nothing_is_said_plainly(tmp_path: Path) -> None:
     _write(tmp_path, problem_lines(TIMES))
     cuda = [{**one, "device": {**one["device"], "type": "cuda", "name": "Zed GPU"}} for one in problem_lines(TIMES)]
@@ -236,6 +252,37 @@ def test_counts() -> None:
     assert here.bytes / layer.activation == pytest.approx(1 + 1 + 3.5 + 1.25 + 0.25 + 1 + 3.5 + 1, abs=0.15)
     assert today.kept / layer.activation == pytest.approx(1, abs=0.01)
     assert here.kept == layer.activation + 4 * 8192 * 16
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_counts_of_members(grouped: bool, p: float) -> None:
+    """By hand for q, k, v, in passes over x: together their y are 1.5, their W 0.75; partial dS are half of dY."""
+    layer = counts.lora("q, k, v", counts.QKV, torch.bfloat16, p, grouped)
+    today, here = counts.count_today(layer), counts.count_here(layer)
+    y, w, each = 1.5, 0.75, 3
+    # As one layer's, where what is as large as x counts for each member; then two sums of the gradients of x. Dropout
+    # reads and writes x, and a mask of bytes, each way.
+    assert (today.forward, today.backward) == ((18, 26) if p else (15, 23))
+    dropout = each * 2 * (2 + 0.5) if p else 0
+    theirs = (each * (1 + 1) + w + 7 * y) + (each * (1 + 1 + 1 + 3) + w + 5 * y) + 2 * 3
+    assert today.bytes / layer.activation == pytest.approx(theirs + dropout, abs=0.2)
+    assert today.kept / layer.activation == pytest.approx(each * (1 + 0.5) if p else 1, abs=0.03)
+    # The products read x and W, and read and write the y, or dX, to which they add.
+    forward = (each + w + 2 * y) + y
+    backward = (y + w + each * 2) + (1 + 0.5) * y
+    if grouped:
+        # Both ways A's under each other. S, and an update and a product each; dS, dB, two sums and a cast each, the
+        # updates' part of dX, dA with its sum and three casts, and the products.
+        assert (here.forward, here.backward) == (1 + 1 + 2 * 3, 1 + 4 * 3 + 1 + 5 + 3)
+        ours = forward + 1 + backward + 1 + 1
+    else:
+        assert (here.forward, here.backward) == (3 * 3, 3 * 9 + 2)
+        ours = forward + each + backward + each * (1 + 1) + 2 * 3
+    # A hundredth for each time that something of rank 16 is read or written.
+    assert here.bytes / layer.activation == pytest.approx(ours, abs=0.5)
+    assert here.kept == layer.activation + each * 4 * 8192 * 16
 
 
 @pytest.mark.cpu_only

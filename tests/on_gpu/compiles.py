@@ -180,16 +180,14 @@ def quick() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _without_memory(family: Any, problem: Any) -> Any:
     import torch
+    from torch.utils._pytree import tree_map_only
 
     def empty(*shape: Any, **options: Any) -> torch.Tensor:
         return torch.empty(*shape, device="meta", dtype=options.get("dtype"))
 
     with mock.patch.object(torch, "randn", empty):
         inputs = family.make_inputs(problem, torch.device("cpu"), 0)
-    return type(inputs)(
-        *(x.to("meta").requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) and x.device.type != "meta" else x
-          for x in inputs)
-    )  # fmt: skip
+    return tree_map_only(torch.Tensor, lambda x: x.to("meta").requires_grad_(x.requires_grad), inputs)
 
 
 SOURCES = {"checks": checks, "soak": soak, "quick": quick}
