@@ -181,7 +181,8 @@ class Siblings:
     def enter(self, parent: nn.Module) -> None:
         """Begin a call of the parent."""
         if torch.compiler.is_compiling():
-            self.traced = Scope(self, parent, _traced_mode()) if _TRACES_ADDRESSES else None
+            if _TRACES_ADDRESSES:
+                _trace_in(self, Scope(self, parent, _traced_mode()))
             return
         self._settle()
         mode = _mode()
@@ -191,9 +192,11 @@ class Siblings:
 
     def leave(self, is_finished: bool) -> None:
         """End a call of the parent; one that is not finished says nothing about groups."""
-        self.traced = None
         if torch.compiler.is_compiling():
+            if _TRACES_ADDRESSES:
+                _trace_in(self, None)
             return
+        self.traced = None
         scope, self._here.scope = self._here.scope, None
         if scope is not None and is_finished:
             with self._lock:
@@ -310,8 +313,29 @@ def _mode() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _region()
 
 
+def _trace_in(siblings: Siblings, scope: Scope | None) -> None:
+    """Set the traced scope, also while a checkpointed region is traced, which may change nothing that lies outside.
+
+    A recomputation has no part in it: it is made of the region's graph, and the scope is gone by its end.
+    """
+    torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(_set_traced, siblings, scope)
+
+
+def _set_traced(siblings: Siblings, scope: Scope | None) -> None:
+    siblings.traced = scope
+
+
 def _traced_mode() -> tuple[Any, ...]:
-    return torch.is_grad_enabled(), None
+    """Whether gradients are recorded, and which trace this is: behind a break of the graph it is another one."""
+    return torch.is_grad_enabled(), _trace()
+
+
+def _trace() -> str:
+    return str(torch._guards.CompileContext.current_compile_id())
+
+
+# What torch.compiler.assume_constant_result does, without importing torch's compiler.
+_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _region() -> Any:
