@@ -111,9 +111,7 @@ def _runner(operator: Any, problem: Any, call: Any, implementation: Implementati
     return run
 
 
-def _autograd_runner(
-    layer: Callable[[Tensor], Any], x: Tensor, parameters: Sequence[Tensor]
-) -> Callable[[], object]:
+def _autograd_runner(layer: Callable[[Tensor], Any], x: Tensor, parameters: Sequence[Tensor]) -> Callable[[], object]:
     """A layer's passes as the caller runs them, but for what is done with the gradients: they are dropped."""
 
     def run() -> None:

@@ -51,18 +51,18 @@ def apply(
             run on these kernels.
         group: whether PEFT's LoRA layers of one parent that are handed the same input (q, k and v; gate and up) run as
             one operation. They are found by watching the parent's first eager call; a group whose members do not take
-            what was made for them is dissolved. "auto": on a GPU, where the clock finds it faster, and nowhere on a CPU;
-            apply again after moving the model. True: wherever it is right; False: nowhere.
+            what was made for them is dissolved. "auto": on a GPU, where the clock finds it faster, and nowhere on a
+            CPU; apply again after moving the model. True: wherever it is right; False: nowhere.
         groups: names of layers within their parent, a tuple for each group in the order of their calls, such as
-            ``[("q_proj", "k_proj", "v_proj")]``: these are groups, as with ``group=True``, and no others are looked for.
-            Nothing has to be watched, so that a model can be compiled before its first call.
+            ``[("q_proj", "k_proj", "v_proj")]``: these are groups, as with ``group=True``, and no others are looked
+            for. Nothing has to be watched, so that a model can be compiled before its first call.
 
     Returns:
         A report: counts, every fallback with its reason; prints well.
 
     Raises:
-        ValueError: ``model`` is no module; ``group`` is something else; ``groups`` has a name that no LoRA layer has, one
-            twice, or names that no parent has.
+        ValueError: ``model`` is no module; ``group`` is something else; ``groups`` has a name that no LoRA layer has,
+            one twice, or names that no parent has.
         UnsupportedError: ``strict``, and something would fall back.
         ImportError: the library is older than what this package knows; says which release is needed.
     """

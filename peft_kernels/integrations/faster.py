@@ -1,7 +1,7 @@
 """Whether something else is faster, on this machine, than what a fused layer would run.
 
-That is its library's own forward, or for a group of layers the calls of each by itself. On a GPU the clock decides as it
-does between implementations, for each class of shapes: `apply` must leave nobody with something slower than he had.
+That is its library's own forward, or for a group of layers the calls of each by itself. On a GPU the clock decides as
+it does between implementations, for each class of shapes: `apply` must leave nobody with something slower than he had.
 """
 
 from __future__ import annotations

@@ -69,6 +69,13 @@ def inner(model: Any) -> Any:
     return model.base_model.model
 
 
+def first_of(**options: Any) -> tuple[Any, Any, pk.Report]:
+    """A fused attention that was observed, PEFT's, and the report."""
+    fused, plain, report = pair(**options)
+    fused(given())
+    return inner(fused).first, inner(plain).first, report
+
+
 def siblings_of(model: nn.Module) -> list[Siblings]:
     return [each for each in map(attached, model.modules()) if each is not None]
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import gc
-import threading
-import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,16 +13,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
-from peft_kernels.integrations import faster
-from peft_kernels.integrations.peft import eligibility, grouped, groups, layers, siblings
-from peft_kernels.integrations.peft.layers import PeftLinear
-from tests.clock import Clock
+from peft_kernels.integrations.peft import grouped, siblings
 from tests.integrations.siblings import (
     Attention,
     Counts,
     assert_close,
-    build,
     counts,
+    first_of,
     given,
     inner,
     outcome,
@@ -39,11 +32,8 @@ __all__ = ["counts"]
 Between = Callable[[Any, Tensor, str], Tensor]
 
 
-def first_of(**options: Any) -> tuple[Any, Any, pk.Report]:
-    """A fused attention that was observed, PEFT's, and the report."""
-    fused, plain, report = pair(**options)
-    fused(given())
-    return inner(fused).first, inner(plain).first, report
+def _assert_outcome(fused: Any, expected: dict[str, Tensor]) -> None:
+    assert_close(outcome(fused, fused), expected)
 
 
 def at(name: str, change: Callable[[Any, Tensor], Tensor | None]) -> Between:
@@ -119,7 +109,7 @@ def test_changes_between_members(name: str, counts: Counts) -> None:
 
     found = counts.of(call)
     assert_close(got, expected)
-    assert found == {key: value for key, value in (Counts(lead=1, hit=1, alone=1) + Counts([kind])).items()}
+    assert found == dict(Counts(lead=1, hit=1, alone=1) + Counts([kind]))
 
 
 @pytest.mark.parametrize("what", ["x", "weight"])
@@ -224,7 +214,7 @@ def test_a_member_that_is_not_fused(name: str, state: str, counts: Counts) -> No
         change(attention)
     expected = outcome(plain, plain)
     for _ in range(3):
-        found = counts.of(lambda: assert_close(outcome(fused, fused), expected))
+        found = counts.of(partial(_assert_outcome, fused, expected))
         assert found == {"lead": 1, "hit": 1, "alone": 1, "peft": 1}
     assert not report.dissolved
 
@@ -236,7 +226,7 @@ def test_another_adapter_for_all_between_calls(counts: Counts) -> None:
             for layer in attention.children():
                 layer.set_adapter(names)
         expected = outcome(plain, plain)
-        assert counts.of(lambda: assert_close(outcome(fused, fused), expected))["hit"] == 2
+        assert counts.of(partial(_assert_outcome, fused, expected))["hit"] == 2
     assert not report.dissolved
 
 
@@ -288,7 +278,7 @@ class TestOneMemberAlone:
             attention.forward = attention.q.__call__
         expected = outcome(plain, plain)
         for made in ({"lead": 1}, {"lead": 1}, {"alone": 1}):
-            assert counts.of(lambda: assert_close(outcome(fused, fused), expected)) == made
+            assert counts.of(partial(_assert_outcome, fused, expected)) == made
         assert len(report.dissolved) == 1
 
     def test_first_call_without_the_others(self, counts: Counts) -> None:
@@ -314,101 +304,6 @@ class TestOneMemberAlone:
         expected = outcome(plain, plain)
         assert counts.of(lambda: assert_close(outcome(fused, fused), expected)) == {"lead": 1, "hit": 2, "alone": 2}
         assert not report.dissolved
-
-
-class TestNothingIsLeft:
-    @staticmethod
-    def _graph_of(fused: Any, forward: Callable[[Tensor], Tensor], errors: Any) -> Any:
-        """A weak reference to an input of the fused layers, whose call ends in one of the errors or in none."""
-        fused.forward = forward
-        x = (given().requires_grad_() * 2).detach().requires_grad_()
-        with contextlib.suppress(*errors):
-            fused(x)
-        reference = weakref.ref(x)
-        del x, fused.forward
-        return reference
-
-    def test_after_an_error(self) -> None:
-        """Else a whole graph would wait for the parent's next call."""
-        fused, _, report = first_of()
-
-        def forward(x: Tensor) -> Tensor:
-            fused.q(x)
-            raise ValueError("between q and k")
-
-        for _ in range(3):
-            assert self._graph_of(fused, forward, (ValueError,))() is None
-        assert not report.dissolved  # an error says nothing of the group
-
-    def test_after_a_member_that_was_not_called(self) -> None:
-        fused, _, _ = first_of()
-        assert self._graph_of(fused, lambda x: fused.q(x).detach(), ())() is None
-
-    def test_after_an_interrupt_it_goes_with_the_next_call(self, counts: Counts) -> None:
-        """torch runs no hooks then."""
-        fused, plain, _ = first_of()
-
-        def forward(x: Tensor) -> Tensor:
-            fused.q(x)
-            raise KeyboardInterrupt
-
-        reference = self._graph_of(fused, forward, (KeyboardInterrupt,))
-        expected = outcome(plain, plain)
-        assert counts.of(lambda: assert_close(outcome(fused, fused), expected))["hit"] == 2
-        gc.collect()
-        assert reference() is None
-
-    def test_a_model_goes(self) -> None:
-        fused = pair()[0]
-        fused(given())
-        reference = weakref.ref(inner(fused).first.q)
-        del fused
-        gc.collect()
-        assert reference() is None
-
-
-def test_threads(counts: Counts) -> None:
-    """Two threads meet between q and k; each has its own outputs."""
-    fused, plain, report = first_of()
-    inputs = [given(seed=seed) for seed in (1, 2)]
-    expected = [plain(x).detach() for x in inputs]
-    barrier, got = threading.Barrier(2, timeout=60), {}
-
-    def between(x: Tensor, name: str) -> Tensor:
-        barrier.wait()
-        return x
-
-    def work(index: int) -> None:
-        for _ in range(5):
-            got[index] = fused(inputs[index], between).detach()
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        torch.testing.assert_close(got[index], expected[index])
-    assert counts["hit"] == 20 and not report.dissolved
-
-
-def test_a_parent_inside_itself(counts: Counts) -> None:
-    fused, plain, _ = first_of()
-    x = given()
-    deep = [True]
-
-    def between(attention: Any) -> Callable[[Tensor, str], Tensor]:
-        def called(x: Tensor, name: str) -> Tensor:
-            if name == "k" and deep:
-                deep.clear()
-                attention(x)
-            return x
-
-        return called
-
-    expected = plain(x, between(plain))
-    deep.append(True)
-    torch.testing.assert_close(fused(x, between(fused)), expected)
 
 
 def test_a_global_hook_runs_peft(counts: Counts) -> None:
@@ -445,78 +340,19 @@ def test_an_input_of_another_width_is_the_layer_s_own_error() -> None:
             attention(given()[:, :5])
 
 
-class TestClock:
-    """"auto": a group runs where the clock finds it faster than the calls of its members, whatever these run."""
-
-    @staticmethod
-    def _applied(monkeypatch: pytest.MonkeyPatch, **costs: float) -> tuple[Any, Any, Clock]:
-        monkeypatch.setattr(groups, "_is_worth_it", lambda layers: True)
-        fused = build()
-        plain = copy.deepcopy(fused)
-        pk.apply(fused)
-        fused(given())
-        clock = Clock(**costs)
-        clock.install(monkeypatch)
-        monkeypatch.setattr(faster, "_decided", faster.Cache())
-        call = grouped.group_call
-        monkeypatch.setattr(grouped, "group_call", clock.takes("group", call))
-        monkeypatch.setattr(layers, "_fused", clock.takes("ours", layers._fused))
-        monkeypatch.setattr(PeftLinear, "forward", clock.takes("theirs", PeftLinear.forward))
-        monkeypatch.setattr(eligibility.OWN, "replaced", lambda: None)
-        return inner(fused).first, inner(plain).first, clock
-
-    @pytest.mark.parametrize(
-        ("costs", "expected"),
-        [
-            ({"group": 250.0, "ours": 100.0, "theirs": 120.0}, ["group", "ours"]),
-            ({"group": 350.0, "ours": 100.0, "theirs": 120.0}, ["ours"] * 4),
-            ({"group": 250.0, "ours": 120.0, "theirs": 80.0}, ["theirs"] * 4),
-            ({"group": 200.0, "ours": 120.0, "theirs": 80.0}, ["group", "theirs"]),
-        ],
-        ids=str,
-    )
-    def test_what_is_faster_runs(
-        self, costs: dict[str, float], expected: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        fused, plain, clock = self._applied(monkeypatch, **costs)
-        x = given()
-        fused(x)
-        assert clock.ran(lambda: fused(x)) == expected
-        torch.testing.assert_close(fused(x), plain(x))
-
-    def test_forced_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fused, _, clock = self._applied(monkeypatch, group=1000.0, ours=1.0, theirs=1.0)
-        place = grouped.place_of(fused.q)[0]
-        place.is_forced = True
-        assert clock.ran(lambda: fused(given()))[0] == "group"
-
-    def test_masks_that_peft_draws_stay_peft_s(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A layer that the clock leaves to PEFT draws other masks alone: it is in no group while it draws any."""
-        fused, _, clock = self._applied(monkeypatch, group=1.0, ours=120.0, theirs=80.0)
-        for layer in fused.children():
-            layer.lora_dropout["default"] = nn.Dropout(0.5)
-        fused(given())
-        assert clock.ran(lambda: fused(given())) == ["theirs"] * 4
-
-
-def test_named_children_may_be_called_by_a_checkpoint_each(counts: Counts) -> None:
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_region_of_each_member(use_reentrant: bool, counts: Counts) -> None:
     """A region that is recomputed without its parent finds no group there, and had none before."""
     fused, plain, _ = first_of()
-    for use_reentrant in (True, False):
-        for attention in (fused, plain):
 
-            def forward(x: Tensor, attention: Any = attention) -> Tensor:
-                q, k, v = (
-                    checkpoint(layer, x, use_reentrant=use_reentrant) for layer in (attention.q, attention.k, attention.v)
-                )
-                return q * k + v
+    def forward(attention: Any, x: Tensor) -> Tensor:
+        q, k, v = (checkpoint(layer, x, use_reentrant=use_reentrant) for layer in list(attention.children())[:3])
+        return q * k + v
 
-            attention.forward = forward
-        expected = outcome(plain, plain)
-        found = counts.of(lambda: assert_close(outcome(fused, fused), expected))
-        assert found.keys() == {"alone"}
-        for attention in (fused, plain):
-            del attention.forward
+    for attention in (fused, plain):
+        attention.forward = partial(forward, attention)
+    expected = outcome(plain, plain)
+    assert counts.of(lambda: assert_close(outcome(fused, fused), expected)).keys() == {"alone"}
 
 
 def test_siblings_of_an_attention() -> None:

@@ -320,7 +320,9 @@ def test_dissolved_between_forward_and_backward(region: str, counts: Counts) -> 
                     attention(given(), lambda x, name: x.clone() if name == "v" else x)
         assert len(report.dissolved) == 2
         y.square().sum().backward()
-        found.append({"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        found.append(
+            {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        )
         model.zero_grad(set_to_none=True)
         kinds = counts.of(lambda: outcome(model, model))  # noqa: B023
         assert "hit" not in kinds

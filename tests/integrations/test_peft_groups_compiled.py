@@ -1,4 +1,4 @@
-"""Groups under torch.compile: in the graph as one operator, named before it or observed in a call that was not compiled."""
+"""Groups under torch.compile: one operator of the graph, named before it or observed in a call outside of it."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_several_adapters_with_dropout() -> None:
 
 @pytest.mark.parametrize("p", [0.0, P])
 def test_a_compiled_parent(p: float) -> None:
-    """torch runs the hooks of a module that is compiled itself outside of the graph: each layer computes alone there."""
+    """torch runs hooks of a module that is compiled itself outside of the graph: there each layer computes alone."""
     model = build(Checkpointed, lora_dropout=p)
     plain = copy.deepcopy(model)
     pk.apply(model, groups=[("q", "k", "v")])
@@ -177,8 +177,8 @@ def test_a_compiled_parent(p: float) -> None:
     assert graphs == {"graphs": 1, "lora_linear": 4}
     for region in ("reentrant", "non-reentrant"):
         found = []
-        for run in (REGIONS[region], lambda attention, x: attention(x)):
-            inner(model).region = run
+        for way in (REGIONS[region], lambda attention, x: attention(x)):
+            inner(model).region = way
             torch.manual_seed(2)
             found.append(outcome(model, model))
         assert_close(*found)

@@ -97,9 +97,7 @@ def is_unused(layer: Any) -> bool:
     return not active(layer)
 
 
-def operands_of_call(
-    layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Operands | str:
+def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
     """What a call of the layer computes with, or the reason why it is not fused."""
     adapters = active(layer)
     reason = _why_not_state(layer, adapters) or _why_not_modules(layer, adapters)

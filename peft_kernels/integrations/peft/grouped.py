@@ -8,13 +8,17 @@ computes alone, as it does where the operation refuses the group.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
-from torch import Tensor
+from torch import Tensor, nn
 
+from peft_kernels._core.autocast import is_any_autocast
+from peft_kernels._core.checks import FLOATING
 from peft_kernels._core.errors import UnsupportedError
+from peft_kernels._core.plans import is_seen_into
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_group_slower, is_timed
 from peft_kernels.integrations.peft import layers
@@ -53,9 +57,7 @@ def place_of(layer: Any) -> tuple[Siblings | None, str]:
     return place
 
 
-def _in_scope(
-    layer: Any, scope: Scope, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
+def _in_scope(layer: Any, scope: Scope, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """A layer's call within its parent's."""
     if name in scope.siblings.unseen and not torch.compiler.is_compiling():
         scope.observe(name, x)
@@ -63,11 +65,11 @@ def _in_scope(
         known = layers._known(layer, x)
         if known is not None and not known[1].is_timed:
             return layers._fused(*known)
-    operands = operands_of_call(layer, x, args, kwargs)
+    operands = _operands(layer, x, args, kwargs)
     if isinstance(operands, str):
         reason = operands
     else:
-        y = scope.take(name, x, values_of(operands.values()))
+        y = scope.take(name, x, operands.values())
         if y is None:
             y = _lead(layer, scope, name, x, operands)
         if y is not None:
@@ -80,6 +82,22 @@ def _in_scope(
             reason = calls.why_not_operation(error)
     count_fallback(layer, reason)
     return PeftLinear.forward(layer, x, *args, **kwargs)
+
+
+def _operands(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
+    """What ``operands_of_call`` returns, sooner where all is as it nearly always is."""
+    if args or kwargs or torch.compiler.is_compiling() or is_any_autocast() or is_seen_into() or type(x) is not Tensor:
+        return operands_of_call(layer, x, args, kwargs)
+    found = layers.usual(layer)
+    if found is None or found[5] >= 1:
+        return operands_of_call(layer, x, args, kwargs)
+    weight, down, up, scaling, bias, p = found
+    for tensor in (weight, down, up, weight if bias is None else bias):
+        if type(tensor) is not nn.Parameter or tensor.dtype != x.dtype or tensor.device != x.device:
+            return operands_of_call(layer, x, args, kwargs)
+    if weight.layout is not torch.strided or x.layout is not torch.strided or x.dtype not in FLOATING or x.is_nested:
+        return operands_of_call(layer, x, args, kwargs)
+    return Operands(weight, bias, False, [down], [up], [None], [scaling], [p])
 
 
 def _alone(scope: Scope, name: str, x: Tensor, operands: Operands) -> Tensor:
@@ -103,18 +121,23 @@ def _lead(layer: Any, scope: Scope, name: str, x: Tensor, operands: Operands) ->
     if group is None or group[-1] == name or scope.waits(group):
         return None
     members = _members(layer, scope, group, name, x, operands)
-    made_of = {each: values_of(theirs.values()) for each, theirs in members.items()}
-    if len(members) < 2 or any([values is None for values in (values_of([x]), *made_of.values())]):
+    if len(members) < 2:
         return None
+    made_of = {}
+    for each, theirs in members.items():
+        values = values_of([x, *theirs.values()])
+        if values is None:
+            return None
+        made_of[each] = values
     bases = [base_of(theirs) for theirs in members.values()]
     weights, biases = tuple([weight for weight, _ in bases]), tuple([bias for _, bias in bases])
     updates = _updates(scope.siblings, members)
-    if is_timed(x) and not scope.siblings.is_forced:
-        parts = [scope.parent._modules[each] for each in members]
+    if is_timed(x) and not scope.is_forced:
+        parts: list[Any] = [scope.parent._modules[each] for each in members]
 
         def runs() -> tuple[Any, Any]:
             own = [_own_call(part, joined(theirs, x)) for part, theirs in zip(parts, members.values(), strict=True)]
-            return lambda x: group_call(x, weights, biases, updates), lambda x: tuple(run(x) for run in own)
+            return partial(_timed_group, scope, parts, tuple(members)), lambda x: tuple(run(x) for run in own)
 
         if is_group_slower(parts, OPERATOR, group_inputs(x, weights, biases, updates), runs):
             return None
@@ -126,15 +149,13 @@ def _lead(layer: Any, scope: Scope, name: str, x: Tensor, operands: Operands) ->
         return None
     if seed is not None:
         seed.used.add(name)
-    followers = [each for each in members if each != name]
+    followers = list(members)[1:]
     outputs = {each: (out, made_of[each]) for each, out in zip(followers, others, strict=True)}
-    scope.park(group, x, seed, outputs)
+    scope.park(group, x, outputs, seed)
     return y
 
 
-def _members(
-    layer: Any, scope: Scope, group: Group, name: str, x: Tensor, operands: Operands
-) -> dict[str, Operands]:
+def _members(layer: Any, scope: Scope, group: Group, name: str, x: Tensor, operands: Operands) -> dict[str, Operands]:
     """A layer and those after it in its group that can be fused with it now."""
     members = {name: operands}
     if is_timed(x) and operands.drops() and _is_left_to_peft(layer, scope, x, operands):
@@ -143,7 +164,7 @@ def _members(
         member = scope.parent._modules.get(each)
         if not isinstance(member, GroupedLoraLinear) or place_of(member)[0] is not scope.siblings:
             continue
-        theirs = operands_of_call(member, x, (), {})
+        theirs = _operands(member, x, (), {})
         if isinstance(theirs, str):
             continue
         if theirs.drops():
@@ -165,6 +186,13 @@ def _updates(siblings: Siblings, members: dict[str, Operands]) -> list[Update]:
     ]
 
 
+def _timed_group(scope: Scope, parts: list[Any], names: Group, x: Tensor) -> tuple[Tensor, ...]:
+    """The members' calls as a group, with all that is asked and compared."""
+    inside = Scope(scope.siblings, scope.parent, scope.mode)
+    inside.groups, inside.is_forced = dict.fromkeys(names, names), True
+    return tuple(_in_scope(part, inside, name, x, (), {}) for part, name in zip(parts, names, strict=True))
+
+
 def _own_call(layer: Any, call: Any) -> Callable[[Tensor], Tensor]:
     """What runs a call of a layer by itself."""
     if layers.is_faster_by_peft(layer, call):
@@ -175,8 +203,8 @@ def _own_call(layer: Any, call: Any) -> Callable[[Tensor], Tensor]:
 def _is_left_to_peft(layer: Any, scope: Scope, x: Tensor, operands: Operands) -> bool:
     """Whether the clock leaves a call that is timed to PEFT.
 
-    Not where groups are forced and masks are drawn, which PEFT draws otherwise: a call has the same in a group and alone.
+    Not where groups are forced and masks are drawn, which PEFT draws otherwise: they are those that a group draws.
     """
-    if scope.siblings.is_forced and operands.drops():
+    if scope.is_forced and operands.drops():
         return False
     return layers.is_faster_by_peft(layer, joined(operands, x))

@@ -69,38 +69,16 @@ def sites(model: nn.Module) -> Iterator[Site]:
             )
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def _call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | Lanes | str:
     """The operation that a call of the layer is, or the reason why it is none."""
     operands = operands_of_call(layer, x, args, kwargs)
     return operands if isinstance(operands, str) else joined(operands, x)
 
 
-def _known(layer: Any, x: Any) -> tuple[Any, Plan] | None:
-    """What ``_call`` returns for a layer as it nearly always is, and a plan for it; None: look closer.
+def usual(layer: Any) -> tuple[Any, ...] | None:
+    """Weight, A, B, scaling, bias and p of a layer as it nearly always is: one adapter, and nobody has touched it.
 
-    Nothing is remembered of a layer, so nothing can be outdated. What ``_call`` reads of modules is read here too, but
-    where it lies, and for one adapter that nobody has touched. What it asks of tensors was asked when the plan of their
-    key was made, but for the rules that are PEFT's own.
+    None: look closer. What is read of modules is read where it lies; of tensors nothing is asked.
     """
     state, active = layer.__dict__, layer.active_adapter
     if type(active) is not list or len(active) != 1 or layer.disable_adapters or layer.merged_adapters:
@@ -110,7 +88,7 @@ def _known(layer: Any, x: Any) -> tuple[Any, Plan] | None:
     dropout, scaling = parts["lora_dropout"]._modules.get(name), layer.scaling.get(name)
     if type(base) is not nn.Linear or type(down) is not nn.Linear or type(up) is not nn.Linear:
         return None
-    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training):
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace):
         return None
     for part in (base, down, up, dropout):
         kept = part.__dict__
@@ -130,8 +108,22 @@ def _known(layer: Any, x: Any) -> tuple[Any, Plan] | None:
     of_down, of_up = down._parameters, up._parameters
     if type(scaling) is not float or of_down.get("bias") is not None or of_up.get("bias") is not None:
         return None
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return weight, of_down.get("weight"), of_up.get("weight"), scaling, bias, p
+
+
+def _known(layer: Any, x: Any) -> tuple[Any, Plan] | None:
+    """What ``_call`` returns for a layer as it nearly always is, and a plan for it; None: look closer.
+
+    Nothing is remembered of a layer, so nothing can be outdated. What ``_call`` asks of tensors was asked when the plan
+    of their key was made, but for the rules that are PEFT's own.
+    """
+    operands = usual(layer)
+    if operands is None or operands[5]:
+        return None
     # A plain tuple, which costs a fifth of a named one.
-    call = x, weight, of_down.get("weight"), of_up.get("weight"), scaling, bias, 0.0, None
+    call = x, *operands, None
+    bias = operands[4]
     plan = _RECENT.get(id(layer), call[:4] if bias is None else (*call[:4], bias))
     return (call, plan) if plan is not None and plan.native is not None else _planned(layer, Inputs._make(call))
 

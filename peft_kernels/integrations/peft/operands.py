@@ -53,7 +53,7 @@ class Operands(NamedTuple):
 
     def drops(self) -> bool:
         """Whether an adapter's dropout is at work; each p below 1."""
-        return any([dropout.threshold(p) > 0 for p in self.ps])
+        return any(dropout.threshold(p) > 0 for p in self.ps)
 
     def values(self) -> list[Any]:
         """All that the result depends on beside x."""

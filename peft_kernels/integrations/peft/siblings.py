@@ -32,6 +32,9 @@ from peft_kernels.lora.kernels import dropout
 Group = tuple[str, ...]
 """Names of layers of one parent, in the order in which it calls them."""
 
+Values = tuple[Sequence[Any], list[tuple[Any, ...]]]
+"""Tensors, numbers and None, and of each tensor what changes with its memory and with what is written there."""
+
 MISSES = 2
 """After so many calls in which a member did not take what was made for it, a group is dissolved."""
 
@@ -52,15 +55,15 @@ class Parked:
     """Outputs that a group's first member made for the others.
 
     Attributes:
-        x, state: the input, and what surrounded the call.
         outputs: of each member that has not come yet, with what it was made of.
+        surroundings: of the call.
         seed: of its masks, or None.
         is_missed: whether a member came that could not take its own.
     """
 
-    def __init__(self, x: Tensor, state: Any, seed: Seed | None) -> None:
-        self.x, self.state, self.seed, self.is_missed = x, state, seed, False
-        self.outputs: dict[str, tuple[Tensor, list[Any]]] = {}
+    def __init__(self, x: Tensor, outputs: dict[str, tuple[Tensor, Values]], seed: Seed | None) -> None:
+        self.outputs, self.seed, self.is_missed = outputs, seed, False
+        self.surroundings = _surroundings(x)
 
 
 class Scope:
@@ -70,12 +73,14 @@ class Scope:
         siblings, parent: whose call it is.
         groups: by member, as they were when the call began.
         mode: in which the parent was called.
+        is_forced: as the siblings'.
         parked: by group.
         inputs: what layers were handed that are not observed yet, each input with their names in order.
     """
 
     def __init__(self, siblings: Siblings, parent: nn.Module, mode: Any) -> None:
         self.siblings, self.parent, self.groups, self.mode = siblings, parent, siblings.groups, mode
+        self.is_forced = siblings.is_forced
         self.parked: dict[Group, Parked] = {}
         self.inputs: list[tuple[Tensor, list[str]]] = []
         self._seeds: list[Seed] = []
@@ -103,23 +108,22 @@ class Scope:
             self._seeds.append(seed)
         return seed
 
-    def park(self, group: Group, x: Tensor, seed: Seed | None, outputs: dict[str, tuple[Tensor, list[Any]]]) -> None:
+    def park(self, group: Group, x: Tensor, outputs: dict[str, tuple[Tensor, Values]], seed: Seed | None) -> None:
         """Keep outputs for the members of a group that are still to come."""
-        parked = Parked(x, _state_of(x), seed)
-        parked.outputs = outputs
-        self.parked[group] = parked
+        self.parked[group] = Parked(x, outputs, seed)
 
     def waits(self, group: Group) -> bool:
         """Whether outputs of a group are parked."""
         return group in self.parked and len(self.parked[group].outputs) > 0
 
-    def take(self, name: str, x: Tensor, values: list[Any] | None) -> Tensor | None:
-        """What is parked for a layer, if it is what the layer would compute now from x and values."""
+    def take(self, name: str, x: Tensor, values: Sequence[Any]) -> Tensor | None:
+        """What is parked for a layer, if it is what the layer would compute now from x and other values."""
         parked = self.parked.get(self.groups.get(name, ()))
         if parked is None or name not in parked.outputs:
             return None
         y, made_of = parked.outputs.pop(name)
-        if parked.x is x and values is not None and parked.state == _state_of(x) and _are_same(made_of, values):
+        now = values_of([x, *values])
+        if now is not None and _are_same(made_of, now) and parked.surroundings == _surroundings(x):
             if parked.seed is not None:
                 parked.seed.used.add(name)
             return y
@@ -273,39 +277,35 @@ def detach(parent: nn.Module) -> None:
                 other.pop(key, None)
 
 
-def values_of(values: Sequence[Any]) -> list[Any] | None:
-    """What an output is made of, to be compared later: tensors with their state; None where that is not known."""
-    if not torch.compiler.is_compiling() and any([isinstance(x, Tensor) and x.is_inference() for x in values]):
+def values_of(values: Sequence[Any]) -> Values | None:
+    """What an output is made of, to be compared later; None where a change could not be seen."""
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    if torch.compiler.is_compiling():
+        return values, [(x.data_ptr(), x.requires_grad) for x in tensors]
+    try:
+        return values, [(x._version, x.data_ptr(), x.requires_grad) for x in tensors]
+    except RuntimeError:  # a tensor of inference mode has no version
         return None
-    return [(x, _tensor_state(x)) if isinstance(x, Tensor) else (x, None) for x in values]
 
 
-def _are_same(made_of: list[Any], values: list[Any]) -> bool:
+def _are_same(made_of: Values, values: Values) -> bool:
     """Whether values are the very objects that were noted, and unchanged; numbers may be equal."""
-    if len(made_of) != len(values):
+    (olds, states), (news, new_states) = made_of, values
+    if len(olds) != len(news) or len(states) != len(new_states):
         return False
-    for (old, state), (new, new_state) in zip(made_of, values, strict=True):
-        if isinstance(old, Tensor) or isinstance(new, Tensor):
-            if old is not new or state != new_state:
-                return False
-        elif old != new:
+    for old, new in zip(olds, news, strict=True):
+        if old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new):
             return False
-    return True
+    return states == new_states
 
 
-def _tensor_state(x: Tensor) -> Any:
-    """Changes with what is written into a tensor's memory, with the memory, and with whether gradients are asked for."""
+def _surroundings(x: Tensor) -> tuple[Any, ...]:
+    """What a member's call has to have in common with that of the first, beside the parent's mode."""
+    dtype = autocast_dtype(x.device.type)
     if torch.compiler.is_compiling():
-        return x.data_ptr(), x.requires_grad
-    return x._version, x.data_ptr(), x.requires_grad
-
-
-def _state_of(x: Tensor) -> Any:
-    """What a member's call has to have in common with that of the first, beside mode and operands."""
-    if torch.compiler.is_compiling():
-        return _tensor_state(x), autocast_dtype(x.device.type), dispatch.backend_of_graph(None)
+        return dtype, dispatch.backend_of_graph(None)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    return _tensor_state(x), autocast_dtype(x.device.type), dispatch.requested_backend(None), stream
+    return dtype, dispatch.requested_backend(None), stream
 
 
 def _mode() -> tuple[Any, ...]:
