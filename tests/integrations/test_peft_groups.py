@@ -22,6 +22,7 @@ import peft_kernels as pk
 from peft_kernels.integrations.peft import groups as groups_file
 from peft_kernels.integrations.peft.grouped import GroupedLoraLinear
 from peft_kernels.integrations.peft.layers import FusedLoraLinear, PeftLinear
+from peft_kernels.integrations.transformers import ApplyCallback
 from tests.integrations.siblings import (
     NAMES,
     Counts,
@@ -249,6 +250,14 @@ class TestChoice:
         with pytest.raises(pk.UnsupportedError, match="merged"):
             pk.apply(model, group=True, strict=True)
         assert not siblings_of(model) and {type(layer) for layer in lora_layers(model)} == {PeftLinear}
+
+
+def test_the_callback_hands_them_on() -> None:
+    model = build()
+    callback = ApplyCallback(groups=[("q", "k")])
+    callback.on_train_begin(None, None, None, model=model)
+    assert callback.report is not None and own_names(callback.report.groups) == {"q + k": 2}
+    assert own_names(callback.report.dissolved) == {}
 
 
 class TestNamed:
