@@ -199,6 +199,16 @@ class TestRules:
         assert torch.equal(state, expected_state)
         return kinds
 
+    @pytest.mark.parametrize("mode", ["grouped", "dissolved"])
+    def test_a_layer_that_is_called_twice_has_two_masks(self, mode: str, seeds: list[Tensor]) -> None:
+        model = build(Attention, lora_dropout=P)
+        pk.apply(model, group=True)
+        as_it_is(model, mode)
+        attention = inner(model)
+        seeds.clear()
+        attention.forward = lambda x: attention.q(x) - attention.q(x)
+        assert float(attention(given()).norm()) > 1e-3 and len(seeds) == 2
+
     def test_a_member_twice(self, counts: Counts) -> None:
         kinds = self._both(lambda a, x: a.q(x) * a.q(x) + a.k(x) - a.k(x) * a.v(x), counts)
         assert kinds["hit"] == 2

@@ -68,6 +68,26 @@ class TestNothingIsLeft:
         assert reference() is None
 
 
+def test_a_replica_has_its_own_layers(counts: Counts) -> None:
+    """As DataParallel makes them: modules whose attributes are the original's, and whose children are other ones."""
+    fused, plain, _ = first_of()
+    replicas = {module: module._replicate_for_data_parallel() for module in fused.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = replicas.get(child)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, 1.5 * parameter)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.5)
+    found: list[Tensor] = []
+    assert counts.of(lambda: found.append(replicas[fused](given()))) == {"lead": 1, "hit": 2, "alone": 1}
+    torch.testing.assert_close(found[0], plain(given()))
+
+
 def test_threads(counts: Counts) -> None:
     """Two threads meet between q and k; each has its own outputs."""
     fused, plain, report = first_of()

@@ -16,7 +16,6 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from peft_kernels._core.autocast import is_any_autocast
-from peft_kernels._core.checks import FLOATING
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.plans import is_seen_into
 from peft_kernels.integrations import calls
@@ -95,7 +94,9 @@ def _operands(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     for tensor in (weight, down, up, weight if bias is None else bias):
         if type(tensor) is not nn.Parameter or tensor.dtype != x.dtype or tensor.device != x.device:
             return operands_of_call(layer, x, args, kwargs)
-    if weight.layout is not torch.strided or x.layout is not torch.strided or x.dtype not in FLOATING or x.is_nested:
+        if not calls.is_plain(tensor):
+            return operands_of_call(layer, x, args, kwargs)
+    if calls.why_not_input(x) is not None:
         return operands_of_call(layer, x, args, kwargs)
     return Operands(weight, bias, False, [down], [up], [None], [scaling], [p])
 
