@@ -96,7 +96,7 @@ def _implementations(family: str | None) -> Iterator[tuple[Operator, Implementat
         raise SystemExit(f"--family must be one of {', '.join(sorted({*names, *names.values()}))}, got {family!r}")
     for name, operator in sorted(OPERATORS.items()):
         if family in (None, name, names[name]):
-            yield from ((operator, each) for each in (*operator.implementations, *operator.checked))
+            yield from ((operator, each) for each in operator.to_check)
 
 
 def _check(machine: records.Signature, chosen: Sequence[Wanted], device: torch.device) -> Outcome:

@@ -114,6 +114,12 @@ class Operator:
         self._operator = registration.register(self)
         OPERATORS[self.name] = self
 
+    @property
+    def to_check(self) -> tuple[Implementation, ...]:
+        """All that a machine checks by problems of this operator; what another's problems check is not among it."""
+        every = (*self.implementations, *self.checked)
+        return tuple(each for each in every if each.qualification and each.qualification.family.operator == self.name)
+
     def __call__(self, call: Any, backend: str | None) -> Any:
         """Run a call on a backend; None is the one in force."""
         if torch.compiler.is_compiling():

@@ -145,6 +145,8 @@ def _is_timed(device: torch.device) -> bool:
 
 
 def _address(tensor: Any) -> Hashable:
+    if isinstance(tensor, tuple):
+        return tuple(map(_address, tensor))
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
         return None  # which is refused
     return tensor.stride(), tensor.data_ptr() % ALIGNMENT

@@ -28,12 +28,7 @@ from peft_kernels._core.verdicts import RIGHT, WRONG, Verdict
 MACHINE = Signature("Toy GPU", 90, 132, "1.0", "2.0", "3.0", "0" * 16)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
-CHECKED = [
-    (operator, implementation)
-    for operator in OPERATORS.values()
-    for implementation in (*operator.implementations, *operator.checked)
-    if implementation.qualification is not None
-]
+CHECKED = [(operator, implementation) for operator in OPERATORS.values() for implementation in operator.to_check]
 each_checked = pytest.mark.parametrize(
     "operator, implementation", CHECKED, ids=[f"{operator.name}-{each.name}" for operator, each in CHECKED]
 )
@@ -309,7 +304,7 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
     assert implementation.qualification is not None
     for part, case in _cases(implementation, Hardware(arch=100, sm_count=160)):
         call, dy = implementation.qualification.family.make(case, torch.device("meta"), 0)
-        tensors = [x for x in (*call, dy) if isinstance(x, torch.Tensor)]
+        tensors = [x for x in operator.signature.spread((*call, dy)) if isinstance(x, torch.Tensor)]
         # Each has a gradient or is one; two of ours, one of eager's, and two of the oracle's in float64 with its input.
         total = sum(x.numel() * (4 * x.element_size() + 2 * 8) for x in tensors)
         assert total <= LARGEST_BYTES, (part, str(case), total)
@@ -320,6 +315,7 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
     ("name", "implementation", "part"),
     [
         ("lora_linear", "triton", "bfloat16+float32 r16 dropout"),
+        ("lora_group", "triton", "bfloat16+float32 r32 dropout"),
         ("bottleneck_adapter", "triton", "bfloat16 wide r16"),
         ("prefix_attention", "triton", "bfloat16+float32 d16"),
         ("prompt_tuning", "triton", "bfloat16+float32"),

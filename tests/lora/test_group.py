@@ -184,6 +184,23 @@ def test_an_output_that_nobody_uses_costs_no_product(p: float, backend: str) -> 
     assert partly == flops([0, 1], [members[0], members[2]]) > 0
 
 
+@pytest.mark.parametrize("used", [(0, 2), (1,)])
+def test_compiled_with_an_output_that_nobody_uses(used: tuple[int, ...]) -> None:
+    x, members = _group()
+
+    def loss(x: Tensor, members: list[pk.Member]) -> Tensor:
+        ys = pk.lora_group(x, members, dropout_p=0.3, seed=SEED, backend="torch")
+        return torch.stack([ys[j].square().sum() for j in used]).sum()
+
+    leaves = [x, *_leaves(members)]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    got, expected = (torch.autograd.grad(run(x, members), leaves, allow_unused=True) for run in (compiled, loss))
+    for ours, theirs in zip(got, expected, strict=True):
+        # A compiler may hand over zeros where there is nothing.
+        assert torch.equal(ours, theirs) if theirs is not None and ours is not None else ours is None or not ours.any()
+
+
 @each_backend
 def test_dx_is_more_exact_than_autograd_s_sum(backend: str) -> None:
     """In bfloat16, with updates a tenth of the base: a rounding for each member, the largest sum last, and not one of

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
-from peft_kernels.lora.group import torch_impl, triton_impl
+from peft_kernels.lora.group import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.group.composite import composite
 from peft_kernels.lora.group.problem import NAME, Gradients, Inputs, LoraGroupProblem, Needs, make_problem
 from peft_kernels.lora.kernels import dropout
@@ -75,7 +75,7 @@ def lora_group(
         members: at least one; they may differ in N, rank, scale, bias and the adapter's dtype.
         dropout_p: in [0, 1), quantised to 1/65536; one for all members, or one for each.
         seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor on x's device fixes it.
-        backend: "torch" or "triton" forces a backend; None takes ``use_backend``'s, then the variable
+        backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 
     Returns:
@@ -244,7 +244,7 @@ OPERATOR = Operator(
     name=NAME,
     call=Inputs,
     needs=Needs,
-    implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
+    implementations=(cuda_impl.IMPLEMENTATION, triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
     forward=_forward,
     backward=_backward,
@@ -257,4 +257,5 @@ OPERATOR = Operator(
     activations=("x",),
     adds=("biases",),
     several=True,
+    addressed=("x", "weights", "lora_a"),
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_kernels._core import checks
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
-from peft_kernels.lora.linear.problem import LoraLinearProblem, check_seed
+from peft_kernels.lora.linear.problem import LoraLinearProblem, are_rows_aligned, check_seed
 
 NAME = "lora_group"
 
@@ -127,6 +127,7 @@ class LoraGroupProblem:
         thresholds: of each update; a 16-bit draw below it drops its element, 0 is no dropout.
         lanes: of each update.
         device: of all tensors.
+        rows_aligned: of each update, on a CUDA device, whether x, weight and lora_a can be read 16 bytes at a time.
     """
 
     m: int
@@ -139,6 +140,7 @@ class LoraGroupProblem:
     thresholds: tuple[int, ...]
     lanes: tuple[int, ...]
     device: torch.device
+    rows_aligned: tuple[bool, ...]
 
     @property
     def is_empty(self) -> bool:
@@ -174,6 +176,7 @@ class LoraGroupProblem:
                 adapter_dtype=self.adapter_dtypes[index],
                 device=self.device,
                 dropout_threshold=self.thresholds[index],
+                rows_aligned=self.rows_aligned[index],
                 lane=self.lanes[index],
             )
             for index, rank in enumerate(self.r)
@@ -228,6 +231,10 @@ def make_problem(call: Inputs) -> LoraGroupProblem:
         thresholds=tuple(map(dropout.threshold, call.dropout_p)),
         lanes=call.lanes,
         device=x.device,
+        rows_aligned=tuple(
+            are_rows_aligned(x, call.weights[member], lora_a)
+            for member, lora_a in zip(call.members, call.lora_a, strict=True)
+        ),
     )
 
 

@@ -145,8 +145,13 @@ def make_problem(call: Inputs) -> LoraLinearProblem:
         adapter_dtype=call.lora_a.dtype,
         device=x.device,
         dropout_threshold=threshold,
-        rows_aligned=_can_be_launched_on(x) and cuda_tools.rows_aligned(x, call.weight, call.lora_a),
+        rows_aligned=are_rows_aligned(x, call.weight, call.lora_a),
     )
+
+
+def are_rows_aligned(x: Tensor, weight: Tensor, lora_a: Tensor) -> bool:
+    """Whether these are matrices of a CUDA device, all of whose rows can be read 16 bytes at a time."""
+    return _can_be_launched_on(x) and cuda_tools.rows_aligned(x, weight, lora_a)
 
 
 def _can_be_launched_on(x: Tensor) -> bool:
