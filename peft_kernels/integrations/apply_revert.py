@@ -63,7 +63,7 @@ def apply(
     Raises:
         ValueError: ``model`` is no module; ``group`` is something else; ``groups`` has a name that no LoRA layer has,
             one twice, or names that no parent has.
-        UnsupportedError: ``strict``, and something would fall back.
+        UnsupportedError: ``strict``, and something would fall back; or groups are asked for with torch older than 2.8.
         ImportError: the library is older than what this package knows; says which release is needed.
     """
     if not isinstance(model, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -217,6 +218,27 @@ def test_a_member_that_is_not_fused(name: str, state: str, counts: Counts) -> No
         found = counts.of(partial(_assert_outcome, fused, expected))
         assert found == {"lead": 1, "hit": 1, "alone": 1, "peft": 1}
     assert not report.dissolved
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("casts", [True, False])
+def test_dtypes(base: torch.dtype, adapter: torch.dtype, casts: bool, counts: Counts) -> None:
+    """Groups are of what is fused alone; what PEFT's own code refuses, it still does."""
+    fused, _, _ = first_of()
+    for layer in fused.children():
+        layer.base_layer.to(base)
+        layer.lora_A.to(adapter)
+        layer.lora_B.to(adapter)
+        layer.cast_input_dtype_enabled = casts
+    is_fused = adapter == base or (adapter == torch.float32 and casts)
+
+    def call() -> None:
+        with contextlib.nullcontext() if is_fused or casts else pytest.raises(RuntimeError, match="dtype"):
+            fused(given().to(base))
+
+    found = counts.of(call)
+    assert found == ({"lead": 1, "hit": 2, "alone": 1} if is_fused else {"peft": 4 if casts else 1})
 
 
 def test_another_adapter_for_all_between_calls(counts: Counts) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 from peft_kernels.integrations.peft import groups as groups_file
+from peft_kernels.integrations.peft import siblings
 from peft_kernels.integrations.peft.grouped import GroupedLoraLinear
 from peft_kernels.integrations.peft.layers import FusedLoraLinear, PeftLinear
 from peft_kernels.integrations.transformers import ApplyCallback
@@ -243,6 +244,17 @@ class TestChoice:
     def test_no_choice(self, group: Any) -> None:
         with pytest.raises(ValueError, match=r"apply: group must be 'auto', True or False, got"):
             pk.apply(build(), group=group)
+
+    def test_torch_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(siblings, "SEES_REGIONS", False)
+        monkeypatch.setattr(groups_file, "_is_worth_it", lambda layers: True)
+        model = build()
+        assert not pk.apply(model).grouped
+        pk.revert(model)
+        for options in ({"group": True}, {"groups": [("q", "k")]}):
+            with pytest.raises(pk.UnsupportedError, match=r"need torch 2\.8"):
+                pk.apply(model, **options)
+        assert {type(layer) for layer in lora_layers(model)} == {PeftLinear}
 
     def test_strict_changes_nothing(self) -> None:
         model = build()

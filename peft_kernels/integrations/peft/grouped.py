@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_kernels._core.autocast import is_any_autocast
 from peft_kernels._core.errors import UnsupportedError
@@ -85,20 +85,22 @@ def _in_scope(layer: Any, scope: Scope, name: str, x: Tensor, args: tuple[Any, .
 
 def _operands(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
     """What ``operands_of_call`` returns, sooner where all is as it nearly always is."""
-    if args or kwargs or torch.compiler.is_compiling() or is_any_autocast() or is_seen_into() or type(x) is not Tensor:
-        return operands_of_call(layer, x, args, kwargs)
-    found = layers.usual(layer)
-    if found is None or found[5] >= 1:
-        return operands_of_call(layer, x, args, kwargs)
-    weight, down, up, scaling, bias, p = found
+    is_usual = not (args or kwargs or torch.compiler.is_compiling() or is_any_autocast() or is_seen_into())
+    found = layers.usual(layer) if is_usual else None
+    if found is not None and calls.why_not_input(x) is None and _fits(layer, x, *found):
+        weight, down, up, scaling, bias, p = found
+        return Operands(weight, bias, False, [down], [up], [None], [scaling], [p])
+    return operands_of_call(layer, x, args, kwargs)
+
+
+def _fits(layer: Any, x: Tensor, weight: Any, down: Any, up: Any, scaling: float, bias: Any, p: float) -> bool:
+    """Whether no rule about dtypes, devices and kinds of tensors stands against what a layer usually is."""
     for tensor in (weight, down, up, weight if bias is None else bias):
-        if type(tensor) is not nn.Parameter or tensor.dtype != x.dtype or tensor.device != x.device:
-            return operands_of_call(layer, x, args, kwargs)
-        if not calls.is_plain(tensor):
-            return operands_of_call(layer, x, args, kwargs)
-    if calls.why_not_input(x) is not None:
-        return operands_of_call(layer, x, args, kwargs)
-    return Operands(weight, bias, False, [down], [up], [None], [scaling], [p])
+        if not calls.is_plain(tensor) or tensor.device != x.device:
+            return False
+    if down.dtype != x.dtype and (down.dtype != torch.float32 or not getattr(layer, "cast_input_dtype_enabled", True)):
+        return False
+    return p < 1 and weight.dtype == x.dtype and up.dtype == down.dtype
 
 
 def _alone(scope: Scope, name: str, x: Tensor, operands: Operands) -> Tensor:

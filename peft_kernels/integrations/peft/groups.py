@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
+from peft_kernels._core.errors import UnsupportedError
+from peft_kernels.integrations.peft import siblings
 from peft_kernels.integrations.peft.grouped import PLACE, GroupedLoraLinear, place_of
 from peft_kernels.integrations.peft.layers import FusedLoraLinear
 from peft_kernels.integrations.peft.siblings import Group, Siblings, attach, attached, detach
@@ -38,7 +40,12 @@ def wanted(model: nn.Module, group: bool | str, groups: Sequence[Group] | None) 
 
     Raises:
         ValueError: ``groups`` has a name that no LoRA layer has, or names that are those of no parent's layers.
+        UnsupportedError: groups are asked for, and torch is older than 2.8.
     """
+    if not siblings.SEES_REGIONS:
+        if group is True or groups is not None:
+            raise UnsupportedError("apply: groups of layers need torch 2.8 or newer")
+        return []
     parents = list(_parents(model))
     if groups is not None:
         _check_names(groups, [set(layers) for _, _, layers in parents])
@@ -54,21 +61,21 @@ def install(model: nn.Module, parents: Sequence[Wanted]) -> tuple[Grouped, ...]:
     """Make the layers of parents groups, and those of no others; what is as it is wanted stays as it is."""
     keep = {}
     for each in parents:
-        siblings = attached(each.parent)
-        if siblings is not None and siblings.wanted == (tuple(each.layers), each.named, each.is_forced):
-            keep[each.parent] = siblings
+        there = attached(each.parent)
+        if there is not None and there.wanted == (tuple(each.layers), each.named, each.is_forced):
+            keep[each.parent] = there
     _remove(model, keep)
     found = []
     for name, parent, layers, named, is_forced in parents:
-        siblings = keep.get(parent)
-        if siblings is None:
-            siblings = Siblings(tuple(layers), named, is_forced)
-            attach(parent, siblings)
+        shared = keep.get(parent)
+        if shared is None:
+            shared = Siblings(tuple(layers), named, is_forced)
+            attach(parent, shared)
         _site(layers).fuse()
         for own, layer in layers.items():
             if isinstance(layer, GroupedLoraLinear):
-                vars(layer)[PLACE] = siblings, own
-        found.append(Grouped(name, siblings))
+                vars(layer)[PLACE] = shared, own
+        found.append(Grouped(name, shared))
     return tuple(found)
 
 

@@ -42,6 +42,9 @@ MISSES = 2
 # between. Older releases know neither, and every layer computes alone there.
 _TRACES_ADDRESSES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
+# Of torch 2.8 and newer. Without it nobody can say which calls torch's checkpointing is to repeat.
+SEES_REGIONS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+
 
 class Seed:
     """A seed that was drawn for an input, and which layers have used it."""
