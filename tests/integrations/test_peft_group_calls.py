@@ -315,6 +315,19 @@ class TestOneMemberAlone:
         expected = outcome(plain, plain)
         assert counts.of(lambda: assert_close(outcome(fused, fused), expected)) == {"lead": 1, "hit": 1, "alone": 2}
 
+    def test_first_call_with_two_inputs(self) -> None:
+        """A layer is in one group: that of the first input that it was handed."""
+        fused, _, report = pair()
+        attention = inner(fused).first
+
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = attention.q(x) + attention.k(x)
+            return attention.q(y) + attention.k(y) + attention.v(y)
+
+        attention.forward = forward
+        attention(given())
+        assert [[name.rpartition(".")[2] for name in group] for group in report.groups] == [["q", "k"]]
+
     def test_a_member_called_twice(self, counts: Counts) -> None:
         fused, plain, report = first_of()
 

@@ -69,3 +69,18 @@ class TestClock:
             layer.lora_dropout["default"] = nn.Dropout(0.5)
         fused(given())
         assert clock.ran(lambda: fused(given())) == ["theirs"] * 4
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [("q", ["theirs", "group", "group"]), ("k", ["group", "theirs", "group"]), ("v", ["group", "theirs", "group"])],
+    )
+    def test_one_member_s_masks_are_peft_s(
+        self, name: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The other two are a group; o draws its own mask in the lane of its place."""
+        fused, _, clock = self._applied(monkeypatch, group=1.0, ours=120.0, theirs=80.0)
+        for layer in fused.children():
+            layer.lora_dropout["default"] = nn.Dropout(0.5)
+        monkeypatch.setattr(layers, "is_faster_by_peft", lambda layer, call: layer is getattr(fused, name))
+        fused(given())
+        assert clock.ran(lambda: fused(given())) == expected
