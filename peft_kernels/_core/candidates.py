@@ -59,15 +59,15 @@ def is_library_faster(
     problem: Any,
     call: Any,
     library: str,
-    runs: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    runs: tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]],
     parameters: Sequence[Tensor],
 ) -> bool:
-    """Whether a library's own forward is faster than the operator at what a layer of it computes.
+    """Whether a library's own forward is faster than the operator at what a layer of it, or several, computes.
 
     Args:
         operator, problem, call: as above; the call's first argument is x.
         library: name of the layer's class, whose calls are a class of their own.
-        runs: ours and the library's: x -> y, with autograd as it is enabled.
+        runs: ours and the library's: x -> y or a tuple of such, with autograd as it is enabled.
         parameters: what the layer computes with, beside x.
     """
     ours, theirs = (_autograd_runner(run, call[0], parameters) for run in runs)
@@ -111,9 +111,7 @@ def _runner(operator: Any, problem: Any, call: Any, implementation: Implementati
     return run
 
 
-def _autograd_runner(
-    layer: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]
-) -> Callable[[], object]:
+def _autograd_runner(layer: Callable[[Tensor], Any], x: Tensor, parameters: Sequence[Tensor]) -> Callable[[], object]:
     """A layer's passes as the caller runs them, but for what is done with the gradients: they are dropped."""
 
     def run() -> None:
@@ -122,9 +120,10 @@ def _autograd_runner(
         with torch.random.fork_rng(devices=devices):
             given = x.detach().requires_grad_(_needs_gradient(x))
             y = layer(given)
+            made = [each for each in (y if isinstance(y, tuple) else (y,)) if each.requires_grad]
             asked = [each for each in (given, *parameters) if each.requires_grad]
-            if y.requires_grad and asked:
-                torch.autograd.grad(y, asked, y.detach(), allow_unused=True)
+            if made and asked:
+                torch.autograd.grad(made, asked, [each.detach() for each in made], allow_unused=True)
 
     return run
 

@@ -1,12 +1,12 @@
-"""Whether a library's own forward is faster, on this machine, at what a layer of it computes.
+"""Whether something else is faster, on this machine, than what a fused layer would run.
 
-On a GPU the clock decides between the two as it does between implementations, for each class of shapes: `apply` must
-leave nobody with something slower than he had.
+That is its library's own forward, or for a group of layers the calls of each by itself. On a GPU the clock decides as
+it does between implementations, for each class of shapes: `apply` must leave nobody with something slower than he had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,17 +48,44 @@ def is_library_faster(
         operator, call: what it calls, and with what; x is the first argument.
         ours, theirs: x -> y.
     """
+    return _is_slower(operator, call, library_class(layer).__qualname__, lambda: (ours, theirs), (layer,))
+
+
+def is_group_slower(
+    members: Sequence[nn.Module],
+    operator: Operator,
+    call: Any,
+    runs: Callable[[], tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]],
+) -> bool:
+    """Whether layers that share an input are faster each by itself, instead of as one operation.
+
+    Args:
+        members: the fused layers.
+        operator, call: the operation, and what it would be called with; x is the first argument.
+        runs: returns the operation and the layers' own calls: x -> tuple of y.
+    """
+    return _is_slower(operator, call, "alone", runs, members)
+
+
+def _is_slower(
+    operator: Operator,
+    call: Any,
+    other: str,
+    runs: Callable[[], tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]],
+    layers: Sequence[nn.Module],
+) -> bool:
+    """Whether the second of two ways should run a call that is timed; ``other`` is its name."""
     backend = requested_backend(None)
     key = operator.key(call, backend)
     if backend != "auto" or key is None:
         return False
-    library = library_class(layer).__qualname__
-    decided = _decided.get((library, key))
+    decided = _decided.get((other, key))
     if decided is None:
         problem = operator.make_problem(call)
+        parameters = tuple(parameter for layer in layers for parameter in layer.parameters())
         decided = not problem.is_empty and candidates.is_library_faster(
-            operator, problem, call, library, (ours, theirs), tuple(layer.parameters())
+            operator, problem, call, other, runs(), parameters
         )
         if not is_capturing(problem.device):
-            _decided.put((library, key), decided)
+            _decided.put((other, key), decided)
     return decided

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +18,24 @@ from peft_kernels._core.explain import note
 _fallen_back: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 
 
+class Grouped(NamedTuple):
+    """A module whose layers may be groups, by its name, and what they share: ``formed()`` and ``dissolved``."""
+
+    parent: str
+    siblings: Any
+
+    def groups(self) -> Iterator[tuple[str, ...]]:
+        """Those that there are."""
+        yield from map(self._full, self.siblings.formed())
+
+    def dissolved(self) -> Iterator[tuple[str, ...]]:
+        """Those that there were."""
+        yield from map(self._full, self.siblings.dissolved)
+
+    def _full(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{self.parent}.{name}" if self.parent else name for name in names)
+
+
 @dataclass(frozen=True)
 class Report:
     """The answer of ``apply``.
@@ -26,12 +45,24 @@ class Report:
         fallbacks: name of each module of a known kind that does not, as things stand, and the reason. One that is in a
             state for it (merged, disabled, on several devices) runs on the kernels as soon as it is out of it.
         unused: names of modules none of whose adapters is active; they run on the kernels as soon as one is.
+        grouped: modules whose layers may be groups.
     """
 
     fused: tuple[str, ...]
     fallbacks: dict[str, str]
     unused: tuple[str, ...] = ()
     _modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+    grouped: tuple[Grouped, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the layers of each group, in the order of their calls; those found since ``apply`` too."""
+        return tuple(group for each in self.grouped for group in each.groups())
+
+    @property
+    def dissolved(self) -> tuple[tuple[str, ...], ...]:
+        """The same of groups whose members did not take what was made for them, and that are none any more."""
+        return tuple(group for each in self.grouped for group in each.dissolved())
 
     @property
     def fallback_calls(self) -> Counter[str]:
@@ -45,6 +76,9 @@ class Report:
         lines = [f"peft_kernels: {len(self.fused)} modules fused, {len(self.fallbacks)} not"]
         if self.unused:
             lines.append(f"  {len(self.unused)} without an active adapter ({_shortened(self.unused)})")
+        for kind, groups in (("groups", self.groups), ("groups dissolved", self.dissolved)):
+            if groups:
+                lines.append(f"  {len(groups)} {kind} ({_shortened(_counted(groups))})")
         for reason, names in _by_reason(self.fallbacks).items():
             lines.append(f"  {len(names)} not fused: {reason} ({_shortened(names)})")
         for reason, count in self.fallback_calls.most_common():
@@ -69,6 +103,12 @@ def _by_reason(fallbacks: dict[str, str]) -> dict[str, list[str]]:
     for name, reason in fallbacks.items():
         grouped.setdefault(reason, []).append(name)
     return grouped
+
+
+def _counted(groups: Sequence[tuple[str, ...]]) -> list[str]:
+    """The layers' own names, of groups that have the same once."""
+    counts = Counter(" + ".join(name.rpartition(".")[2] for name in group) for group in groups)
+    return [f"{names}: {count}" for names, count in counts.items()]
 
 
 def _shortened(names: Sequence[str]) -> str:

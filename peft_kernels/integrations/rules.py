@@ -58,9 +58,13 @@ def support_table() -> str:
     """
     folder, supports = Path(__file__).parent, []
     for path in folder.rglob("*.py"):
-        for name in re.findall(r"^(\w+) = Support\(", path.read_text(), re.MULTILINE):
-            module = ".".join(("peft_kernels.integrations", *path.relative_to(folder).with_suffix("").parts))
-            supports.append(getattr(importlib.import_module(module), name))
+        text = path.read_text()
+        names = re.findall(r"^(\w+) = Support\(", text, re.MULTILINE)
+        # A file may add a rule to another one's.
+        if names or re.search(r"^\w+ = \w+\.rule\(", text, re.MULTILINE):
+            dotted = ".".join(("peft_kernels.integrations", *path.relative_to(folder).with_suffix("").parts))
+            module = importlib.import_module(dotted)
+            supports += [getattr(module, name) for name in names]
     return "\n\n".join(map(_table, sorted(supports, key=lambda support: support.title))) + "\n"
 
 

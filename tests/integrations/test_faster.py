@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 from peft_kernels._core import plans
 from peft_kernels.integrations import faster
-from peft_kernels.integrations.peft import layers
+from peft_kernels.integrations.peft import eligibility, layers
 from tests.clock import Clock
 
 
@@ -32,7 +32,7 @@ def applied(
     monkeypatch.setattr(layers, "_fused", clock.takes("ours", layers._fused))
     monkeypatch.setattr(PeftLinear, "forward", clock.takes("theirs", PeftLinear.forward))
     # It would be seen that PEFT's forward is another one.
-    monkeypatch.setattr(layers._OWN, "replaced", lambda: None)
+    monkeypatch.setattr(eligibility.OWN, "replaced", lambda: None)
     return model, clock, report
 
 

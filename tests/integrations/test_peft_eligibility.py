@@ -19,7 +19,8 @@ import numpy as np
 from torch.nn.modules.module import register_module_forward_hook
 
 import peft_kernels as pk
-from peft_kernels.integrations.peft import layers
+from peft_kernels.integrations.hooks import OwnMethods
+from peft_kernels.integrations.peft import eligibility, layers
 from peft_kernels.integrations.peft.layers import FusedLoraLinear, PeftLinear
 
 pytestmark = pytest.mark.filterwarnings(
@@ -291,11 +292,11 @@ def test_patched_classes(method: tuple[Any, str], monkeypatch: pytest.MonkeyPatc
 
 def test_methods_that_were_patched_before_the_import() -> None:
     """They are known by the file that they are from."""
-    own = layers.OwnMethods((PeftLinear, "forward"), (nn.Linear, "forward"))
-    assert own.replaced() is None and layers._OWN.replaced() is None
+    own = OwnMethods((PeftLinear, "forward"), (nn.Linear, "forward"))
+    assert own.replaced() is None and eligibility.OWN.replaced() is None
     forward = functools.wraps(nn.Linear.forward)(lambda self, x: x)
     patched = type("Linear", (nn.Linear,), {"forward": forward, "__module__": nn.Linear.__module__})
-    assert layers.OwnMethods((patched, "forward")).replaced() == "Linear.forward"
+    assert OwnMethods((patched, "forward")).replaced() == "Linear.forward"
 
 
 class _Tool:

@@ -2,7 +2,12 @@
 
 A model that PEFT built needs none of this: ``peft_kernels.apply`` leaves it PEFT's, with PEFT's own saving and loading.
 
-layers.py          PEFT's LoRA layers: class swap, eligibility, the fused forward
+layers.py          PEFT's LoRA layers: class swap, the fused forward
+eligibility.py     which of them are fused, and which calls: every rule
+operands.py        what a call of a layer computes with, and the operations that this makes
+groups.py          apply's groups: which parents have layers that may share an input
+grouped.py         the forward of a layer that may be a member of a group
+siblings.py        what the layers of one parent share: groups, parked outputs, seeds
 prompts.py         PEFT's prefix and prompt tuning models: class swap, eligibility, what replaces the repeated prompt
 prefixes.py        the same models' prefixes, and the hooks that carry them
 files.py           save_adapter and load_adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -17,19 +18,21 @@ class ApplyCallback(TrainerCallback):
     """Call ``apply`` on the model when training begins, after the trainer has wrapped and placed it.
 
     Args:
-        strict: as ``apply``'s.
+        strict, group, groups: as ``apply``'s.
 
     Attributes:
         report: what ``apply`` returned, None before training.
     """
 
-    def __init__(self, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(
+        self, strict: bool = False, group: bool | str = "auto", groups: Sequence[Sequence[str]] | None = None
+    ) -> None:
+        self.strict, self.group, self.groups = strict, group, groups
         self.report: Report | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Apply, and log the report; as a warning, which is seen without configuration, if it has fallbacks."""
-        self.report = apply(model, strict=self.strict)
+        self.report = apply(model, strict=self.strict, group=self.group, groups=self.groups)
         _logger.log(logging.WARNING if self.report.fallbacks else logging.INFO, "%s", self.report)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,202 @@
+"""Which LoRA layers of PEFT's are fused, and which calls of them: every rule, and what asks it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels.integrations import calls
+from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
+from peft_kernels.integrations.peft.operands import Modules, Operands, active, operands_of
+from peft_kernels.integrations.rules import Support
+from peft_kernels.integrations.sites import library_class
+
+SUPPORT = Support(
+    "PEFT: LoRA layers",
+    (
+        "`lora.Linear` on `nn.Linear`, or on transformers' `Conv1D`",
+        "rsLoRA, `rank_pattern`, `alpha_pattern`, `lora_bias`, PiSSA and other initialisations",
+        "adapters in float32 on a half-precision base, autocast, dropout in training",
+        "several active adapters in one call, each with its own dropout",
+    ),
+)
+_OTHER_LAYER = SUPPORT.rule(
+    "a layer of another class: embeddings, convolutions, quantized layers, MoE parameters; methods other than LoRA",
+    "it is PEFT's {layer}, not its lora.Linear",
+)
+_OTHER_FORWARD = SUPPORT.rule("a forward put on the layer: X-LoRA, diffusers' hooks", "its forward was replaced")
+_REPLACED = SUPPORT.rule("methods of PEFT's or torch's classes that another tool replaced", "{method} was replaced")
+_DISABLED = SUPPORT.rule("a call inside `disable_adapter()`", "adapters are disabled")
+_MERGED = SUPPORT.rule("a call after `merge_adapter()`", "adapters are merged into the weight")
+_NO_ADAPTER = SUPPORT.rule("a call while none of the layer's adapters is active", "no adapter is active")
+_OTHER_BASE = SUPPORT.rule(
+    "a base layer of another class, a parametrized one too", "its base layer is {base}, not nn.Linear or Conv1D"
+)
+_VARIANT = SUPPORT.rule("DoRA, aLoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
+_OTHER_FACTOR = SUPPORT.rule(
+    "`lora_A` or `lora_B` of another class, `lora_A` with a bias",
+    "lora_A is {down} and lora_B {up}, not two nn.Linear of which the first has no bias",
+)
+_OTHER_DROPOUT = SUPPORT.rule("dropout of another class, or in place", "its dropout is {dropout}, not nn.Dropout")
+_SCALING = SUPPORT.rule(
+    "a scaling that is trained, or neither a number nor a 0-d tensor", "its scaling is {scaling}, not a constant number"
+)
+_HOOKED = SUPPORT.rule(
+    "hooks inside the layer: offloading, tensor parallelism, FSDP of the parts",
+    "there are hooks on its base layer or on its adapters",
+)
+_NO_PLAIN_WEIGHT = SUPPORT.rule(
+    "a weight that is a tensor subclass, or not strided", "a weight of it is a {weight}, not a plain tensor"
+)
+_ADAPTER_NAMES = SUPPORT.rule("`adapter_names` in the call", "adapter_names mixes adapters within a batch")
+_MORE_ARGUMENTS = SUPPORT.rule("a call with further arguments", "the call has arguments beside x")
+_SEVERAL_DEVICES = SUPPORT.rule("tensors on several devices", "its tensors are on several devices")
+_SEVERAL_DTYPES = SUPPORT.rule("active adapters of several dtypes", "its adapters have several dtypes")
+_DROPS_ALL = SUPPORT.rule("dropout with p = 1 in training", "its dropout leaves nothing, with p = {p}")
+_X_DTYPE = SUPPORT.rule("input and base weight of two dtypes outside autocast", "x is {x}, the base weight {base}")
+_ADAPTER_DTYPE = SUPPORT.rule(
+    "adapters neither in the input's dtype nor in float32 outside autocast", "x is {x}, the adapters are {adapter}"
+)
+
+# What the fused layer does without calling it.
+OWN = OwnMethods(
+    *((PeftLinear, name) for name in ("forward", "_cast_input_dtype", "_check_forward_args")),
+    *((cls, "forward") for cls in (nn.Linear, Conv1D, nn.Dropout)),
+    (F, "linear"),
+)
+
+
+def why_not(layer: Any) -> str | None:
+    """Reason that lies in what the layer is, and is made of."""
+    if library_class(layer) is not PeftLinear:
+        return _OTHER_LAYER(layer=f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}")
+    if has_other_forward(layer):
+        return _OTHER_FORWARD()
+    adapters = active(layer)
+    return _why_not_modules(layer, adapters) or _why_not_operands(operands_of(layer, adapters))
+
+
+def why_not_now(layer: Any) -> str | None:
+    """Reason that lies in the layer's state: what its methods, ``to`` and ``train`` change."""
+    adapters = active(layer)
+    if not adapters and not layer.disable_adapters and not layer.merged:
+        return None
+    operands = operands_of(layer, adapters)
+    like_x = operands.weight
+    return _why_not_state(layer, adapters) or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
+
+
+def is_unused(layer: Any) -> bool:
+    return not active(layer)
+
+
+def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
+    """What a call of the layer computes with, or the reason why it is not fused."""
+    adapters = active(layer)
+    reason = _why_not_state(layer, adapters) or _why_not_modules(layer, adapters)
+    if reason is not None:
+        return reason
+    operands = operands_of(layer, adapters)
+    return _why_not_operands(operands) or _why_not_call(layer, operands, x, args, kwargs) or operands
+
+
+def _why_not_state(layer: PeftLinear, adapters: list[Modules]) -> str | None:
+    if layer.disable_adapters:
+        return _DISABLED()
+    if layer.merged:
+        return _MERGED()
+    if not adapters:
+        return _NO_ADAPTER()
+    return None
+
+
+def _why_not_modules(layer: PeftLinear, adapters: list[Modules]) -> str | None:
+    replaced = OWN.replaced()
+    if replaced is not None or "_cast_input_dtype" in layer.__dict__:
+        return _REPLACED(method=replaced or "its _cast_input_dtype")
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D):
+        return _OTHER_BASE(base=type(base).__name__)
+    hooked = is_hooked(base)
+    for name, down, up, dropout, scaling in adapters:
+        if name in layer.lora_variant:
+            return _VARIANT(variant=type(layer.lora_variant[name]).__name__)
+        if not (_is_linear(down) and _is_linear(up)) or down.bias is not None:
+            return _OTHER_FACTOR(down=down, up=up)
+        if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace):
+            return _OTHER_DROPOUT(dropout=dropout)
+        if not _is_constant_number(scaling):
+            return _SCALING(scaling=_described(scaling))
+        hooked = hooked or is_hooked(down) or is_hooked(up) or is_hooked(dropout)
+    return _HOOKED() if hooked else None
+
+
+def _why_not_operands(operands: Operands) -> str | None:
+    for tensor in operands.tensors():
+        if not calls.is_plain(tensor):
+            return _NO_PLAIN_WEIGHT(weight=type(tensor).__name__)
+    return None
+
+
+def _why_not_call(
+    layer: PeftLinear, operands: Operands, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Reason that lies in the arguments, or in dtypes and devices."""
+    if kwargs.get("adapter_names") is not None:
+        return _ADAPTER_NAMES()
+    if args or any(
+        value is not None or key not in VARIANT_KWARG_KEYS for key, value in kwargs.items() if key != "adapter_names"
+    ):
+        return _MORE_ARGUMENTS()
+    return calls.why_not_input(x) or _why_not_beside(layer, operands, x)
+
+
+def _why_not_beside(layer: PeftLinear, operands: Operands, x: Tensor) -> str | None:
+    """Reason that lies in dtypes, devices and dropout, beside an input that is like x."""
+    device = x.device
+    if any(tensor.device != device for tensor in operands.tensors()):
+        return _SEVERAL_DEVICES()
+    dtypes = {factor.dtype for factor in (*operands.downs, *operands.ups)}
+    if len(dtypes) > 1:
+        return _SEVERAL_DTYPES()
+    greatest = max(operands.ps)
+    if greatest >= 1:
+        return _DROPS_ALL(p=greatest)
+    return _why_not_dtypes(x, operands.weight.dtype, dtypes.pop(), getattr(layer, "cast_input_dtype_enabled", True))
+
+
+def _why_not_dtypes(x: Tensor, base: torch.dtype, adapter: torch.dtype, casts_input: bool) -> str | None:
+    # Under autocast every product is in autocast's dtype, whatever its operands are; it casts these three.
+    casts = {torch.float32, torch.bfloat16, torch.float16}
+    if autocast_dtype(x.device.type) is not None and {x.dtype, base, adapter} <= casts:
+        return None
+    if x.dtype != base:
+        return _X_DTYPE(x=x.dtype, base=base)
+    if adapter not in (x.dtype, torch.float32) or (adapter != x.dtype and not casts_input):
+        return _ADAPTER_DTYPE(x=x.dtype, adapter=adapter)
+    return None
+
+
+def _is_linear(part: nn.Module) -> bool:
+    return type(part) is nn.Linear
+
+
+def _is_constant_number(scaling: Any) -> bool:
+    if isinstance(scaling, Tensor):
+        is_number = scaling.dim() == 0 and scaling.is_floating_point() and calls.is_plain(scaling)
+        return is_number and not scaling.requires_grad
+    return isinstance(scaling, (int, float))
+
+
+def _described(scaling: Any) -> str:
+    if not isinstance(scaling, Tensor):
+        return f"a {type(scaling).__name__}"
+    kind = "a trained" if scaling.requires_grad else "a"
+    return f"{kind} {type(scaling).__name__} {tuple(scaling.shape)} of {scaling.dtype}"
