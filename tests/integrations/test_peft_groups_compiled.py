@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,18 +126,20 @@ def _written(between: str) -> Callable[[Any, Tensor], Tensor]:
 @pytest.mark.parametrize("between", ["x", "a view of x", "another x", "nothing"])
 def test_x_written_between_members(between: str) -> None:
     """What is parked for an x that was written is not taken; where torch cannot say so, it breaks the graph."""
-    model = build(Attention)
+    model = build()
     plain = copy.deepcopy(inner(model))
     pk.apply(model, groups=[("q", "k", "v")])
-    fused = inner(model)
-    for attention in (fused, plain):
-        attention.forward = lambda x, attention=attention: _written(between)(attention, x)
-    compiled = torch.compile(fused, backend="aot_eager")
+    fused, graphs = inner(model), Graphs()
+    for whole in (fused, plain):
+        for attention in (whole.first, whole.second):
+            attention.forward = partial(_written(between), attention)
+    compiled = torch.compile(fused, backend=graphs)
     with torch.no_grad():
         for _ in range(2):
             x = given()
             expected, got = plain(x), compiled(x)
             assert float((got - expected).norm() / expected.norm()) <= 1e-12
+    assert graphs["lora_group"] == {"nothing": 2, "another x": 2}.get(between, graphs["lora_group"])
 
 
 def test_dropout_is_the_same_as_in_eager_mode() -> None:
