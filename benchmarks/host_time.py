@@ -99,7 +99,7 @@ def lora_calls() -> dict[str, Callable[[], object]]:
     xg, ag, bg = (tensor.clone().requires_grad_() for tensor in (x, a, b))
     chip, s = device.INTERPRETER, torch.randn(M, R)
     narrow = config.narrow_product_config(M, K, R, BF16, False, chip)
-    rank = config.rank_product_config(BF16)
+    rank = config.rank_product_config(BF16, chip)
     term = triton_fwd.RankProduct(s, b, 0.5)
 
     def forward() -> object:

@@ -109,7 +109,7 @@ def reduce_expected(problem: Problem) -> Tensor:
 
 
 def rank(problem: Problem, factor: float | Tensor = 2.0) -> Tensor:
-    chosen = config.rank_product_config(problem.x.dtype, problem.lanes)
+    chosen = config.rank_product_config(problem.x.dtype, H100, problem.lanes)
     term = triton_fwd.RankProduct(problem.s, problem.a.t(), factor)
     return triton_fwd.rank_product(term, problem.bias, problem.drop, problem.x.dtype, chosen, problem.lanes)
 
@@ -126,7 +126,7 @@ def rank_expected(problem: Problem) -> Tensor:
 
 
 def add_rank(problem: Problem, factor: float | Tensor = 2.0) -> Tensor:
-    chosen, y = config.rank_product_config(problem.x.dtype, problem.lanes), problem.y.clone()
+    chosen, y = config.rank_product_config(problem.x.dtype, H100, problem.lanes), problem.y.clone()
     term = triton_fwd.RankProduct(problem.s, problem.a.t(), factor)
     triton_fwd.add_rank_product(y, term, problem.drop, chosen, problem.lanes)
     return y

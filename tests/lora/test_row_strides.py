@@ -36,7 +36,7 @@ def _columns(of: Tensor) -> Tensor:
 
 def _readers(device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
     x, b = _drawn(M, 40, dtype=BF16, device=device), _drawn(40, R, dtype=BF16, device=device)
-    rank = config.rank_product_config(BF16)
+    rank = config.rank_product_config(BF16, H100)
     reduce = config.reduce_rows_config(M, 40, R, BF16, False, H100)
     both = config.narrow_and_reduce_config(M, 40, R, BF16, False, H100)
 

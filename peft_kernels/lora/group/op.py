@@ -13,6 +13,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels.lora.group import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.group.composite import composite
+from peft_kernels.lora.group.native import native
 from peft_kernels.lora.group.problem import NAME, Gradients, Inputs, LoraGroupProblem, Needs, make_problem
 from peft_kernels.lora.kernels import dropout
 
@@ -257,5 +258,6 @@ OPERATOR = Operator(
     activations=("x",),
     adds=("biases",),
     several=True,
+    native=native,
     addressed=("x", "weights", "lora_a"),
 )

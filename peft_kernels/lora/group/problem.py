@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -89,7 +88,7 @@ class Inputs(NamedTuple):
             self.scales[index],
             self.biases[member],
             p,
-            self.seed if dropout.threshold(p) else None,
+            self.seed if p and dropout.threshold(p) else None,
         )
 
 
@@ -182,20 +181,38 @@ class LoraGroupProblem:
             for index, rank in enumerate(self.r)
         )
 
-    def of_member(self, member: int) -> tuple[int, ...]:
-        """A member's updates."""
-        return tuple(index for index, each in enumerate(self.members) if each == member)
+    @cached_property
+    def of_members(self) -> tuple[tuple[int, ...], ...]:
+        """Each member's updates."""
+        every = tuple(enumerate(self.members))
+        return tuple(tuple(index for index, owner in every if owner == member) for member in range(len(self.n)))
 
-    def runs(self, updates: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    @cached_property
+    def runs_of_all(self) -> tuple[tuple[int, ...], ...]:
+        """``runs`` of all updates."""
+        return self.runs(tuple(range(len(self.r))))
+
+    def runs(self, updates: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Divide updates into runs of neighbours whose factors have one dtype, and whose masks one probability."""
-        run: tuple[int, ...] = ()
+        runs: list[tuple[int, ...]] = []
         for index in updates:
-            if run and self._kind(index) != self._kind(run[-1]):
-                yield run
-                run = ()
-            run = (*run, index)
-        if run:
-            yield run
+            if runs and self._kind(index) == self._kind(runs[-1][-1]):
+                runs[-1] = (*runs[-1], index)
+            else:
+                runs.append((index,))
+        return tuple(runs)
+
+    def joined(self, run: tuple[int, ...]) -> LoraLinearProblem:
+        """A run as one update, as far as its ranks go."""
+        found = self._joined.get(run)
+        if found is None:
+            rank = sum(self.r[index] for index in run)
+            found = self._joined[run] = replace(self.linears[run[0]], r=rank)
+        return found
+
+    @cached_property
+    def _joined(self) -> dict[tuple[int, ...], LoraLinearProblem]:
+        return {}
 
     def _kind(self, index: int) -> tuple[torch.dtype, int]:
         return self.adapter_dtypes[index], self.thresholds[index]

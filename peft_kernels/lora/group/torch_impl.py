@@ -12,7 +12,6 @@ Refused   nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,22 +27,26 @@ from peft_kernels.lora.linear.problem import Needs as LinearNeeds
 
 def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (M, N_j) of each member, and S (M, sum of r)."""
-    s = torch.empty(problem.m, sum(problem.r), dtype=problem.wide_dtype, device=problem.device)
-    for updates in _products(problem, tuple(range(len(problem.r)))):
-        joined, call = _joined(problem, inputs, updates)
-        s[:, _columns(problem, updates)] = steps.down(joined, call)
+    products = _products(problem, problem.runs_of_all)
+    if len(products) == 1:
+        s = steps.down(*_joined(problem, inputs, products[0]))
+    else:
+        s = torch.empty(problem.m, sum(problem.r), dtype=problem.wide_dtype, device=problem.device)
+        for updates in products:
+            s[:, _columns(problem, updates)] = steps.down(*_joined(problem, inputs, updates))
+    parts = s.split(problem.r, dim=1)
     ys = []
     for member, weight in enumerate(inputs.weights):
-        first, *others = problem.of_member(member) or (None,)
+        first, *others = problem.of_members[member] or (None,)
         if first is None:
             ys.append(steps.base(inputs.x, weight, inputs.biases[member]))
             continue
-        y = steps.up(problem.linears[first], inputs.update(first), s[:, problem.columns[first]])
+        y = steps.up(problem.linears[first], inputs.update(first), parts[first])
         for index in others:
             b, scale = inputs.lora_b[index].t(), inputs.scales[index]
-            steps.add_update(problem.linears[index], y, s[:, problem.columns[index]], b, scale)
+            steps.add_update(problem.linears[index], y, parts[index], b, scale)
         ys.append(y)
-    return *ys, s
+    return *ys, s.to(problem.wide_dtype)
 
 
 def backward(
@@ -66,7 +69,7 @@ def backward(
             if made is not None:
                 ds[index] = made
     dx: Tensor | None = None
-    for updates in _products(problem, tuple(ds)):
+    for updates in _products(problem, problem.runs(tuple(ds))):
         if problem.thresholds[updates[0]] == 0:
             dx = _unmasked(problem, inputs, updates, ds, needs, dx, da)
     masked = tuple(index for index in ds if problem.thresholds[index])
@@ -85,10 +88,13 @@ def backward(
     )
 
 
-def _products(problem: LoraGroupProblem, updates: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Runs of updates that are one product with x: those that have no mask."""
-    runs = problem.runs(updates)
-    return [part for run in runs for part in ([run] if problem.thresholds[run[0]] == 0 else [(i,) for i in run])]
+def _products(problem: LoraGroupProblem, runs: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """What of runs is one product with x: a mask is an update's own."""
+    if not any(problem.thresholds):
+        return runs
+    return tuple(
+        part for run in runs for part in ((run,) if problem.thresholds[run[0]] == 0 else tuple((i,) for i in run))
+    )
 
 
 def _columns(problem: LoraGroupProblem, updates: tuple[int, ...]) -> slice:
@@ -100,12 +106,12 @@ def _joined(
     problem: LoraGroupProblem, inputs: Inputs, updates: tuple[int, ...]
 ) -> tuple[LoraLinearProblem, LinearInputs]:
     """A run as one update, as far as A goes: their ranks under each other."""
-    linear, call = problem.linears[updates[0]], inputs.update(updates[0])
+    call = inputs.update(updates[0])
     if len(updates) == 1:
-        return linear, call
+        return problem.linears[updates[0]], call
     if call.lora_a is not None:  # else no one reads it
         call = call._replace(lora_a=torch.cat([inputs.lora_a[index] for index in updates]))
-    return replace(linear, r=sum(problem.r[index] for index in updates)), call
+    return problem.joined(updates), call
 
 
 def _unmasked(
@@ -151,7 +157,8 @@ def _masked(
     wide = {index: (ds[index].to(dtype), inputs.lora_a[index].to(dtype)) for index in updates if needs.x}
     narrow = {index: ds[index].to(problem.adapter_dtypes[index]) for index in updates if needs.lora_a[index]}
     sums: dict[int, Tensor] = {}
-    for rows in steps.blocks(problem.linears[updates[0]], problem.k):
+    # Blocks of half the rows that one update has, since two of them are in S's dtype.
+    for rows in steps.blocks(problem.linears[updates[0]], 2 * problem.k):
         total: Tensor | None = None
         for index in updates:
             linear, call = problem.linears[index], inputs.update(index)
@@ -163,6 +170,7 @@ def _masked(
                     total = mask.drop(product, dtype, linear.keep_scale)
                 else:
                     mask.add_dropped(total, product, linear.keep_scale)
+                del product
             if needs.lora_a[index]:
                 found = (narrow[index][rows].t() @ steps.dropped(linear, call, rows, mask)).to(dtype)
                 sums[index] = found if index not in sums else sums[index].add_(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +32,13 @@ def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (M, N_j) of each member, and S (M, sum of r) float32."""
     x = inputs.x
     s = torch.empty(problem.m, sum(problem.r), dtype=torch.float32, device=problem.device)
-    for run in problem.runs(tuple(range(len(problem.r)))):
+    for run in problem.runs_of_all:
         launches, lanes = _launches(problem, inputs, run)
         factor, out = problem.linears[run[0]].keep_scale, s[:, _columns(problem, run)]
         launches.narrow_product(x, _joined(inputs.lora_a, run), factor, launches.dropout, out, lanes)
     ys = []
     for member, (weight, bias) in enumerate(zip(inputs.weights, inputs.biases, strict=True)):
-        updates = problem.of_member(member)
+        updates = problem.of_members[member]
         if not updates:
             ys.append(F.linear(x, weight, bias))
             continue
@@ -77,7 +76,7 @@ def backward(
             weight=False,
             lora_a=needs_ds,
             lora_b=needs.lora_b[index],
-            bias=needs.biases[member] and index == problem.of_member(member)[0],
+            bias=needs.biases[member] and index == problem.of_members[member][0],
         )
         launches, _ = _launches(problem, inputs, (index,))
         if not any(asked):
@@ -115,12 +114,11 @@ def backward(
 
 def _launches(problem: LoraGroupProblem, inputs: Inputs, run: Run) -> tuple[Launches, Lanes | None]:
     """The launches of a run of updates, and their lanes where they are several with masks."""
-    ranks = tuple(problem.r[index] for index in run)
-    linear = replace(problem.linears[run[0]], r=sum(ranks))
+    linear = problem.joined(run)
     launches = Launches.of(linear, inputs.update(run[0]))
     if len(run) == 1 or not linear.has_dropout:
         return launches, None
-    return launches, Lanes(ranks, tuple(problem.lanes[index] for index in run))
+    return launches, Lanes(tuple(problem.r[index] for index in run), tuple(problem.lanes[index] for index in run))
 
 
 def _joined(factors: Sequence[Tensor], run: Run, dim: int = 0) -> Tensor:

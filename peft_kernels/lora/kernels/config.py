@@ -141,18 +141,19 @@ def narrow_product_config(
     )
 
 
-def rank_product_config(dtype: torch.dtype, lanes: Lanes | None = None) -> RankProductConfig:
+def rank_product_config(dtype: torch.dtype, hardware: Hardware, lanes: Lanes | None = None) -> RankProductConfig:
     """Wide rows for whole cache lines; the rank is walked in blocks, so any rank takes the same registers.
 
-    Blocks of 32 ranks spill beside float32 adapters on sm_89. Lanes have a second accumulator; with it rows of 128 take
-    up to 204 registers on sm_90, of which a multiprocessor has room for one block, and rows of 64 up to 120, for two.
+    Blocks of 32 ranks spill beside float32 adapters on sm_89, and two stages before sm_90 where there is no bias. Lanes
+    have a second accumulator; with it rows of 128 take up to 204 registers on sm_90, of which a multiprocessor has room
+    for one block, and rows of 64 up to 120, for two.
     """
     return RankProductConfig(
         BLOCK_M=64,
         BLOCK_N=64 if dtype == torch.float32 or lanes is not None else 128,
         BLOCK_R=16,
         num_warps=8,
-        num_stages=2,
+        num_stages=2 if hardware.arch >= 90 else 1,
     )
 
 
@@ -177,7 +178,10 @@ def narrow_and_reduce_config(
 def reduce_rows_config(
     m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware, lanes: Lanes | None = None
 ) -> ReduceRowsConfig:
-    """As ``narrow_and_reduce_config``; ranks beyond 64 take further programs, which re-read x from L2."""
+    """As ``narrow_and_reduce_config``; ranks beyond 64 take further programs, which re-read x from L2.
+
+    With lanes a third stage of float32 operands spills on sm_89.
+    """
     block_k = 128
     block_r, blocks = _blocks_of_ranks(r, lanes, 64)
     block_m = 32 if exact or dtype == torch.float32 else 64
@@ -186,7 +190,7 @@ def reduce_rows_config(
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         num_warps=4 if hardware.arch >= 100 else 8,
-        num_stages=3,
+        num_stages=2 if lanes is not None and exact and hardware.arch < 90 else 3,
         splits=split_count(cdiv(m, block_m), cdiv(k, block_k) * blocks, hardware),
     )
 

@@ -75,7 +75,7 @@ def _dropping(problem: LoraLinearProblem, call: Inputs) -> Tensor:
     """
     x, weight, lora_a, lora_b, scale, bias, _, seed = call
     assert seed is not None
-    part = Rows(seed, 0, problem.m, problem.k, problem.dropout_threshold)
+    part = Rows(seed, 0, problem.m, problem.k, problem.dropout_threshold, problem.lane)
     kept = x.masked_fill(mask_of(part, problem.device).keep().logical_not_().view(x.shape), 0.0)
     late = late_factor(problem)
     kept = kept if late != 1.0 else kept * problem.keep_scale

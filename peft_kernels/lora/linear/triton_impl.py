@@ -113,7 +113,7 @@ class Launches(NamedTuple):
         lanes: Lanes | None = None,
     ) -> Tensor:
         """bias + the rank product, in ``dtype``."""
-        chosen = triton_tools.chosen(config.rank_product_config, dtype, lanes)
+        chosen = triton_tools.chosen(config.rank_product_config, dtype, self.hardware, lanes)
         return self.fwd.rank_product(self.fwd.RankProduct(*term), bias, dropout, dtype, chosen, lanes)
 
     def add_rank_product(
@@ -124,7 +124,7 @@ class Launches(NamedTuple):
         lanes: Lanes | None = None,
     ) -> None:
         """y += the rank product, in place."""
-        chosen = triton_tools.chosen(config.rank_product_config, y.dtype, lanes)
+        chosen = triton_tools.chosen(config.rank_product_config, y.dtype, self.hardware, lanes)
         self.fwd.add_rank_product(y, self.fwd.RankProduct(*term), dropout, chosen, lanes)
 
     def narrow_and_reduce(
