@@ -27,14 +27,9 @@ from peft_kernels.lora.linear.problem import Needs as LinearNeeds
 
 def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (M, N_j) of each member, and S (M, sum of r)."""
-    products = _products(problem, problem.runs_of_all)
-    if len(products) == 1:
-        s = steps.down(*_joined(problem, inputs, products[0]))
-    else:
-        s = torch.empty(problem.m, sum(problem.r), dtype=problem.wide_dtype, device=problem.device)
-        for updates in products:
-            s[:, _columns(problem, updates)] = steps.down(*_joined(problem, inputs, updates))
-    parts = s.split(problem.r, dim=1)
+    products = [steps.down(*_joined(problem, inputs, run)) for run in _products(problem, problem.runs_of_all)]
+    is_apart = len(products) == len(problem.r)
+    parts = products if is_apart else list(_together(products, 1).split(problem.r, dim=1))
     ys = []
     for member, weight in enumerate(inputs.weights):
         first, *others = problem.of_members[member] or (None,)
@@ -46,7 +41,7 @@ def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
             b, scale = inputs.lora_b[index].t(), inputs.scales[index]
             steps.add_update(problem.linears[index], y, parts[index], b, scale)
         ys.append(y)
-    return *ys, s.to(problem.wide_dtype)
+    return *ys, _together([product.to(problem.wide_dtype) for product in products], 1)
 
 
 def backward(
@@ -97,9 +92,8 @@ def _products(problem: LoraGroupProblem, runs: tuple[tuple[int, ...], ...]) -> t
     )
 
 
-def _columns(problem: LoraGroupProblem, updates: tuple[int, ...]) -> slice:
-    """Of neighbours in S."""
-    return slice(problem.columns[updates[0]].start, problem.columns[updates[-1]].stop)
+def _together(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _joined(
@@ -125,7 +119,7 @@ def _unmasked(
 ) -> Tensor | None:
     """dX += dS A of a run without masks, where it is asked for, and its dA, each as one product."""
     joined, call = _joined(problem, inputs, updates)
-    together = ds[updates[0]] if len(updates) == 1 else torch.cat([ds[index] for index in updates], dim=1)
+    together = _together([ds[index] for index in updates], 1)
     if needs.x and dx is None:
         dx = steps.update_of(joined, together, call.lora_a, 1.0, None)
     elif dx is not None:
