@@ -35,14 +35,31 @@ def _losses(
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def test_lora_with_callback_and_resume(tmp_path: Path) -> None:
-    """Losses equal those of the unpatched model, also from a checkpoint on."""
+def test_lora_with_callback_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses equal those of the unpatched model, also from a checkpoint on; the report is seen."""
     callback = integration.ApplyCallback(strict=True)
     expected = _losses(models.build(), tmp_path / "plain", [], 6)
     _losses(models.build(), tmp_path / "fused", [callback], 3)
+    assert "peft_kernels: 14 modules fused, 0 not\n" in capsys.readouterr().err
     resumed = _losses(models.build(), tmp_path / "fused", [integration.ApplyCallback()], 6, True)
     assert len(callback.report.fused) == 14
     assert resumed == pytest.approx(expected, rel=1e-4)
+
+
+def test_fallbacks_are_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of modules when training begins; of calls when it ends, with their number."""
+    model = models.build(target_modules=["q_proj", "embed_tokens"])
+    layer = next(module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear))
+    handle = layer.register_forward_pre_hook(lambda module, inputs: module.disable_adapters)
+    callback = integration.ApplyCallback()
+    _losses(model, tmp_path, [callback], 1)
+    handle.remove()
+    assert len(callback.report.fallbacks) == 1
+    (begin,) = caplog.records
+    assert begin.levelname == "WARNING" and "1 not fused: it is PEFT's" in begin.getMessage()
+    assert "modules fused" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", peft_prompts.CONFIGS)
