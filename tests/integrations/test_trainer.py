@@ -46,20 +46,36 @@ def test_lora_with_callback_and_resume(tmp_path: Path, capsys: pytest.CaptureFix
     assert resumed == pytest.approx(expected, rel=1e-4)
 
 
-def test_fallbacks_are_warnings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of modules when training begins; of calls when it ends, with their number."""
-    model = models.build(target_modules=["q_proj", "embed_tokens"])
-    layer = next(module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear))
-    handle = layer.register_forward_pre_hook(lambda module, inputs: module.disable_adapters)
-    callback = integration.ApplyCallback()
-    _losses(model, tmp_path, [callback], 1)
-    handle.remove()
-    assert len(callback.report.fallbacks) == 1
-    (begin,) = caplog.records
-    assert begin.levelname == "WARNING" and "1 not fused: it is PEFT's" in begin.getMessage()
-    assert "modules fused" not in capsys.readouterr().err
+class TestWhatTheCallbackSays:
+    """To whoever configured no logging: a warning is seen then, and what is no warning is printed."""
+
+    def test_modules_that_fall_back_are_a_warning(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        callback = integration.ApplyCallback()
+        callback.on_train_begin(None, None, None, model=models.build(target_modules=["q_proj", "embed_tokens"]))
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and "1 not fused: it is PEFT's" in record.getMessage()
+        assert not capsys.readouterr().err
+
+    def test_calls_that_fell_back_are_a_warning_at_the_end(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        callback, model = integration.ApplyCallback(), models.build()
+        callback.on_train_begin(None, None, None, model=model)
+        assert capsys.readouterr().err == "peft_kernels: 14 modules fused, 0 not\n"
+        callback.on_train_end(None, None, None)
+        assert not caplog.records
+        with model.disable_adapter():
+            model(models.tokens(2, 7))
+        callback.on_train_end(None, None, None)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and "14 calls fell back: adapters are disabled" in record.getMessage()
+
+    def test_other_processes_print_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        state = transformers.TrainerState(is_world_process_zero=False)
+        integration.ApplyCallback().on_train_begin(None, state, None, model=models.build())
+        assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", peft_prompts.CONFIGS)
