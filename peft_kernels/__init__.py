@@ -8,7 +8,20 @@ try:
     from peft_kernels._core.explain import explain
     from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
     from peft_kernels.integrations import apply, revert
-    from peft_kernels.lora import FusedLoRALinear, inject_lora, lora_linear, lora_linear_dropout_mask
+    from peft_kernels.lora import (
+        FusedLoRALinear,
+        add_adapter,
+        delete_adapter,
+        disable_adapters,
+        enable_adapters,
+        inject_lora,
+        lora_linear,
+        lora_linear_dropout_mask,
+        lora_parameters,
+        lora_state_dict,
+        set_adapter,
+        set_scale,
+    )
     from peft_kernels.prefix import PrefixEncoder, prefix_attention
     from peft_kernels.prompt import PromptEmbedding, PromptEnsemble, prompt_tuning
 except Exception as error:
@@ -27,15 +40,23 @@ __all__ = [
     "PromptEnsemble",
     "SerialAdapter",
     "UnsupportedError",
+    "add_adapter",
     "apply",
     "bottleneck_adapter",
+    "delete_adapter",
+    "disable_adapters",
+    "enable_adapters",
     "explain",
     "inject_lora",
     "insert_adapters",
     "lora_linear",
     "lora_linear_dropout_mask",
+    "lora_parameters",
+    "lora_state_dict",
     "prefix_attention",
     "prompt_tuning",
     "revert",
+    "set_adapter",
+    "set_scale",
     "use_backend",
 ]

@@ -39,13 +39,39 @@ Map, bottom to top:
         op.py              the public function, and the declaration that makes it an operator
     qualification.py       the problems by which a machine checks the kernels
     module.py              FusedLoRALinear
+    named_adapters.py      its adapters: adding, switching, scaling, disabling
+    peft_keys.py           PEFT's names in state dicts that it loads
     base_layer.py          which linear layers it can wrap, and what of torch's cannot hold it
     injection.py           `inject_lora`
+    switching.py           the same for all layers of a model, and their adapters' parameters alone
 """
 
 from peft_kernels.lora.injection import inject_lora
 from peft_kernels.lora.linear.mask_choice import lora_linear_dropout_mask
 from peft_kernels.lora.linear.op import lora_linear
 from peft_kernels.lora.module import FusedLoRALinear
+from peft_kernels.lora.switching import (
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    lora_parameters,
+    lora_state_dict,
+    set_adapter,
+    set_scale,
+)
 
-__all__ = ["FusedLoRALinear", "inject_lora", "lora_linear", "lora_linear_dropout_mask"]
+__all__ = [
+    "FusedLoRALinear",
+    "add_adapter",
+    "delete_adapter",
+    "disable_adapters",
+    "enable_adapters",
+    "inject_lora",
+    "lora_linear",
+    "lora_linear_dropout_mask",
+    "lora_parameters",
+    "lora_state_dict",
+    "set_adapter",
+    "set_scale",
+]
