@@ -129,8 +129,7 @@ class TestDeltaWeight:
         assert delta.shape == (N, K) and delta.dtype == torch.promote_types(dtype, torch.float32)
         layer.merge(keep_base=False)
         total = weight.to(delta.dtype) + delta
-        # Half an eps of the largest value for each rounding: to the weight's dtype, of the update, and of the sum on both
-        # sides.
+        # Half an eps of the largest value for each rounding: to the weight's dtype, of the update, of both sums.
         slack = 2 * torch.finfo(dtype).eps * total.abs().max()
         assert (layer.weight.to(delta.dtype) - total).abs().max() <= slack
 

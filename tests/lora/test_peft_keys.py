@@ -100,7 +100,6 @@ def test_own_names_stay_own() -> None:
     [
         ({"weight": torch.ones(N, K)}, r"at 'q' is given both base_layer\.weight and weight"),
         (
-            {},
             {"lora_magnitude_vector.default.weight": torch.ones(N)},
             r"has no place for lora_magnitude_vector\.default",
         ),
