@@ -53,6 +53,17 @@ def test_several_adapters_go_by_name() -> None:
     _assert_equal(layer, source)
 
 
+def test_one_of_several_goes_by_name_too() -> None:
+    source, layer = FusedLoRALinear(K, N, r=4, adapter_name="second"), lora_layer(1)
+    nn.init.normal_(source.lora_B["second"])
+    before = layer.lora_B["default"].clone()
+    layer.add_adapter("second", r=4)
+    missing, unexpected = layer.load_state_dict(_peft_state(source), strict=False)
+    assert missing == ["lora_A.default", "lora_B.default"] and not unexpected
+    compare.assert_bitwise_equal("second", layer.lora_B["second"], source.lora_B["second"])
+    compare.assert_bitwise_equal("default", layer.lora_B["default"], before)
+
+
 def test_inside_of_a_model_and_assigned() -> None:
     source, model = lora_layer(0), nn.ModuleDict({"a": nn.ModuleDict({"q": lora_layer(1)}), "b": nn.Linear(2, 2)})
     state = {f"a.q.{key}": value for key, value in _peft_state(source, {"default": "x"}).items()}
