@@ -1,20 +1,36 @@
 """Fused kernels for parameter-efficient fine-tuning. One import line per family; importing does nothing else."""
 
-from peft_kernels._core.dispatch import use_backend
-from peft_kernels._core.errors import UnsupportedError
-from peft_kernels._core.explain import explain
-from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
-from peft_kernels.integrations import apply, revert
-from peft_kernels.lora import (
-    FusedLoRALinear,
-    Member,
-    inject_lora,
-    lora_group,
-    lora_linear,
-    lora_linear_dropout_mask,
-)
-from peft_kernels.prefix import PrefixEncoder, prefix_attention
-from peft_kernels.prompt import PromptEmbedding, PromptEnsemble, prompt_tuning
+import sys as _sys
+
+try:
+    from peft_kernels._core.dispatch import use_backend
+    from peft_kernels._core.errors import UnsupportedError
+    from peft_kernels._core.explain import explain
+    from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
+    from peft_kernels.integrations import apply, revert
+    from peft_kernels.lora import (
+        FusedLoRALinear,
+        Member,
+        add_adapter,
+        delete_adapter,
+        disable_adapters,
+        enable_adapters,
+        inject_lora,
+        lora_group,
+        lora_linear,
+        lora_linear_dropout_mask,
+        lora_parameters,
+        lora_state_dict,
+        set_adapter,
+        set_scale,
+    )
+    from peft_kernels.prefix import PrefixEncoder, prefix_attention
+    from peft_kernels.prompt import PromptEmbedding, PromptEnsemble, prompt_tuning
+except Exception as error:
+    # `python -m peft_kernels.info` imports this file first, and is there to say what is broken.
+    if _sys.argv[:1] != ["-m"] or "peft_kernels.info" not in (each.removeprefix("-m") for each in _sys.orig_argv):
+        raise
+    _import_error = error
 
 __version__ = "0.1.0"
 
@@ -27,16 +43,24 @@ __all__ = [
     "PromptEnsemble",
     "SerialAdapter",
     "UnsupportedError",
+    "add_adapter",
     "apply",
     "bottleneck_adapter",
+    "delete_adapter",
+    "disable_adapters",
+    "enable_adapters",
     "explain",
     "inject_lora",
     "insert_adapters",
     "lora_group",
     "lora_linear",
     "lora_linear_dropout_mask",
+    "lora_parameters",
+    "lora_state_dict",
     "prefix_attention",
     "prompt_tuning",
     "revert",
+    "set_adapter",
+    "set_scale",
     "use_backend",
 ]

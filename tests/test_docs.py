@@ -63,7 +63,7 @@ def test_docstring_examples(name: str) -> None:
 
 @pytest.mark.parametrize(("page", "line", "block", "output"), BLOCKS)
 def test_blocks_run(page: str, line: int, block: str, output: str | None) -> None:
-    for library in ("peft", "transformers"):
+    for library in ("peft", "transformers", "trl", "datasets", "diffusers"):
         if re.search(rf"^(import|from) {library}\b|\.{library}\b", block, re.MULTILINE):
             pytest.importorskip(library)
     printed = io.StringIO()

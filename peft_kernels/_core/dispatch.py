@@ -6,6 +6,7 @@ never falls back, and ``auto`` that ends on torch on a CUDA tensor says once why
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -13,12 +14,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from peft_kernels._core import records, verdicts
 from peft_kernels._core.errors import UnsupportedError
@@ -30,6 +33,8 @@ _ENCODED = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 generation = 0
 """Grows when what ``auto`` chooses may have changed: a choice that was remembered before is made again."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 _log = logging.getLogger("peft_kernels")
@@ -122,18 +127,65 @@ def _bound(implementation: Implementation, path: str) -> Implementation:
     return replace(implementation, forward=forward, backward=backward, path=path)
 
 
-@contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block.
+class BackendBlock(ContextDecorator):
+    """What ``use_backend`` returns; warns, with the line that made it, where it goes without having been used.
+
+    A block can be entered again after it was left. As a decorator it opens one for each call.
+    """
+
+    # Of one whose __init__ never ran, as copies and compilers make them.
+    _used = True
+
+    def __init__(self, backend: str, line: tuple[str, int]) -> None:
+        self._backend, self._line = backend, line
+        self._open: AbstractContextManager[None] | None = None
+        self._used = False
+
+    def __enter__(self) -> None:
+        if self._open is not None:
+            raise RuntimeError("use_backend: this block is open already; call use_backend again for one inside it")
+        self._open, self._used = _forcing(self._backend), True
+        self._open.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        opened, self._open = self._open, None
+        if opened is not None:
+            opened.__exit__(*raised)
+
+    def __call__(self, function: _Function) -> _Function:
+        self._used = True
+        if _is_left_at_once(function):
+            raise ValueError(
+                f"use_backend: what it decorates must run when it is called, got {function!r}; "
+                f"open the block inside: with use_backend({self._backend!r}): ..."
+            )
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> BackendBlock:
+        return BackendBlock(self._backend, self._line)
+
+    def __repr__(self) -> str:
+        return f"<forces nothing by itself; with use_backend({self._backend!r}): ...>"
+
+    # The default stays when a module's names are gone, at the end of a process.
+    def __del__(self, warn: Callable[..., None] = warnings.warn_explicit) -> None:
+        if not self._used:
+            text = f"use_backend({self._backend!r}) forced nothing; with use_backend({self._backend!r}): ... does"
+            warn(text, UserWarning, *self._line)
+
+
+def use_backend(backend: str) -> BackendBlock:
+    """Force a backend inside a ``with`` block, or in a function that this decorates.
 
     It holds in this thread or task, and in threads that are started while the block is open and open none of their own.
-    A call that torch.compile traced in the block is traced again outside of it.
+    A call that torch.compile traced in the block is traced again outside of it. The call alone forces nothing, and
+    warns; ``PEFT_KERNELS_BACKEND`` forces a backend for the whole process.
 
     Args:
         backend: "torch", "triton" or "cuda"; "auto" undoes an outer block.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or what is decorated is a class, a generator or a coroutine function.
 
     Example:
         >>> import torch, peft_kernels as pk
@@ -142,7 +194,23 @@ def use_backend(backend: str) -> Iterator[None]:
         ...     pk.lora_linear(x, w, a, b).shape
         torch.Size([2, 3])
     """
-    block = (frozenset(threading.enumerate()), _checked(backend, "use_backend"))
+    _checked(backend, "use_backend")
+    if torch.compiler.is_compiling():
+        # Where frames cannot be read, and nothing is ever finalized.
+        return BackendBlock(backend, ("<compiled>", 0))
+    frame = sys._getframe(1)
+    return BackendBlock(backend, (frame.f_code.co_filename, frame.f_lineno))
+
+
+def _is_left_at_once(function: object) -> bool:
+    """Whether a call of it returns before its body has run, or, for a class, before its methods do."""
+    kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isclass)
+    return any(is_one(function) for is_one in kinds)
+
+
+@contextmanager
+def _forcing(backend: str) -> Iterator[None]:
+    block = (frozenset(threading.enumerate()), backend)
     token, outer = _forced.set(backend), _traced.block
     _blocks.append(block)
     _note_blocks(backend)

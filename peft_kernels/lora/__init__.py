@@ -42,8 +42,11 @@ Map, bottom to top:
     qualification.py       the problems by which a machine checks the kernels
     module.py              FusedLoRALinear
     merging.py             merged weights: what it and PEFT's layers sum
+    named_adapters.py      its adapters: adding, switching, scaling, disabling
+    peft_keys.py           PEFT's names in state dicts that it loads
     base_layer.py          which linear layers it can wrap, and what of torch's cannot hold it
     injection.py           `inject_lora`
+    switching.py           the same for all layers of a model, and their adapters' parameters alone
 """
 
 from peft_kernels.lora.group.op import Member, lora_group
@@ -51,5 +54,30 @@ from peft_kernels.lora.injection import inject_lora
 from peft_kernels.lora.linear.mask_choice import lora_linear_dropout_mask
 from peft_kernels.lora.linear.op import lora_linear
 from peft_kernels.lora.module import FusedLoRALinear
+from peft_kernels.lora.switching import (
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    lora_parameters,
+    lora_state_dict,
+    set_adapter,
+    set_scale,
+)
 
-__all__ = ["FusedLoRALinear", "Member", "inject_lora", "lora_group", "lora_linear", "lora_linear_dropout_mask"]
+__all__ = [
+    "FusedLoRALinear",
+    "Member",
+    "add_adapter",
+    "delete_adapter",
+    "disable_adapters",
+    "enable_adapters",
+    "inject_lora",
+    "lora_group",
+    "lora_linear",
+    "lora_linear_dropout_mask",
+    "lora_parameters",
+    "lora_state_dict",
+    "set_adapter",
+    "set_scale",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -15,9 +14,10 @@ from peft_kernels._core import arguments
 from peft_kernels.lora.base_layer import guard_readers, why_not_base
 from peft_kernels.lora.linear.op import lora_linear
 from peft_kernels.lora.merging import Update, write_merged
+from peft_kernels.lora.named_adapters import NamedAdapters
+from peft_kernels.lora.peft_keys import take_peft_keys
 
 _NAME = "FusedLoRALinear"
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class _Source(NamedTuple):
@@ -29,47 +29,31 @@ class _Source(NamedTuple):
     version: int | None
 
 
-class _DownFactors(nn.ParameterDict):
-    """A by adapter name."""
-
-    def reset_parameters(self) -> None:
-        """Draw every A as nn.Linear draws its weight, as the reference code of LoRA and PEFT do."""
-        for parameter in self.values():
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-
-
-class _UpFactors(nn.ParameterDict):
-    """B by adapter name."""
-
-    def reset_parameters(self) -> None:
-        """Set every B to zero."""
-        for parameter in self.values():
-            nn.init.zeros_(parameter)
-
-
-class FusedLoRALinear(nn.Module):
+class FusedLoRALinear(NamedAdapters):
     """Hold a frozen linear layer and train low-rank adapters beside it.
 
     Semantics: ``y = x @ weight.T + bias + scaling[active] * (drop(x) @ lora_A[active].T) @ lora_B[active].T``, with
-    dropout in training mode only; with no active adapter, or merged, ``y = F.linear(x, weight, bias)`` on the base or
-    merged weight. ``weight`` is the base's: code that reads it and does not call the layer sees no adapter. An
+    dropout in training mode only; with no active adapter, disabled or merged, ``y = F.linear(x, weight, bias)`` on the
+    base or merged weight. ``weight`` is the base's: code that reads it and does not call the layer sees no adapter. An
     nn.TransformerEncoderLayer that gets this layer is taken off its fused inference path, which would do that; an
     nn.MultiheadAttention refuses it.
 
     Args:
         in_features, out_features: K and N.
-        r: rank of the adapter "default", at least 1.
+        r: rank of the adapter that it begins with, at least 1.
         lora_alpha: scaling is ``lora_alpha / r`` (Hu et al. 2021, arXiv:2106.09685, section 4.1).
         lora_dropout: probability in [0, 1) of dropping an element of the low-rank branch's input.
         bias: whether the layer has a (frozen) bias.
         use_rslora: scaling is ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv:2312.03732).
         device, dtype: of the base layer.
         adapter_dtype: of the adapters; None is float32 on a half-precision base, else the base's.
+        adapter_name: of the adapter that it begins with.
 
     Attributes:
-        weight, bias: frozen parameters under nn.Linear's own names; a checkpoint of nn.Linear loads with strict=False.
+        weight, bias: frozen parameters under nn.Linear's own names; a checkpoint of nn.Linear loads with strict=False,
+            one of PEFT's layer under PEFT's keys as it is, but for the scaling, which is in no state dict.
         lora_A, lora_B: nn.ParameterDict by adapter name: A (r, K) Kaiming-uniform, B (N, r) zero.
-        scaling: dict by adapter name.
+        scaling: dict by adapter name; full_scaling, what ``set_scale`` multiplies.
 
     Raises:
         ValueError: a size or rank that is no int or too small, an alpha that is no number, a dropout outside [0, 1), a
@@ -82,9 +66,7 @@ class FusedLoRALinear(nn.Module):
         torch.Size([5, 3])
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
-    _merged_weight: Tensor | None
 
     def __init__(
         self,
@@ -98,12 +80,13 @@ class FusedLoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        adapter_name: str = "default",
     ) -> None:
         arguments.integer(_NAME, "in_features", in_features, 0)
         arguments.integer(_NAME, "out_features", out_features, 0)
         arguments.floating(_NAME, "dtype", dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._setup(base, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        self._setup(base, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, adapter_name)
 
     @classmethod
     def from_linear(
@@ -114,6 +97,7 @@ class FusedLoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        adapter_name: str = "default",
     ) -> FusedLoRALinear:
         """Wrap a linear layer: its weight and bias are shared, not copied, and frozen.
 
@@ -125,7 +109,7 @@ class FusedLoRALinear(nn.Module):
         if reason is not None:
             raise ValueError(f"{_NAME}: linear {reason}")
         layer = cls.__new__(cls)
-        layer._setup(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        layer._setup(linear, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, adapter_name)
         layer.train(linear.training)
         return layer
 
@@ -137,13 +121,14 @@ class FusedLoRALinear(nn.Module):
         lora_dropout: float,
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
+        adapter_name: str,
     ) -> None:
         nn.Module.__init__(self)
         guard_readers(FusedLoRALinear)
         arguments.probability(_NAME, "lora_dropout", lora_dropout)
         arguments.floating(_NAME, "adapter_dtype", adapter_dtype)
-        self.lora_A, self.lora_B = _DownFactors(), _UpFactors()
-        self._check_adapter("default", r, lora_alpha)
+        self._setup_adapters()
+        self._check_adapter(adapter_name, r, lora_alpha)
         self.weight, self.bias = cast("nn.Parameter", base.weight), cast("nn.Parameter | None", base.bias)
         self.out_features, self.in_features = self.weight.shape
         self.lora_dropout, self.use_rslora = lora_dropout, use_rslora
@@ -151,15 +136,13 @@ class FusedLoRALinear(nn.Module):
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad = False
-        self.scaling: dict[str, float] = {}
         self.register_buffer("_merged_weight", None, persistent=False)
         self._merged = False
         self._merged_from: tuple[_Source, ...] = ()
-        self._active: str | None = None
         self.register_load_state_dict_post_hook(_merge_what_was_loaded)
         self.register_state_dict_post_hook(_leave_out_what_was_merged)
-        self.add_adapter("default", r, lora_alpha)
-        self.set_adapter("default")
+        self.add_adapter(adapter_name, r, lora_alpha)
+        self.set_adapter(adapter_name)
 
     def reset_parameters(self) -> None:
         """Draw everything anew, such as after ``to_empty``: the base as nn.Linear does, adapters as ``add_adapter``.
@@ -170,62 +153,6 @@ class FusedLoRALinear(nn.Module):
         nn.Linear.reset_parameters(cast("nn.Linear", self))
         self.lora_A.reset_parameters()
         self.lora_B.reset_parameters()
-
-    @property
-    def active_adapter(self) -> str | None:
-        """Name of the adapter that the forward pass uses, or None."""
-        return self._active
-
-    @property
-    def merged(self) -> bool:
-        """Whether the forward pass uses a weight that holds the active adapter."""
-        return self._merged
-
-    def add_adapter(self, name: str, r: int = 8, lora_alpha: float = 16) -> None:
-        """Add an adapter that changes nothing yet (B is zero), without making it active.
-
-        Raises:
-            ValueError: the name is taken, empty, has a dot, or is an attribute of nn.ParameterDict; r is below 1, or
-                ``lora_alpha`` is no number.
-        """
-        self._check_adapter(name, r, lora_alpha)
-        if name in self.scaling:
-            raise ValueError(f"FusedLoRALinear: there is an adapter {name!r} already")
-        device, dtype = self.weight.device, self._adapter_dtype()
-        down = _DownFactors({name: torch.empty(r, self.in_features, device=device, dtype=dtype)})
-        down.reset_parameters()
-        self.lora_A[name] = down[name]
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
-        self.scaling[name] = lora_alpha / (math.sqrt(r) if self.use_rslora else r)
-
-    def set_adapter(self, name: str | None) -> None:
-        """Make an adapter active, or none; copies nothing and leaves ``requires_grad`` as it is.
-
-        Raises:
-            KeyError: there is no such adapter.
-            ValueError: the layer is merged.
-        """
-        if name is not None:
-            self._check_known(name)
-        if self.merged and name != self._active:
-            raise ValueError(
-                f"FusedLoRALinear: {self._active!r} is merged; call unmerge() before set_adapter({name!r})"
-            )
-        self._active = name
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter that is not active.
-
-        Raises:
-            KeyError: there is no such adapter.
-            ValueError: it is active.
-        """
-        self._check_known(name)
-        if name == self._active:
-            raise ValueError(
-                f"FusedLoRALinear: adapter {name!r} is active; call set_adapter() with another or None first"
-            )
-        del self.lora_A[name], self.lora_B[name], self.scaling[name]
 
     def merge(self, keep_base: bool = True) -> None:
         """Put the active adapter into the weight that the forward pass uses: W + scaling B A, accumulated in float32.
@@ -239,8 +166,8 @@ class FusedLoRALinear(nn.Module):
                 its state dict, which so holds what the layer computes.
 
         Raises:
-            ValueError: the layer is merged already, no adapter is active, or ``keep_base=False`` and the weight is
-                computed from others (parametrized).
+            ValueError: the layer is merged already, no adapter is active, or ``keep_base=False`` and adapters are
+                disabled or the weight is computed from others (parametrized).
         """
         if self._merged:
             raise ValueError(f"{_NAME}: adapter {self._active!r} is merged already")
@@ -248,6 +175,8 @@ class FusedLoRALinear(nn.Module):
             raise ValueError(f"{_NAME}: there is no active adapter to merge")
         if keep_base:
             self._merge_beside()
+        elif self._disabled:
+            raise ValueError(f"{_NAME}: adapters are disabled; call enable_adapters() before merge(keep_base=False)")
         elif "weight" in self._parameters:
             self._merge_into(self.weight)
         else:
@@ -298,6 +227,8 @@ class FusedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., K) to y (..., N); warns where a merged layer would train."""
+        if self._disabled:
+            return F.linear(x, self.weight, self.bias)
         if self._merged:
             return F.linear(x, self._weight_of_call(), self.bias)
         name = self._active
@@ -337,26 +268,12 @@ class FusedLoRALinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"lora_dropout={self.lora_dropout}, adapters={{{ranks}}}, active={self._active!r}, merged={self.merged}"
+            + (", disabled" if self._disabled else "")
         )
 
-    def _adapter_dtype(self) -> torch.dtype:
-        if self.adapter_dtype is not None:
-            return self.adapter_dtype
-        return torch.float32 if self.weight.dtype in _HALF else self.weight.dtype
-
-    def _check_known(self, name: str) -> None:
-        if name not in self.scaling:
-            raise KeyError(f"{_NAME}: there is no adapter {name!r}; there are {sorted(self.scaling)}")
-
-    def _check_adapter(self, name: str, r: int, lora_alpha: float) -> None:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"{_NAME}: an adapter's name must be a non-empty string without dots, got {name!r}")
-        if name not in self.lora_A and hasattr(self.lora_A, name):
-            raise ValueError(f"{_NAME}: an adapter's name must be no attribute of nn.ParameterDict, got {name!r}")
-        arguments.integer(_NAME, "r", r, 1)
-        arguments.number(_NAME, "lora_alpha", lora_alpha)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        *_, errors = args
+        errors.extend(take_peft_keys(state_dict, prefix, list(self.scaling)))
         if self._merged and self._merged_weight is None:
             needed = {f"{prefix}{name}" for name in ("weight", f"lora_A.{self._active}", f"lora_B.{self._active}")}
             missing = needed - state_dict.keys()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+import inspect
 import sys
 import threading
 import warnings
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import peft_kernels as pk
 from peft_kernels._core import dispatch, verdicts
@@ -129,6 +134,78 @@ def test_block_holds_in_threads_that_it_starts() -> None:
         threads[0].join()
     assert seen == {"before": "auto", "outer": "torch", "its own": "triton", "inner": "cuda"}
     assert not dispatch._blocks
+
+
+class TestBlockThatIsNoWith:
+    def test_a_call_alone_warns_at_its_line(self) -> None:
+        with pytest.warns(UserWarning, match=r"forced nothing; with use_backend\('triton'\): \.\.\. does") as seen:
+            pk.use_backend("triton")
+            line = inspect.currentframe().f_lineno - 1
+            gc.collect()
+        (warning,) = seen
+        assert (warning.filename, warning.lineno) == (__file__, line)
+        assert dispatch.requested_backend("auto") == "auto"
+
+    def test_a_refused_name_warns_of_nothing_else(self) -> None:
+        with pytest.raises(ValueError, match="use_backend must be one of"):
+            pk.use_backend("cudnn")
+
+    @pytest.mark.parametrize("use", ["with", "stack", "decorator", "never called"])
+    def test_used_ones_do_not_warn(self, use: str, recwarn: pytest.WarningsRecorder) -> None:
+        block = pk.use_backend("triton")
+        if use == "with":
+            with block:
+                pass
+        elif use == "stack":
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(block)
+        else:
+            function = block(lambda: dispatch.requested_backend(None))
+            assert use == "never called" or function() == "triton"
+            del function
+        del block
+        gc.collect()
+        assert not recwarn.list
+
+    def test_decorator_opens_a_block_for_each_call(self) -> None:
+        @pk.use_backend("triton")
+        def count(down: int) -> list[str]:
+            """Say which backend each depth has."""
+            inner = count(down - 1) if down else []
+            return [dispatch.requested_backend(None), *inner]
+
+        assert count(2) == ["triton"] * 3 and count.__doc__
+        with pk.use_backend("torch"):
+            assert count(0) == ["triton"]
+            assert dispatch.requested_backend(None) == "torch"
+        assert not dispatch._blocks
+
+    def test_a_block_that_was_kept_opens_again_but_not_inside_itself(self) -> None:
+        block = pk.use_backend("triton")
+        for _ in range(2):
+            with block:
+                assert dispatch.requested_backend(None) == "triton"
+                with pytest.raises(RuntimeError, match="is open already; call use_backend again"):
+                    block.__enter__()
+                assert dispatch.requested_backend(None) == "triton"
+            assert not dispatch._blocks
+        assert "with use_backend('triton'): ..." in repr(block)
+
+    def test_refuses_what_runs_later(self, recwarn: pytest.WarningsRecorder) -> None:
+        def generator() -> Iterator[int]:
+            yield 1
+
+        async def coroutine() -> None:
+            pass
+
+        async def both() -> AsyncIterator[int]:
+            yield 1
+
+        for function in (generator, coroutine, both, nn.Linear):
+            with pytest.raises(ValueError, match=r"must run when it is called, got .*; open the block inside"):
+                pk.use_backend("triton")(function)
+            gc.collect()
+        assert not recwarn.list
 
 
 def test_compiled_call_is_traced_again_in_another_block() -> None:

@@ -35,14 +35,47 @@ def _losses(
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def test_lora_with_callback_and_resume(tmp_path: Path) -> None:
-    """Losses equal those of the unpatched model, also from a checkpoint on."""
+def test_lora_with_callback_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses equal those of the unpatched model, also from a checkpoint on; the report is seen."""
     callback = integration.ApplyCallback(strict=True)
     expected = _losses(models.build(), tmp_path / "plain", [], 6)
     _losses(models.build(), tmp_path / "fused", [callback], 3)
+    assert "peft_kernels: 14 modules fused, 0 not\n" in capsys.readouterr().err
     resumed = _losses(models.build(), tmp_path / "fused", [integration.ApplyCallback()], 6, True)
     assert len(callback.report.fused) == 14
     assert resumed == pytest.approx(expected, rel=1e-4)
+
+
+class TestWhatTheCallbackSays:
+    """To whoever configured no logging: a warning is seen then, and what is no warning is printed."""
+
+    def test_modules_that_fall_back_are_a_warning(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        callback = integration.ApplyCallback()
+        callback.on_train_begin(None, None, None, model=models.build(target_modules=["q_proj", "embed_tokens"]))
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and "1 not fused: it is PEFT's" in record.getMessage()
+        assert not capsys.readouterr().err
+
+    def test_calls_that_fell_back_are_a_warning_at_the_end(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        callback, model = integration.ApplyCallback(), models.build()
+        callback.on_train_begin(None, None, None, model=model)
+        assert capsys.readouterr().err == "peft_kernels: 14 modules fused, 0 not\n"
+        callback.on_train_end(None, None, None)
+        assert not caplog.records
+        with model.disable_adapter():
+            model(models.tokens(2, 7))
+        callback.on_train_end(None, None, None)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and "14 calls fell back: adapters are disabled" in record.getMessage()
+
+    def test_other_processes_print_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        state = transformers.TrainerState(is_world_process_zero=False)
+        integration.ApplyCallback().on_train_begin(None, state, None, model=models.build())
+        assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", peft_prompts.CONFIGS)

@@ -67,3 +67,11 @@ def test_refuses_and_changes_nothing(targets: object, options: dict[str, object]
 def test_needs_a_model(model: object) -> None:
     with pytest.raises(ValueError, match="model must be a module that contains layers"):
         pk.inject_lora(model, "*")
+
+
+def test_the_adapter_has_the_name_that_is_given() -> None:
+    model = _model()
+    pk.inject_lora(model, "q_proj", r=2, adapter_name="task")
+    assert {layer.active_adapter for layer in model.modules() if isinstance(layer, pk.FusedLoRALinear)} == {"task"}
+    with pytest.raises(ValueError, match="non-empty string without dots"):
+        pk.inject_lora(model, "o", adapter_name="a.b")

@@ -11,6 +11,7 @@ siblings.py        what the layers of one parent share: groups, parked outputs, 
 prompts.py         PEFT's prefix and prompt tuning models: class swap, eligibility, what replaces the repeated prompt
 prefixes.py        the same models' prefixes, and the hooks that carry them
 files.py           save_adapter and load_adapter
+onto_model.py      from_peft: an adapter's files onto a model that has no LoRA layers yet
 adapter_folder.py  the two files of an adapter, and what they say of its base model
 lora_files.py      LoRA files for models built from FusedLoRALinear
 lora_config.py     the configurations of these
@@ -19,5 +20,6 @@ prompt_files.py    prefix and prompt files for PrefixEncoder and PromptEmbedding
 """
 
 from peft_kernels.integrations.peft.files import load_adapter, save_adapter
+from peft_kernels.integrations.peft.onto_model import from_peft
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["from_peft", "load_adapter", "save_adapter"]

@@ -195,6 +195,11 @@ def head_values(
     return [(parameters[name], value) for name, value in found.items()]
 
 
+def head_parameters(model: nn.Module, files: AdapterFolder) -> list[nn.Parameter]:
+    """Parameters of the head that a file has beside its adapter."""
+    return list(_parameters(_children(model, _modules_to_save(files))).values())
+
+
 def _modules_to_save(files: AdapterFolder) -> list[str]:
     where, heads = where_of(files), sorted({name for names in _HEADS.values() for name in names})
     names: list[str] = typed(where, "modules_to_save", files.config.get("modules_to_save"), list, None) or []

@@ -52,6 +52,7 @@ class LoraConfig(NamedTuple):
     alpha: float
     ranks: _Table
     alphas: _Table
+    dropout: float
     use_rslora: bool
     targets: Targets
 
@@ -115,6 +116,7 @@ def read_config(files: AdapterFolder) -> LoraConfig:
         number(where, "lora_alpha", config.get("lora_alpha")),
         _table(where, "rank_pattern", config, _rank),
         _table(where, "alpha_pattern", config, number),
+        config.get("lora_dropout", 0.0),
         bool(typed(where, "use_rslora", config.get("use_rslora"), bool, None)),
         _targets(where, config),
     )

@@ -66,7 +66,12 @@ def load(model: nn.Module, files: AdapterFolder, adapter_name: str, strict: bool
     head = adapter_folder.head_values(model, files, others, _KEYS, _ADAPTERS, strict)
     _put({layers[name]: pair for name, pair in pairs.items()}, adapter_name, head)
     for name, scaling in scalings.items():
-        layers[name].scaling[adapter_name] = scaling
+        layers[name].scaling[adapter_name] = layers[name].full_scaling[adapter_name] = scaling
+
+
+def layer_names(files: AdapterFolder) -> list[str]:
+    """Paths of the layers that a file has factors of."""
+    return list(_split(files)[0])
 
 
 def _layers(model: nn.Module) -> dict[str, FusedLoRALinear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ _logger = logging.getLogger(__name__)
 
 class ApplyCallback(TrainerCallback):
     """Call ``apply`` on the model when training begins, after the trainer has wrapped and placed it.
+
+    The report is seen without any configuration of logging: the first process prints it on stderr, and fallbacks are a
+    warning, when training begins and, for calls, when it ends.
 
     Args:
         strict, group, groups: as ``apply``'s.
@@ -31,9 +35,12 @@ class ApplyCallback(TrainerCallback):
         self.report: Report | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Apply, and log the report; as a warning, which is seen without configuration, if it has fallbacks."""
+        """Apply, and show the report; as a warning, in each process, if it has fallbacks."""
         self.report = apply(model, strict=self.strict, group=self.group, groups=self.groups)
-        _logger.log(logging.WARNING if self.report.fallbacks else logging.INFO, "%s", self.report)
+        if self.report.fallbacks:
+            _logger.warning("%s", self.report)
+        elif getattr(state, "is_world_process_zero", True):
+            print(self.report, file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Warn of calls that fell back during training."""
