@@ -248,6 +248,21 @@ def test_programs_of_one_tile_follow_each_other() -> None:
     assert triton_dropout.grid_of(70000, 40, (5, 1, 34), 16, 2) == (5 * 70000, 1, 2)
 
 
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_program_writes_its_own_lane_alone(name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """The first one, launched by itself: where it wrote the next lane's ranks, that lane's program may come before."""
+    problem = make((5, 1, 33), BF16, BF16, device)
+    launch, expected = LAUNCHES[name]
+    for module in (triton_fwd, triton_bwd):
+        monkeypatch.setattr(module, "grid_of", lambda *sizes: (1, 1, 1))
+    got, exact = launch(problem), expected(problem)
+    if name == "reduce_rows":
+        got, exact = got.t(), exact.t()
+    written = ~got.isnan()
+    assert written[0, :5].all() and not written[:, 5:].any()
+    assert torch.equal(got[written].double(), exact[written])
+
+
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize("fault", ["another lane's mask", "one mask for all lanes", "the call's lane", "last block"])
 def test_each_fault_is_seen(fault: str, name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

@@ -93,12 +93,14 @@ def reduce_rows_kernel(
     FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid_split = tl.program_id(2)
+    pid_k, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if len(RANKS) > 0:
-        pid_k, first_r, end_r, lane = place_in_lanes(tl.program_id(0), RANKS, NUMBERS, BLOCK_R)
+        pid_k, first_r, end_r, lane = place_in_lanes(pid_k, RANKS, NUMBERS, BLOCK_R)
+        offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     else:
-        pid_k, first_r, end_r, lane = tl.program_id(0), tl.program_id(1) * BLOCK_R, R, NUMBERS[0]
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        # In this order: another one schedules a single layer's loads otherwise.
+        offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        first_r, end_r, lane = pid_r * BLOCK_R, R, NUMBERS[0]
     offs_r = first_r + tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < end_r
 

@@ -65,12 +65,14 @@ def narrow_product_kernel(
     FACTOR_IS_TENSOR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid_split = tl.program_id(2)
+    pid_m, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if len(RANKS) > 0:
-        pid_m, first_r, end_r, lane = place_in_lanes(tl.program_id(0), RANKS, NUMBERS, BLOCK_R)
+        pid_m, first_r, end_r, lane = place_in_lanes(pid_m, RANKS, NUMBERS, BLOCK_R)
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     else:
-        pid_m, first_r, end_r, lane = tl.program_id(0), tl.program_id(1) * BLOCK_R, R, NUMBERS[0]
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        # In this order: another one schedules a single layer's loads otherwise.
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_r, end_r, lane = pid_r * BLOCK_R, R, NUMBERS[0]
     offs_r = first_r + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < end_r
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
