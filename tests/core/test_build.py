@@ -201,7 +201,7 @@ def test_host_part_by_the_real_compiler(tmp_path: Path) -> None:
         "seed, mask = ctypes.c_int64(0), (ctypes.c_uint8 * 8)()\n"
         "for level in module.lora.host_levels():\n"
         "    module.lora.host_keep(seed=ctypes.addressof(seed), first_row=0, rows=1, cols=8, threshold=0x5F6F,\n"
-        "                          threads=1, level=level, out=ctypes.addressof(mask))\n"
+        "                          lane=0, threads=1, level=level, out=ctypes.addressof(mask))\n"
         "    print(*mask)\n"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peft_kernels as pk
-from peft_kernels.lora.linear import torch_impl
+from peft_kernels.lora.linear import torch_steps
 from tests.contract.draw import DTYPES
 from tests.contract.operators import assert_close
 from tests.lora.cases import OPERATOR, SEED, VARIANTS, WITH_AUTO, Case, Tensors, check_budget, keep_mask, make
@@ -91,5 +91,5 @@ def test_what_base_product_and_update_leave_of_each_other_is_finite(
 )
 def test_order_of_a_gpu_keeps_the_budget(case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the torch backend adds base products last for some dtypes alone; on a GPU for all that keep range."""
-    monkeypatch.setattr(torch_impl, "_adds_base_last", lambda problem: True)
+    monkeypatch.setattr(torch_steps, "adds_base_last", lambda problem: True)
     check_budget(case, device, lambda *given: OPERATOR.run_ours(*given, "torch"))

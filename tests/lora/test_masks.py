@@ -21,7 +21,7 @@ from peft_kernels._core import cuda_tools, dispatch, extension
 from peft_kernels._core.triton_tools import why_not_installed
 from peft_kernels.lora.kernels import cuda_gemm, cuda_reduce, dropout, masks
 from peft_kernels.lora.kernels.dropout import Rows
-from peft_kernels.lora.linear import mask_choice, torch_impl
+from peft_kernels.lora.linear import mask_choice, torch_steps
 from peft_kernels.lora.qualification import MASKS
 from python_ref import lora as oracle
 from tests.compiled import host_extension
@@ -435,7 +435,7 @@ BY_TORCH = [case for case in GRID if case.p and case.m == 37]
 def test_torch_backend_by_each(case: Case, made: type[masks.Mask], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error budget, in one block of rows and in several."""
     monkeypatch.setattr(mask_choice, "provider", lambda device: made)
-    monkeypatch.setattr(torch_impl, "torch_rows_per_block", lambda width, device_type: rows)
+    monkeypatch.setattr(torch_steps, "torch_rows_per_block", lambda width, device_type: rows)
     OPERATOR.check_budget(case, torch.device("cpu"), functools.partial(OPERATOR.run_ours, variant="torch"))
 
 

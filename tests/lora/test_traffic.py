@@ -17,7 +17,7 @@ from benchmarks import counts
 from benchmarks.counts import bytes_of
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.dropout import Rows
-from peft_kernels.lora.linear import torch_impl
+from peft_kernels.lora.linear import torch_impl, torch_steps
 from peft_kernels.lora.linear.problem import Inputs, Needs, make_problem
 
 pytestmark = pytest.mark.cpu_only
@@ -128,10 +128,10 @@ def of_torch_backend(
     problem = make_problem(inputs)
     dy = torch.empty_like(inputs.x)
     forward, backward = Traffic(), Traffic()
-    monkeypatch.setattr(torch_impl, "mask_of", lambda part, device: mask(forward)(part))
+    monkeypatch.setattr(torch_steps, "mask_of", lambda part, device: mask(forward)(part))
     with forward:
         _, s = torch_impl.forward(problem, inputs)
-    monkeypatch.setattr(torch_impl, "mask_of", lambda part, device: mask(backward)(part))
+    monkeypatch.setattr(torch_steps, "mask_of", lambda part, device: mask(backward)(part))
     with backward:
         torch_impl.backward(problem, inputs, s, dy, ALL)
     return forward, backward
@@ -179,7 +179,7 @@ def test_updates_written_first_expose_a_pass_less(
     """Each way: the product reads y0 or dX0 where a sum in place read and wrote y or dX after it."""
     inputs = inputs_of(dtype, adapter, 0.0)
     first = of_torch_backend(inputs, kernel_of, monkeypatch)
-    monkeypatch.setattr(torch_impl, "_adds_base_last", lambda problem: False)
+    monkeypatch.setattr(torch_steps, "adds_base_last", lambda problem: False)
     last = of_torch_backend(inputs, kernel_of, monkeypatch)
     narrow = SIZE * RANK * 4
     for ours, before in zip(first, last, strict=True):
