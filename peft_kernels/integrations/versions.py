@@ -1,29 +1,47 @@
-"""The oldest releases of other libraries that these integrations know, said where one is older."""
+"""The oldest releases of other libraries that these integrations know, said where one is older.
+
+`make test-oldest` runs tests with exactly these of PEFT and transformers.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# peft: variants of LoRA's layers. transformers: prefixes alone, which need its mask functions.
-# adapters: the release that was tried.
-_OLDEST = {"peft": "0.18", "transformers": "5.0", "adapters": "1.3"}
+# peft: variants of LoRA's layers. transformers: prefixes and prompts alone, which need its mask functions as they are
+# called since then. adapters: the release that was tried.
+OLDEST = {"peft": "0.18", "transformers": "5.4", "adapters": "1.3"}
+
+
+def require(library: str) -> None:
+    """Refuse an older release of an imported library, in which the same names take other arguments.
+
+    Raises:
+        ImportError: it is older.
+    """
+    if _numbers(sys.modules[library].__version__) < _numbers(OLDEST[library]):
+        raise ImportError("the same functions take other arguments there", name=library)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def why_too_old(error: ImportError) -> str | None:
-    """A sentence with the oldest release that will do, where a name is missing in one of the libraries; else None."""
+    """A sentence with the oldest release that will do, where an import failed for one of the libraries; else None."""
     library = (error.name or "").partition(".")[0]
     module = sys.modules.get(library)
-    if library not in _OLDEST or module is None:
+    if library not in OLDEST or module is None:
         return None
     installed = getattr(module, "__version__", "another")
-    return f"{library} {_OLDEST[library]} or newer is needed, {installed} is installed ({error})"
+    return f"{library} {OLDEST[library]} or newer is needed, {installed} is installed ({error})"
 
 
 @contextmanager
 def needs(caller: str) -> Iterator[None]:
-    """Say in one sentence which release is needed, where a name is missing in a library.
+    """Say in one sentence which release is needed, where a library is older.
 
     Raises:
         ImportError: as it was, or with that sentence.

@@ -50,8 +50,8 @@ class TestScale:
 
     def test_is_peft_s(self) -> None:
         peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(r=4, lora_alpha=12)
-        theirs = peft.tuners.lora.Linear(nn.Linear(K, N), "default", config=config, r=4, lora_alpha=12)
+        config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q"])
+        theirs = peft.inject_adapter_in_model(config, nn.ModuleDict({"q": nn.Linear(K, N)}))["q"]
         ours = FusedLoRALinear(K, N, r=4, lora_alpha=12)
         for layer in (theirs, ours):
             layer.set_scale("default", 0.25)

@@ -25,8 +25,8 @@ def _pair(
         linear, r=R, lora_alpha=12, lora_dropout=p, use_rslora=rslora, adapter_dtype=adapter_dtype
     )
     nn.init.normal_(ours.lora_B["default"])
-    config = peft.LoraConfig(r=R, lora_alpha=12, lora_dropout=p, use_rslora=rslora)
-    theirs = peft.tuners.lora.Linear(linear, "default", config=config, r=R, lora_alpha=12)
+    config = peft.LoraConfig(r=R, lora_alpha=12, lora_dropout=p, use_rslora=rslora, target_modules=["q"])
+    theirs = peft.inject_adapter_in_model(config, nn.ModuleDict({"q": linear}))["q"]
     theirs.to(dtype=dtype)
     for module, parameter in ((theirs.lora_A, ours.lora_A), (theirs.lora_B, ours.lora_B)):
         module["default"].weight = nn.Parameter(parameter["default"].detach().clone())

@@ -39,7 +39,10 @@ from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.transformers.attention_source import eager_function
 from peft_kernels.integrations.transformers.config_view import NAME
 from peft_kernels.integrations.transformers.prefix_state import ARGUMENT, LayerPrefixes, slot_of
+from peft_kernels.integrations.versions import require
 from peft_kernels.prefix import prefix_attention
+
+require("transformers")
 
 # What transformers' "sdpa" reads beside q, k, v and the mask, and prefix_attention has no place for.
 _LEFT_TO_SDPA = ("position_bias", "softcap", "cache")

@@ -18,7 +18,10 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.hooks import named_arguments, remove_hooks, takes_any_argument
+from peft_kernels.integrations.versions import require
 from peft_kernels.prompt import PromptEmbedding, PromptEnsemble
+
+require("transformers")
 
 PROMPT = "prompt"
 _IGNORED = -100
