@@ -1,9 +1,10 @@
-# Targets run in .venv, which they create from BASE_PYTHON with the pinned versions of requirements/; AdapterHub's tests
-# and the docs' pages in environments of their own.
+# Targets run in .venv, which they create from BASE_PYTHON with the pinned versions of requirements/; AdapterHub's tests,
+# those of the oldest libraries and the docs' pages in environments of their own.
 # PYTHON=... takes that interpreter as it is instead: no venv, nothing installed, no network.
 
 VENV := .venv
 ADAPTERHUB_VENV := .venv-adapterhub
+OLDEST_VENV := .venv-oldest
 DOCS_VENV := .venv-docs
 BASE_PYTHON ?= python3
 WORKERS ?= 2
@@ -16,6 +17,8 @@ ifeq ($(origin PYTHON),undefined)
   VENV_STAMP := $(VENV)/.stamp
   ADAPTERHUB_PYTHON := $(ADAPTERHUB_VENV)/bin/python
   ADAPTERHUB_STAMP := $(ADAPTERHUB_VENV)/.stamp
+  OLDEST_PYTHON := $(OLDEST_VENV)/bin/python
+  OLDEST_STAMP := $(OLDEST_VENV)/.stamp
   DOCS_PYTHON := $(DOCS_VENV)/bin/python
   DOCS_STAMP := $(DOCS_VENV)/.stamp
   GPU_PYTHON := $(BASE_PYTHON)
@@ -23,6 +26,8 @@ else
   VENV_STAMP :=
   ADAPTERHUB_PYTHON := $(PYTHON)
   ADAPTERHUB_STAMP :=
+  OLDEST_PYTHON := $(PYTHON)
+  OLDEST_STAMP :=
   DOCS_PYTHON := $(PYTHON)
   DOCS_STAMP :=
   GPU_PYTHON := $(PYTHON)
@@ -51,7 +56,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test quick test-adapterhub codegen lint format docs demo bench report \
+.PHONY: help venv build test quick test-adapterhub test-oldest codegen lint format docs demo bench report \
   gpu gpu-first gpu-tests gpu-bench gpu-sanitize gpu-cache clean
 
 help:
@@ -71,6 +76,12 @@ $(ADAPTERHUB_VENV)/.stamp: requirements/torch.txt requirements/adapterhub.txt re
 	test -x $(ADAPTERHUB_VENV)/bin/python || $(BASE_PYTHON) -m venv $(ADAPTERHUB_VENV)
 	$(ADAPTERHUB_VENV)/bin/python -m pip install --quiet -r requirements/torch.txt -c requirements/adapterhub-constraints.txt
 	$(ADAPTERHUB_VENV)/bin/python -m pip install --quiet -r requirements/adapterhub.txt -c requirements/adapterhub-constraints.txt
+	touch $@
+
+$(OLDEST_VENV)/.stamp: requirements/torch.txt requirements/oldest.txt requirements/oldest-constraints.txt
+	test -x $(OLDEST_VENV)/bin/python || $(BASE_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet -r requirements/torch.txt -c requirements/oldest-constraints.txt
+	$(OLDEST_VENV)/bin/python -m pip install --quiet -r requirements/oldest.txt -c requirements/oldest-constraints.txt
 	touch $@
 
 $(DOCS_VENV)/.stamp: requirements/docs.txt
@@ -103,6 +114,17 @@ quick: build
 test-adapterhub: $(ADAPTERHUB_STAMP)
 	@$(ADAPTERHUB_PYTHON) -c 'import adapters' # without it the tests would be skipped
 	$(ADAPTERHUB_PYTHON) -m pytest tests/adapterhub $(PYTEST_ARGS)
+
+# Left out is what older releases do otherwise by themselves: PEFT below 0.21 fails where it deletes an adapter of prefixes
+# or prompts, and a second turn in chunks is refused with another reason.
+OLDEST_TESTS := $(foreach name,from_peft peft_layers peft_lora_files peft_prompts prefix_model prompt_model trainer versions,\
+  tests/integrations/test_$(name).py) tests/lora/test_peft_parity.py
+
+## test-oldest  run tests of the integrations with the oldest PEFT and transformers, in .venv-oldest, which it creates
+test-oldest: $(OLDEST_STAMP)
+	@$(OLDEST_PYTHON) -c 'import peft, transformers; from peft_kernels.integrations.versions import OLDEST as o; \
+	  assert all(m.__version__.startswith(o[m.__name__]) for m in (peft, transformers)), "these are not the oldest"'
+	$(OLDEST_PYTHON) -m pytest $(OLDEST_TESTS) -n $(WORKERS) -k "not (several_adapters or second_turn_in_chunks)" $(PYTEST_ARGS)
 
 ## codegen  compile every kernel ahead of time for every architecture, and read the machine code; test takes a part
 codegen: build

@@ -46,12 +46,15 @@ def test_every_requirement_has_a_version_that_the_tests_run_with(project: dict) 
             assert numbers[0] <= numbers[1], name
 
 
-def test_the_least_releases_are_those_that_errors_name(project: dict) -> None:
+def test_the_least_releases_are_those_that_errors_name_and_that_are_tested(project: dict) -> None:
     from peft_kernels.integrations import versions
 
     least = {name: version for name, _, version in requirements(project)}
+    tested = {name: (ROOT / "requirements" / f"{name}.txt").read_text() for name in ("oldest", "oldest-constraints")}
     for library in ("peft", "transformers"):
-        assert versions._OLDEST[library].removesuffix(".0") == least[library]
+        assert versions.OLDEST[library] == least[library]
+        for name, text in tested.items():
+            assert f"\n{library}=={least[library]}.0\n" in text, name
 
 
 def test_metadata(project: dict) -> None:
