@@ -117,7 +117,7 @@ test-adapterhub: $(ADAPTERHUB_STAMP)
 
 # Left out is what older releases do otherwise by themselves: PEFT below 0.21 fails where it deletes an adapter of prefixes
 # or prompts, and a second turn in chunks is refused with another reason.
-OLDEST_TESTS := $(foreach name,from_peft peft_layers peft_lora_files peft_prompts prefix_model prompt_model trainer versions,\
+OLDEST_TESTS := $(foreach name,from_peft peft_layers peft_prompts prefix_model prompt_model trainer versions,\
   tests/integrations/test_$(name).py) tests/lora/test_peft_parity.py
 
 ## test-oldest  run tests of the integrations with the oldest PEFT and transformers, in .venv-oldest, which it creates

@@ -1,4 +1,4 @@
-"""The oldest releases of other libraries that these integrations know, said where one is older.
+"""The releases of other libraries that these integrations know, said where one is older or too new.
 
 `make test-oldest` runs tests with exactly these of PEFT and transformers.
 """
@@ -13,15 +13,18 @@ from contextlib import contextmanager
 # peft: variants of LoRA's layers. transformers: prefixes and prompts alone, which need its mask functions as they are
 # called since then. adapters: the release that was tried.
 OLDEST = {"peft": "0.18", "transformers": "5.4", "adapters": "1.3"}
+# In which the same functions take other arguments again: models call their cache otherwise.
+TOO_NEW = {"transformers": "5.24"}
 
 
 def require(library: str) -> None:
-    """Refuse an older release of an imported library, in which the same names take other arguments.
+    """Refuse a release of an imported library in which the same names take other arguments.
 
     Raises:
-        ImportError: it is older.
+        ImportError: it is older than what is known, or too new.
     """
-    if _numbers(sys.modules[library].__version__) < _numbers(OLDEST[library]):
+    installed = _numbers(sys.modules[library].__version__)
+    if installed < _numbers(OLDEST[library]) or (library in TOO_NEW and installed >= _numbers(TOO_NEW[library])):
         raise ImportError("the same functions take other arguments there", name=library)
 
 
@@ -29,14 +32,15 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
-def why_too_old(error: ImportError) -> str | None:
-    """A sentence with the oldest release that will do, where an import failed for one of the libraries; else None."""
+def why_other_release(error: ImportError) -> str | None:
+    """A sentence with the releases that will do, where an import failed for one of the libraries; else None."""
     library = (error.name or "").partition(".")[0]
     module = sys.modules.get(library)
     if library not in OLDEST or module is None:
         return None
     installed = getattr(module, "__version__", "another")
-    return f"{library} {OLDEST[library]} or newer is needed, {installed} is installed ({error})"
+    newest = f" and older than {TOO_NEW[library]}" if library in TOO_NEW else ""
+    return f"{library} {OLDEST[library]} or newer{newest} is needed, {installed} is installed ({error})"
 
 
 @contextmanager
@@ -49,7 +53,7 @@ def needs(caller: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        reason = why_too_old(error)
+        reason = why_other_release(error)
         if reason is None:
             raise
         raise ImportError(f"{caller}: {reason}", name=error.name, path=error.path) from error

@@ -24,7 +24,7 @@ from peft_kernels.integrations.hooks import is_hooked
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Support
 from peft_kernels.integrations.sites import Site
-from peft_kernels.integrations.versions import why_too_old
+from peft_kernels.integrations.versions import why_other_release
 from peft_kernels.prompt import prompt_tuning
 
 SUPPORT = Support(
@@ -39,7 +39,9 @@ _OTHER_KIND = SUPPORT.rule(
     "P-tuning, multitask prompt tuning, CPT, cartridges", "it is PEFT's {kind}, neither PREFIX_TUNING nor PROMPT_TUNING"
 )
 _NO_TASK = SUPPORT.rule("a model without a task (`task_type=None`)", "it is PEFT's {model}, not one of a task")
-_OLD_LIBRARY = SUPPORT.rule("prefixes beside an older transformers", "its prefixes cannot run: {reason}")
+_OLD_LIBRARY = SUPPORT.rule(
+    "prefixes beside a transformers that is older, or too new", "its prefixes cannot run: {reason}"
+)
 _OTHER_ENCODER = SUPPORT.rule("an encoder of another class", "its encoder is a {encoder}, not PEFT's {expected}")
 _REPLACED = SUPPORT.rule(
     "`get_prompt` or an encoder's `forward` replaced by another tool",
@@ -206,7 +208,7 @@ def _why_not(model: Any) -> str | None:
     try:
         return _prefixes().why_not(model)
     except ImportError as error:
-        reason = why_too_old(error)
+        reason = why_other_release(error)
         if reason is None:
             raise
         return _OLD_LIBRARY(reason=reason)
