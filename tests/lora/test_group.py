@@ -270,9 +270,9 @@ def test_members_share_launches_over_x(p: float) -> None:
         ({"updates": [1, 0]}, r"members of updates must rise from 0 to 1, got \(1, 0\)"),
         ({"updates": [0, 2]}, r"members of updates must rise from 0 to 1, got \(0, 2\)"),
         ({"lanes": [3, 3]}, r"each update must have a lane of its own, got \(3, 3\)"),
-        ({"lanes": [0, -1]}, r"a lane must be an int in 0 \.\.\. 4294967295, got -1"),
-        ({"lanes": [0, 2**32]}, "a lane must be an int in 0"),
-        ({"lanes": [0, True]}, "a lane must be an int in 0"),
+        ({"lanes": [0, -1]}, r"lane must be an int in 0 \.\.\. 2\^32 - 1, got -1"),
+        ({"lanes": [0, 2**32]}, "lane must be an int in 0"),
+        ({"lanes": [0, True]}, "lane must be an int in 0"),
     ],
 )
 def test_wrong_structure(changed: dict[str, Any], message: str) -> None:

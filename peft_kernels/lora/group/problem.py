@@ -12,8 +12,8 @@ from torch import Tensor
 
 from peft_kernels._core import checks
 from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.linear.problem import FACTORS, LoraLinearProblem, are_rows_aligned, check_seed
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
-from peft_kernels.lora.linear.problem import LoraLinearProblem, are_rows_aligned, check_seed
 
 NAME = "lora_group"
 
@@ -23,21 +23,7 @@ _FROZEN = (
     checks.Row("bias", "N", dtype_of="x", optional=True),
 )
 FROZEN = checks.Table(NAME, "x", _FROZEN)
-ADAPTED = checks.Table(
-    NAME,
-    "x",
-    (
-        *_FROZEN,
-        checks.Row(
-            "lora_a",
-            "r K",
-            dtype_of="x",
-            or_float32=True,
-            then=lambda sizes: None if sizes["r"] else "lora_a must be (r, K) with rank r >= 1, got rank 0",
-        ),
-        checks.Row("lora_b", "N r", dtype_of="lora_a"),
-    ),
-)
+ADAPTED = checks.Table(NAME, "x", (*_FROZEN, *FACTORS))
 
 
 class _Member(NamedTuple):
@@ -145,11 +131,6 @@ class LoraGroupProblem:
     def is_empty(self) -> bool:
         """Whether some product has no element or no term."""
         return self.m == 0 or self.k == 0 or 0 in self.n
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether adapters and activations have one dtype."""
-        return set(self.adapter_dtypes) <= {self.dtype}
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -271,5 +252,4 @@ def check_structure(call: Inputs) -> None:
     if len(set(call.lanes)) != len(call.lanes):
         raise ValueError(f"{NAME}: each update must have a lane of its own, got {call.lanes}")
     for lane in call.lanes:
-        if isinstance(lane, bool) or not isinstance(lane, (int, torch.SymInt)) or not 0 <= lane < dropout.LANES:
-            raise ValueError(f"{NAME}: a lane must be an int in 0 ... {dropout.LANES - 1}, got {lane!r}")
+        dropout.as_lane(lane, NAME)

@@ -151,8 +151,8 @@ def _masked(
     wide = {index: (ds[index].to(dtype), inputs.lora_a[index].to(dtype)) for index in updates if needs.x}
     narrow = {index: ds[index].to(problem.adapter_dtypes[index]) for index in updates if needs.lora_a[index]}
     sums: dict[int, Tensor] = {}
-    # Blocks of half the rows that one update has, since two of them are in S's dtype.
-    for rows in steps.blocks(problem.linears[updates[0]], 2 * problem.k):
+    # Blocks of a quarter of the rows that one update has, since up to three of them are there at once, in S's dtype.
+    for rows in steps.blocks(problem.linears[updates[0]], 4 * problem.k):
         total: Tensor | None = None
         for index in updates:
             linear, call = problem.linears[index], inputs.update(index)
@@ -185,7 +185,7 @@ def _with_bases(
     """
     there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
     there.sort(key=lambda pair: pair[0].shape[1])
-    if _adds_bases_last(problem):
+    if steps.adds_in_float32(problem.linears[0]):
         dx = updates
         for dy, weight in there:
             dx = steps.base_gradient(dy, weight) if dx is None else add_product(dx, dy, weight)
@@ -198,10 +198,6 @@ def _with_bases(
     for dy, weight in others:
         total.add_(steps.base_gradient(dy, weight))
     return (total if updates is None else total.add_(updates)).to(problem.dtype)
-
-
-def _adds_bases_last(problem: LoraGroupProblem) -> bool:
-    return problem.is_uniform and all(map(steps.adds_base_last, problem.linears))
 
 
 IMPLEMENTATION = Implementation("torch", forward, backward)

@@ -34,7 +34,7 @@ def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     s = torch.empty(problem.m, sum(problem.r), dtype=torch.float32, device=problem.device)
     for run in problem.runs_of_all:
         launches, lanes = _launches(problem, inputs, run)
-        factor, out = problem.linears[run[0]].keep_scale, s[:, _columns(problem, run)]
+        factor, out = problem.linears[run[0]].keep_scale, s[:, _between(problem.columns, run)]
         launches.narrow_product(x, _joined(inputs.lora_a, run), factor, launches.dropout, out, lanes)
     ys = []
     for member, (weight, bias) in enumerate(zip(inputs.weights, inputs.biases, strict=True)):
@@ -125,11 +125,6 @@ def _joined(factors: Sequence[Tensor], run: Run, dim: int = 0) -> Tensor:
     return factors[run[0]] if len(run) == 1 else torch.cat([factors[index] for index in run], dim=dim)
 
 
-def _columns(problem: LoraGroupProblem, run: Run) -> slice:
-    """Of neighbours in S."""
-    return slice(problem.columns[run[0]].start, problem.columns[run[-1]].stop)
-
-
 def _packed(problem: LoraGroupProblem, live: Run) -> dict[int, slice]:
     """Where each update stands in dS, which has no column for the others."""
     columns, start = {}, 0
@@ -139,13 +134,14 @@ def _packed(problem: LoraGroupProblem, live: Run) -> dict[int, slice]:
     return columns
 
 
-def _between(columns: dict[int, slice], run: Run) -> slice:
+def _between(columns: dict[int, slice] | tuple[slice, ...], run: Run) -> slice:
+    """The columns of neighbours."""
     return slice(columns[run[0]].start, columns[run[-1]].stop)
 
 
 def _term(problem: LoraGroupProblem, inputs: Inputs, s: Tensor, updates: Run) -> Term:
     """What the updates of a member add to its y, as one rank product; scales of several are put into S, in float32."""
-    of_member = s[:, _columns(problem, updates)]
+    of_member = s[:, _between(problem.columns, updates)]
     if len(updates) == 1:
         return of_member, inputs.lora_b[updates[0]], inputs.scales[updates[0]]
     scaled = torch.cat([s[:, problem.columns[index]] * inputs.scales[index] for index in updates], dim=1)

@@ -24,7 +24,6 @@ from torch import Tensor
 ROUNDS = 7
 DECISIONS_PER_CALL = 8
 LEVELS = 1 << 16  # a decision is a 16-bit draw
-LANES = 1 << 32  # of one seed
 
 _MULTIPLIER_0 = 0xD2511F53
 _MULTIPLIER_1 = 0xCD9E8D57
@@ -100,14 +99,14 @@ def as_seed(seed: int | Tensor, device: torch.device, operator: str = "lora_line
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def as_lane(lane: int) -> int:
-    """Check the public argument, and return it.
+def as_lane(lane: int, operator: str = "lora_linear_dropout_mask") -> int:
+    """Check a lane, and return it.
 
     Raises:
         ValueError: lane is no int in 0 ... 2^32 - 1.
     """
-    if isinstance(lane, bool) or not isinstance(lane, int) or not 0 <= lane <= _LOW:
-        raise ValueError(f"lora_linear_dropout_mask: lane must be an int in 0 ... 2^32 - 1, got {lane!r}")
+    if isinstance(lane, bool) or not isinstance(lane, (int, torch.SymInt)) or not 0 <= lane <= _LOW:
+        raise ValueError(f"{operator}: lane must be an int in 0 ... 2^32 - 1, got {lane!r}")
     return lane
 
 

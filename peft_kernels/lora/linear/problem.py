@@ -16,20 +16,24 @@ from peft_kernels.lora.kernels import dropout
 
 NAME = "lora_linear"
 
+FACTORS = (
+    checks.Row(
+        "lora_a",
+        "r K",
+        dtype_of="x",
+        or_float32=True,
+        then=lambda sizes: None if sizes["r"] else "lora_a must be (r, K) with rank r >= 1, got rank 0",
+    ),
+    checks.Row("lora_b", "N r", dtype_of="lora_a"),
+)
+
 TENSORS = checks.Table(
     NAME,
     "x",
     (
         checks.Row("weight", "N K", dtype_of="x"),
         checks.Row("x", "... K", meanings={"K": "weight's in-features"}),
-        checks.Row(
-            "lora_a",
-            "r K",
-            dtype_of="x",
-            or_float32=True,
-            then=lambda sizes: None if sizes["r"] else "lora_a must be (r, K) with rank r >= 1, got rank 0",
-        ),
-        checks.Row("lora_b", "N r", dtype_of="lora_a"),
+        *FACTORS,
         checks.Row("bias", "N", dtype_of="x", optional=True),
     ),
 )

@@ -51,10 +51,15 @@ def adds_base_last(problem: LoraLinearProblem) -> bool:
     On a CPU another BLAS may run with few rows, which adds term by term, each with the sum's rounding, as torch's own
     loops do for half precision; beside float32 adapters nothing was won there.
     """
+    return adds_in_float32(problem) and (problem.device.type != "cpu" or _is_uniform(problem))
+
+
+def adds_in_float32(problem: LoraLinearProblem) -> bool:
+    """Whether a product that is added to a result is rounded with it, once."""
     if problem.device.type != "cpu":
         return True
     sums_in_float32 = problem.dtype != torch.float16 and (problem.dtype != torch.bfloat16 or has_bfloat16_products())
-    return _is_uniform(problem) and problem.m > _FEW_ROWS and sums_in_float32
+    return problem.m > _FEW_ROWS and sums_in_float32
 
 
 def update_of(
