@@ -6,6 +6,7 @@ try:
     from peft_kernels._core.dispatch import use_backend
     from peft_kernels._core.errors import UnsupportedError
     from peft_kernels._core.explain import explain
+    from peft_kernels._core.rows import Rows
     from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
     from peft_kernels.integrations import apply, revert
     from peft_kernels.lora import (
@@ -41,6 +42,7 @@ __all__ = [
     "PrefixEncoder",
     "PromptEmbedding",
     "PromptEnsemble",
+    "Rows",
     "SerialAdapter",
     "UnsupportedError",
     "add_adapter",

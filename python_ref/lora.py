@@ -153,6 +153,85 @@ def eager_group(x: Tensor, members: Sequence[Member]) -> list[Tensor]:
     return [eager(x, *member[:5], **_dropout_of(member)) for member in members]
 
 
+class Slot(NamedTuple):
+    """An adapter that rows choose: its factors A (r, K), B (N, r); dropout_mask bool (M, K) of all rows, or None."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float = 1.0
+    dropout_mask: Tensor | None = None
+    dropout_p: float = 0.0
+
+
+def rows_forward(
+    x: Tensor, weight: Tensor, slots: Sequence[Slot], slot: Sequence[int], bias: Tensor | None = None
+) -> Tensor:
+    """Return y (M, N), row by row: row m has the update of slots[slot[m]], or none where slot[m] is -1.
+
+    Args:
+        x: (M, K). weight: (N, K). bias: (N,) or None.
+    """
+    y = x @ weight.transpose(0, 1) + (0 if bias is None else bias)
+    rows = []
+    for m, t in enumerate(slot):
+        row = y[m]
+        if t >= 0:
+            lora_a, lora_b, scale, mask, p = slots[t]
+            dropped = _dropped(x[m], None if mask is None else mask[m], p)
+            row = row + scale * (lora_b @ (lora_a @ dropped))
+        rows.append(row)
+    return torch.stack(rows) if rows else y
+
+
+class RowsGradients(NamedTuple):
+    """Gradients of every input of ``rows_forward``; those of the factors for each slot."""
+
+    x: Tensor
+    weight: Tensor
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    bias: Tensor
+
+
+def rows_backward(dy: Tensor, x: Tensor, weight: Tensor, slots: Sequence[Slot], slot: Sequence[int]) -> RowsGradients:
+    """Return the gradients of sum(dy * y), row by row; dy (M, N).
+
+    dS[m] = s_t dY[m] B_t;  dX[m] = dY[m] W + drop'_t(dS[m] A_t);  dA_t, dB_t: sums over the rows of t
+    """
+    dx = dy @ weight
+    da, db = [torch.zeros_like(each.lora_a) for each in slots], [torch.zeros_like(each.lora_b) for each in slots]
+    rows = []
+    for m, t in enumerate(slot):
+        row = dx[m]
+        if t >= 0:
+            lora_a, lora_b, scale, mask, p = slots[t]
+            of_row = None if mask is None else mask[m]
+            dropped = _dropped(x[m], of_row, p)
+            ds = scale * (dy[m] @ lora_b)
+            row = row + _dropped(ds @ lora_a, of_row, p)
+            da[t] = da[t] + torch.outer(ds, dropped)
+            db[t] = db[t] + scale * torch.outer(dy[m], lora_a @ dropped)
+        rows.append(row)
+    return RowsGradients(torch.stack(rows) if rows else dx, dy.transpose(0, 1) @ x, da, db, dy.sum(0))
+
+
+def eager_rows(
+    x: Tensor, weight: Tensor, slots: Sequence[Slot], slot: Sequence[int], bias: Tensor | None = None
+) -> Tensor:
+    """PEFT's loop over the adapters of a mixed batch (``adapter_names``), in the arguments' own dtypes."""
+    result = F.linear(x, weight, bias)
+    for t, (lora_a, lora_b, scale, mask, p) in enumerate(slots):
+        rows = torch.tensor([m for m, used in enumerate(slot) if used == t], device=x.device, dtype=torch.int64)
+        if len(rows) == 0 or lora_a.shape[0] == 0:
+            continue
+        branch = x[rows].to(lora_a.dtype)
+        if mask is not None:
+            branch = branch * mask[rows].to(branch.dtype).div_(1.0 - effective_dropout(p))
+        update = F.linear(F.linear(branch, lora_a), lora_b) * scale
+        result = result.index_add(0, rows, update.to(result.dtype))
+    return result
+
+
 def _dropout_of(member: Member) -> dict[str, Any]:
     return {"dropout_mask": member.dropout_mask, "dropout_p": member.dropout_p}
 

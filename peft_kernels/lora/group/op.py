@@ -11,11 +11,13 @@ from torch import Tensor
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
+from peft_kernels._core.rows import Rows
 from peft_kernels.lora.group import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.group.composite import composite
 from peft_kernels.lora.group.native import native
 from peft_kernels.lora.group.problem import NAME, Gradients, Inputs, LoraGroupProblem, Needs, make_problem
 from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.rows.op import rows_call, slots_of_member
 
 
 class Member(NamedTuple):
@@ -27,13 +29,15 @@ class Member(NamedTuple):
         lora_b: (N, r), in lora_a's dtype.
         scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
         bias: (N,) in x's dtype, or None.
+        ranks: of each slot, where the call has ``rows``; lora_a, lora_b and scale are then as ``lora_linear``'s there.
     """
 
     weight: Tensor
     lora_a: Tensor
     lora_b: Tensor
-    scale: float | Tensor = 1.0
+    scale: float | Sequence[float] | Tensor = 1.0
     bias: Tensor | None = None
+    ranks: Sequence[int] | None = None
 
 
 class Update(NamedTuple):
@@ -60,6 +64,7 @@ def lora_group(
     *,
     dropout_p: float | list[float] | tuple[float, ...] = 0.0,
     seed: int | Tensor | None = None,
+    rows: Rows | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply several linear layers that share x, and their low-rank updates, as one operation: q, k, v; gate, up.
@@ -74,8 +79,10 @@ def lora_group(
         x (..., K): float32, bfloat16, float16 or float64; any strides, but leading dimensions that do not flatten to
             one without a copy are copied.
         members: at least one; they may differ in N, rank, scale, bias and the adapter's dtype.
-        dropout_p: in [0, 1), quantised to 1/65536; one for all members, or one for each.
+        dropout_p: in [0, 1), quantised to 1/65536; one for all members, or one for each; with ``rows`` one for all, or
+            one for each slot.
         seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor on x's device fixes it.
+        rows: as ``lora_linear``'s, for all members.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 
@@ -98,12 +105,20 @@ def lora_group(
         (tensor([[3., 3.]]), tensor([[6., 6.]]))
     """
     given = _members(members)
+    weights, biases = tuple(member.weight for member in given), tuple(member.bias for member in given)
+    if rows is not None:
+        by_rows = [
+            slots_of_member(index, member.lora_a, member.lora_b, member.scale, member.ranks, dropout_p, rows)
+            for index, member in enumerate(given)
+        ]
+        return rows_call(x, weights, biases, by_rows, rows, seed, backend)
+    if any(member.ranks is not None for member in given):
+        raise ValueError(f"{NAME}: ranks are those of the slots of rows, which is None")
     ps = _probabilities(dropout_p, len(given))
     updates = [
-        Update(index, member.lora_a, member.lora_b, member.scale, p, index)
+        Update(index, member.lora_a, member.lora_b, member.scale, p, index)  # type: ignore[arg-type]
         for index, (member, p) in enumerate(zip(given, ps, strict=True))
     ]
-    weights, biases = tuple(member.weight for member in given), tuple(member.bias for member in given)
     return group_call(x, weights, biases, updates, seed, backend)
 
 

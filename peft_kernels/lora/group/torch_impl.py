@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product
 from peft_kernels.lora.group.problem import Gradients, Inputs, LoraGroupProblem, Needs
 from peft_kernels.lora.linear import torch_steps as steps
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
@@ -71,7 +70,7 @@ def backward(
     if masked:
         dx = _masked(problem, inputs, masked, ds, needs, dx, da)
     return Gradients(
-        x=_with_bases(problem, inputs, dys, dx) if needs.x else None,
+        x=steps.sum_of_base_gradients(problem.linears[0], _there(inputs, dys), dx) if needs.x else None,
         weights=tuple(
             dy.t() @ inputs.x if need and dy is not None else None for dy, need in zip(dys, needs.weights, strict=True)
         ),
@@ -81,6 +80,10 @@ def backward(
         lora_a=tuple(da),
         lora_b=tuple(db),
     )
+
+
+def _there(inputs: Inputs, dys: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    return [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
 
 
 def _products(problem: LoraGroupProblem, runs: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
@@ -174,30 +177,6 @@ def _masked(
         linear = problem.linears[index]
         da[index] = total.mul_(steps.late_factor(linear)).to(problem.adapter_dtypes[index])
     return made
-
-
-def _with_bases(
-    problem: LoraGroupProblem, inputs: Inputs, dys: Sequence[Tensor | None], updates: Tensor | None
-) -> Tensor:
-    """The updates' part of dX, and dY_j W_j of all members.
-
-    Where products add to dX each sum is rounded, so the small ones come first; else sums are made in S's dtype.
-    """
-    there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
-    there.sort(key=lambda pair: pair[0].shape[1])
-    if steps.adds_in_float32(problem.linears[0]):
-        dx = updates
-        for dy, weight in there:
-            dx = steps.base_gradient(dy, weight) if dx is None else add_product(dx, dy, weight)
-        assert dx is not None
-        return dx
-    (dy, weight), *others = there
-    total = steps.base_gradient(dy, weight)
-    if others:
-        total = total.to(problem.wide_dtype)
-    for dy, weight in others:
-        total.add_(steps.base_gradient(dy, weight))
-    return (total if updates is None else total.add_(updates)).to(problem.dtype)
 
 
 IMPLEMENTATION = Implementation("torch", forward, backward)

@@ -144,8 +144,11 @@ def keep_bits(seed: Tensor, first_row: int, rows: int, cols: int, limit: int, la
     return halves.to(torch.int32).neg_().add_(limit - 1 - LEVELS // 2).bitwise_right_shift_(31)[:, :cols]
 
 
-def keep_mask(seed: Tensor, rows: int, cols: int, limit: int, lane: int = 0) -> Tensor:
-    """The same mask as bool, of a whole matrix, with nothing written in place: for vmap and dispatch modes."""
+def keep_mask(seed: Tensor, rows: int, cols: int, limit: int | Tensor, lane: int = 0) -> Tensor:
+    """The same mask as bool, of a whole matrix, with nothing written in place: for vmap and dispatch modes.
+
+    ``limit`` may be (rows, 1), one for each row.
+    """
     row = torch.arange(rows, dtype=torch.int64, device=seed.device)[:, None]
     col = torch.arange(-(-cols // DECISIONS_PER_CALL), dtype=torch.int64, device=seed.device)
     words = _philox(seed, col, row & _LOW, row >> 32, lane, in_place=False)

@@ -13,6 +13,7 @@ The bits are the same, and a dropped inf or nan is zero on each of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -178,6 +179,25 @@ class ByteMask:
 
     def keep(self) -> Tensor:
         return self.mask
+
+
+class Parts:
+    """Masks of rows that are no neighbours, under each other."""
+
+    def __init__(self, parts: Sequence[Mask], counts: list[int]) -> None:
+        self.parts, self.counts = parts, counts
+
+    def drop(self, x: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
+        pieces = zip(self.parts, x.split(self.counts), strict=True)
+        return torch.cat([part.drop(piece, dtype, factor) for part, piece in pieces])
+
+    def add_dropped(self, out: Tensor, product: Tensor, factor: float) -> None:
+        pieces = zip(self.parts, out.split(self.counts), product.split(self.counts), strict=True)
+        for part, some, more in pieces:
+            part.add_dropped(some, more, factor)
+
+    def keep(self) -> Tensor:
+        return torch.cat([part.keep() for part in self.parts])
 
 
 def _host_arguments(seed: int, first_row: int, rows: int, cols: int, limit: int, lane: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
+from peft_kernels._core.rows import Rows
 from peft_kernels.lora.kernels import dropout, masks
 from peft_kernels.lora.kernels.masks import Mask
 from peft_kernels.lora.linear import cuda_impl, mask_choice, torch_impl, triton_impl
@@ -18,6 +19,7 @@ from peft_kernels.lora.linear.composite import composite
 from peft_kernels.lora.linear.native import native
 from peft_kernels.lora.linear.problem import NAME, Gradients, Inputs, LoraLinearProblem, Needs, make_problem
 from peft_kernels.lora.qualification import MASKS
+from peft_kernels.lora.rows.op import linear_by_rows
 
 
 def lora_linear(
@@ -25,16 +27,21 @@ def lora_linear(
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    scale: float | Tensor = 1.0,
+    scale: float | Sequence[float] | Tensor = 1.0,
     bias: Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
+    dropout_p: float | Sequence[float] = 0.0,
     seed: int | Tensor | None = None,
+    rows: Rows | None = None,
+    ranks: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Apply a linear layer and its low-rank update (LoRA, Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
     Semantics: ``y = x @ weight.T + bias + scale * (drop(x) @ lora_a.T) @ lora_b.T``
+
+    With ``rows`` each row has the update of its own adapter, a slot t of ``lora_a`` and ``lora_b``:
+    ``y[m] = x[m] @ weight.T + bias + scale[t] * (drop(x[m]) @ lora_a[t].T) @ lora_b[t].T``, ``t = rows.slot[m]``
 
     Args:
         x (..., K): float32, bfloat16, float16 or float64; any strides, but leading dimensions that do not flatten to
@@ -47,6 +54,10 @@ def lora_linear(
         dropout_p: in [0, 1), quantised to 1/65536; inverted dropout on the low-rank branch's input alone.
         seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor on x's device fixes
             it. ``lora_linear_dropout_mask`` returns the mask of a seed.
+        rows: as ``Rows.of`` makes it; x has as many rows, and those that use no slot have the frozen layer's result.
+            Slots' factors are under each other in lora_a (sum of ranks, K), and side by side in lora_b; scale and
+            dropout_p may be one for each slot.
+        ranks: with ``rows``, of each slot; 0 is an adapter that this layer does not have.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 
@@ -69,8 +80,14 @@ def lora_linear(
         tensor([[2.5000, 2.5000, 2.5000],
                 [2.5000, 2.5000, 2.5000]])
     """
+    if rows is not None:
+        return linear_by_rows(x, weight, lora_a, lora_b, scale, bias, rows, ranks, dropout_p, seed, backend)
+    if ranks is not None:
+        raise ValueError(f"{NAME}: ranks are those of the slots of rows, which is None")
+    if isinstance(dropout_p, (list, tuple)):
+        raise ValueError(f"{NAME}: dropout_p must be one number but with rows, got {dropout_p}")
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
-    limit = dropout.threshold(dropout_p)
+    limit = dropout.threshold(dropout_p)  # type: ignore[arg-type]
     seed_tensor: Tensor | None = None
     if limit > 0:
         seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device)
@@ -79,7 +96,8 @@ def lora_linear(
     elif isinstance(scale, bool):
         scale = float(scale)
 
-    return OPERATOR(Inputs(x, weight, lora_a, lora_b, scale, bias, dropout_p, seed_tensor), backend)
+    call = Inputs(x, weight, lora_a, lora_b, scale, bias, dropout_p, seed_tensor)  # type: ignore[arg-type]
+    return OPERATOR(call, backend)
 
 
 def _autocast(

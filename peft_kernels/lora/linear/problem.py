@@ -94,7 +94,8 @@ class LoraLinearProblem:
         device: of all tensors.
         dropout_threshold: a 16-bit draw below it drops its element; 0 is no dropout.
         rows_aligned: on a CUDA device, whether rows of x, weight and lora_a can be read 16 bytes at a time.
-        lane: fourth word of the mask's counter; other than 0 as a part of ``lora_group`` alone.
+        lane: fourth word of the mask's counter; other than 0 as a part of other operators alone.
+        runs: (first row, count) of neighbours among the mask's rows; () where they are rows 0 ... m - 1.
     """
 
     m: int
@@ -107,6 +108,7 @@ class LoraLinearProblem:
     dropout_threshold: int
     rows_aligned: bool = False
     lane: int = 0
+    runs: tuple[tuple[int, int], ...] = ()
 
     @property
     def has_dropout(self) -> bool:

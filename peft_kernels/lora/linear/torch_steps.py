@@ -7,7 +7,7 @@ Temporary what dropout or float32 adapters on a half-precision x need is made fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,29 @@ def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def base_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """dY W."""
     return product_in_float32(dy, weight) if is_slow(dy.dtype, dy.device.type) else dy @ weight
+
+
+def sum_of_base_gradients(
+    problem: LoraLinearProblem, pairs: Sequence[tuple[Tensor, Tensor]], updates: Tensor | None
+) -> Tensor:
+    """updates + sum over pairs of dY W, in x's dtype; ``problem`` is that of any of the pairs.
+
+    Where products add to a result each sum is rounded, so the small ones come first; else sums are made in S's dtype.
+    """
+    there = sorted(pairs, key=lambda pair: pair[0].shape[1])
+    if adds_in_float32(problem):
+        dx = updates
+        for dy, weight in there:
+            dx = base_gradient(dy, weight) if dx is None else add_product(dx, dy, weight)
+        assert dx is not None
+        return dx
+    (dy, weight), *others = there
+    total = base_gradient(dy, weight)
+    if others:
+        total = total.to(problem.wide_dtype)
+    for dy, weight in others:
+        total.add_(base_gradient(dy, weight))
+    return (total if updates is None else total.add_(updates)).to(problem.dtype)
 
 
 def adds_base_last(problem: LoraLinearProblem) -> bool:
@@ -106,9 +129,27 @@ def mask_of_rows(problem: LoraLinearProblem, inputs: Inputs, rows: slice) -> mas
     """The mask of some rows of x; None where nothing is dropped."""
     if inputs.seed is None:
         return None
-    count = rows.stop - rows.start
-    part = masks.Rows(inputs.seed, rows.start, count, problem.k, problem.dropout_threshold, problem.lane)
-    return mask_of(part, problem.device)
+    runs = list(_runs_of(problem, rows))
+    parts = [
+        mask_of(
+            masks.Rows(inputs.seed, first, count, problem.k, problem.dropout_threshold, problem.lane), problem.device
+        )
+        for first, count in runs
+    ]
+    return parts[0] if len(parts) == 1 else masks.Parts(parts, [count for _, count in runs])
+
+
+def _runs_of(problem: LoraLinearProblem, rows: slice) -> Iterator[tuple[int, int]]:
+    """Some of the problem's rows, as neighbours among the mask's: the first of them, and how many."""
+    if not problem.runs:
+        yield rows.start, rows.stop - rows.start
+        return
+    start = 0
+    for first, count in problem.runs:
+        begin, end = max(rows.start - start, 0), min(rows.stop - start, count)
+        if begin < end:
+            yield first + begin, end - begin
+        start += count
 
 
 def dropped(problem: LoraLinearProblem, inputs: Inputs, rows: slice, mask: masks.Mask | None) -> Tensor:

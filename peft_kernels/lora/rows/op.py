@@ -1,0 +1,327 @@
+"""What ``rows=`` of the public functions runs, and the declaration that makes it an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core import checks
+from peft_kernels._core.autocast import autocast_dtype, without_autocast
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.operator import Operator
+from peft_kernels._core.rows import Rows
+from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.rows import torch_impl
+from peft_kernels.lora.rows.composite import composite
+from peft_kernels.lora.rows.problem import NAME, Gradients, Inputs, LoraRowsProblem, Needs, make_problem
+
+Scales = float | Sequence[float] | Tensor
+Probabilities = float | Sequence[float]
+
+
+class Table(NamedTuple):
+    """Where the ranks of an update's slots are, and what is dropped.
+
+    Attributes:
+        device: (3, T) int32: the first row of lora_a, the rank and the dropout's threshold of each slot.
+        host: the same on the CPU.
+        width: a bound of the ranks.
+        drops: whether a slot's dropout is at work.
+    """
+
+    device: Tensor
+    host: Tensor
+    width: int
+    drops: bool
+
+
+class SlotUpdate(NamedTuple):
+    """A low-rank update of a member, by an adapter for each slot.
+
+    Attributes:
+        member: index of the weight.
+        lora_a: (R, K), the slots' factors under each other, in x's dtype or float32.
+        lora_b: (N, R), the slots' factors side by side, in lora_a's dtype.
+        scales: a float, a float for each slot, or (T,) floating tensor, which the host does not read on a GPU.
+        table: of the slots; ``table_of`` makes it.
+        lane: fourth word of the masks' counter; another one for each update of a call.
+    """
+
+    member: int
+    lora_a: Tensor
+    lora_b: Tensor
+    scales: Scales
+    table: Table
+    lane: int = 0
+
+
+def rows_call(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    updates: Sequence[SlotUpdate],
+    rows: Rows,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Frozen layers that share x, and on each row the updates of the adapter that the row uses.
+
+    ``y_j[m] = x[m] W_j^T + bias_j + sum over updates of j of s_t (drop_t(x[m]) A_t^T) B_t^T,  t = rows.slot[m]``
+
+    Args:
+        x (..., K): its leading dimensions hold as many rows as ``rows`` has. weights, biases: as ``lora_group``'s.
+        updates: in the order of their members; a member may have none, or several.
+        rows: on x's device.
+        seed, backend: as ``lora_linear``'s. A row's mask is that which it would have without ``rows``.
+
+    Returns:
+        y_j (..., N_j) of each member. A row without an adapter has the bits of the frozen layer.
+
+    Raises:
+        ValueError: a shape, dtype, device, probability, seed or backend name is wrong.
+        UnsupportedError: the forced backend cannot run this problem.
+    """
+    if not isinstance(rows, Rows):
+        raise ValueError(f"{NAME}: rows must be a Rows, as Rows.of makes it, got {type(rows).__name__}")
+    if isinstance(x, Tensor):
+        x, weights, biases, updates = _autocast(x, weights, biases, updates)
+    seed_tensor: Tensor | None = None
+    if any(update.table.drops for update in updates):
+        seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device, NAME)
+    dtype = checks.wide_dtype(x.dtype) if isinstance(x, Tensor) else torch.float32
+    call = Inputs(
+        x,
+        weights,
+        biases,
+        tuple([update.lora_a for update in updates]),
+        tuple([update.lora_b for update in updates]),
+        tuple([_scales(update.scales, rows.slots, dtype, rows.slot.device) for update in updates]),
+        tuple([update.table.device for update in updates]),
+        tuple([update.table.host for update in updates]),
+        tuple([update.member for update in updates]),
+        tuple([update.lane for update in updates]),
+        tuple([update.table.width for update in updates]),
+        rows.slot,
+        rows.order,
+        rows.first,
+        rows.runs,
+        seed_tensor,
+    )
+    ys: tuple[Tensor, ...] = OPERATOR(call, backend)
+    return ys
+
+
+def linear_by_rows(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Scales,
+    bias: Tensor | None,
+    rows: Rows,
+    ranks: Sequence[int] | None,
+    dropout_p: Probabilities,
+    seed: int | Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """``lora_linear`` with ``rows``."""
+    update = slots_of_member(0, lora_a, lora_b, scale, ranks, dropout_p, rows)
+    (y,) = rows_call(x, (weight,), (bias,), [update], rows, seed, backend)
+    return y
+
+
+def slots_of_member(
+    member: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Scales,
+    ranks: Sequence[int] | None,
+    dropout_p: Probabilities,
+    rows: Rows,
+) -> SlotUpdate:
+    """A member's update from the arguments of a public function; its lane is the member's number.
+
+    Raises:
+        ValueError: ranks are missing, or are not those of lora_a.
+    """
+    if not isinstance(ranks, Sequence):
+        raise ValueError(f"{NAME}: with rows, ranks must be a sequence of each slot's, got {ranks!r}")
+    if not isinstance(lora_a, Tensor) or lora_a.dim() != 2:
+        got = tuple(lora_a.shape) if isinstance(lora_a, Tensor) else type(lora_a).__name__
+        raise ValueError(f"{NAME}: lora_a must be (sum of ranks, K), got {got}")
+    table = table_of(ranks, dropout_p, lora_a.device, lora_a.shape[0])
+    return SlotUpdate(member, lora_a, lora_b, scale, table, member)
+
+
+def table_of(
+    ranks: Sequence[int], dropout_p: Probabilities, device: torch.device, rows_of_a: int | None = None
+) -> Table:
+    """The table of slots whose factors follow each other.
+
+    Args:
+        ranks: of each slot; 0 is an adapter that this layer does not have.
+        dropout_p: in [0, 1), one for all slots, or one for each.
+        device: of the factors.
+        rows_of_a: of lora_a, which ranks must add up to.
+
+    Raises:
+        ValueError: ranks are negative or do not add up, or a probability is wrong.
+    """
+    if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 0 for rank in ranks):
+        raise ValueError(f"{NAME}: ranks must be ints of at least 0, got {tuple(ranks)}")
+    if rows_of_a is not None and sum(ranks) != rows_of_a:
+        raise ValueError(f"{NAME}: ranks must add up to lora_a's rows, {rows_of_a}, got {sum(ranks)} of {tuple(ranks)}")
+    if isinstance(dropout_p, Sequence):
+        if len(dropout_p) != len(ranks):
+            raise ValueError(f"{NAME}: dropout_p must be one number, or {len(ranks)}, got {len(dropout_p)}")
+        limits = tuple([dropout.threshold(p, NAME) for p in dropout_p])
+    else:
+        limits = (dropout.threshold(dropout_p, NAME),) * len(ranks)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return _table(tuple(ranks), limits, device)
+    return _kept_table(tuple(ranks), limits, device)
+
+
+def _table(ranks: tuple[int, ...], limits: tuple[int, ...], device: torch.device) -> Table:
+    firsts = [sum(ranks[:slot]) for slot in range(len(ranks))]
+    host = torch.tensor([firsts, list(ranks), list(limits)], dtype=torch.int32)
+    return Table(host.to(device), host, max(ranks, default=0), any(limits))
+
+
+@lru_cache(maxsize=4096)
+def _kept_table(ranks: tuple[int, ...], limits: tuple[int, ...], device: torch.device) -> Table:
+    # What inference mode makes, no backward pass may keep.
+    with torch.inference_mode(False):
+        return _table(ranks, limits, device)
+
+
+def _scales(scales: Scales, slots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(scales, Tensor):
+        if scales.dim() == 0:
+            scales = scales.expand(slots)
+        if scales.shape != (slots,) or not scales.is_floating_point():
+            got = f"{scales.dtype} {tuple(scales.shape)}"
+            raise ValueError(f"{NAME}: scale must be a float, or a floating one for each slot, ({slots},), got {got}")
+        return scales.detach().to(device, dtype)
+    if isinstance(scales, (list, tuple)):
+        if len(scales) != slots:
+            raise ValueError(f"{NAME}: scale must be a float, or one for each slot, ({slots},), got {len(scales)}")
+        values = tuple([float(scale) for scale in scales])
+    else:
+        checks.scalar(NAME, "scale", scales)
+        values = (float(scales),) * slots  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _kept_scales(values, dtype, device)
+
+
+@lru_cache(maxsize=4096)
+def _kept_scales(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _autocast(
+    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], updates: Sequence[SlotUpdate]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], Sequence[SlotUpdate]]:
+    """Cast what F.linear would cast; float32 adapters stay."""
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None or x.dtype == torch.float64:
+        return x, weights, biases, updates
+    return (
+        x.to(dtype),
+        tuple([weight.to(dtype) for weight in weights]),
+        tuple([None if bias is None else bias.to(dtype) for bias in biases]),
+        [
+            update
+            if update.lora_a.dtype == torch.float32
+            else update._replace(lora_a=update.lora_a.to(dtype), lora_b=update.lora_b.to(dtype))
+            for update in updates
+        ],
+    )
+
+
+def _forward(problem: LoraRowsProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
+    flat = call if call.x.dim() == 2 else call._replace(x=call.x.reshape(problem.m, problem.k))
+    with without_autocast(problem.device.type):
+        *ys, s = implementation.forward(problem, flat)
+    leading = call.x.shape[:-1]
+    return *(ys if flat is call else [y.view(*leading, n) for y, n in zip(ys, problem.n, strict=True)]), s
+
+
+def _backward(
+    problem: LoraRowsProblem,
+    call: Inputs,
+    kept: tuple[Tensor],
+    dys: Sequence[Tensor | None],
+    needs: Needs,
+    implementation: Implementation,
+) -> Gradients:
+    flat = call if call.x is None else call._replace(x=call.x.reshape(problem.m, problem.k))
+    rows = [None if dy is None else dy.reshape(problem.m, n) for dy, n in zip(dys, problem.n, strict=True)]
+    with without_autocast(problem.device.type):
+        gradients: Gradients = implementation.backward(problem, flat, *kept, rows, needs)
+    if gradients.x is None:
+        return gradients
+    leading = next(dy.shape[:-1] for dy in dys if dy is not None)
+    return gradients._replace(x=gradients.x.view(*leading, problem.k))
+
+
+def _results(problem: LoraRowsProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
+    ys = [call.x.new_empty((*call.x.shape[:-1], n)) for n in problem.n]
+    return *ys, call.x.new_empty((problem.m, sum(problem.widths)), dtype=problem.wide_dtype)
+
+
+def _reads(needs: Needs) -> Iterable[str]:
+    yield from ("tables", "host_tables", "scales", "slot", "order", "first", "runs")
+    if needs.x or any(needs.lora_a):
+        yield from ("seed", "lora_b")
+    if needs.x:
+        yield from ("weights", "lora_a")
+    if any(needs.weights) or any(needs.lora_a):
+        yield "x"
+    if any(needs.lora_b):
+        yield "s"
+
+
+def _reached(call: Inputs, needs: Needs, dys: Sequence[Tensor | None]) -> Needs:
+    """A member whose output nothing is computed from has no gradients."""
+    there = [dy is not None for dy in dys]
+    if all(there):
+        return needs
+    of_updates = [there[member] for member in call.members]
+
+    def both(needed: Sequence[bool], there: Sequence[bool]) -> tuple[bool, ...]:
+        return tuple(need and is_there for need, is_there in zip(needed, there, strict=True))
+
+    return Needs(
+        needs.x,
+        both(needs.weights, there),
+        both(needs.biases, there),
+        both(needs.lora_a, of_updates),
+        both(needs.lora_b, of_updates),
+    )
+
+
+OPERATOR = Operator(
+    name=NAME,
+    call=Inputs,
+    needs=Needs,
+    implementations=(torch_impl.IMPLEMENTATION,),
+    make_problem=make_problem,
+    forward=_forward,
+    backward=_backward,
+    results=_results,
+    composite=composite,
+    reads=_reads,
+    reached=_reached,
+    varying=("m",),
+    kept=("s",),
+    activations=("x",),
+    adds=("biases",),
+    several=True,
+)

@@ -1,0 +1,232 @@
+"""LoRA by rows with torch alone: each slot's rows as ``lora_linear`` computes them, added to the base products.
+
+Forward   y_j = x W_j^T + bias_j; for each slot t on its rows: S = drop(x) A_t^T, y_j += scale_t S B_t^T
+Backward  dX = sum of dY_j W_j; for each slot on its rows: dS = scale_t dY_j B_t, dX += drop'(dS A_t),
+          dA_t = dS^T drop(x), dB_t = scale_t dY_j^T S
+Tensors   as problem.Inputs; S (M, sum of widths) float32, or float64 with x, its rows in the order of ``order``
+Saved     x, S and the seed
+Temporary the rows of a slot, where they are no neighbours; lora_linear's otherwise
+Refused   nothing. Where only the device knows the rows, each slot takes all of them and selects its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_kernels._core.dispatch import Implementation
+from peft_kernels.lora.linear import torch_steps as steps
+from peft_kernels.lora.linear.problem import Inputs as LinearInputs
+from peft_kernels.lora.linear.problem import LoraLinearProblem
+from peft_kernels.lora.linear.problem import Needs as LinearNeeds
+from peft_kernels.lora.rows.problem import Gradients, Inputs, LoraRowsProblem, Needs
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a slot.
+
+    Attributes:
+        slot: its number.
+        runs: (first row, count) of neighbours.
+        of_s: where they are in S.
+        rows: their indices, where they are not all neighbours.
+        mine: (M, 1) bool, where only the device knows them; the part is then of all rows.
+    """
+
+    slot: int
+    runs: tuple[tuple[int, int], ...]
+    of_s: slice
+    rows: Tensor | None = None
+    mine: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return sum(count for _, count in self.runs)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Its rows of a tensor, to be read; a view where they are neighbours."""
+        if self.mine is not None:
+            return torch.where(self.mine, tensor, 0.0)
+        return self._neighbours(tensor) if self.rows is None else tensor.index_select(0, self.rows)
+
+    def take_apart(self, tensor: Tensor) -> Tensor:
+        """The same to be changed, and given back to ``put``."""
+        return tensor.clone() if self.mine is not None else self.take(tensor)
+
+    def put(self, tensor: Tensor, rows: Tensor) -> None:
+        """Write what ``take_apart`` returned to its rows of a tensor."""
+        if self.mine is not None:
+            tensor.copy_(torch.where(self.mine, rows, tensor))
+        elif self.rows is not None:
+            tensor.index_copy_(0, self.rows, rows)
+
+    def take_from_s(self, s: Tensor, columns: slice) -> Tensor:
+        rows = s[self.of_s, columns]
+        return rows if self.mine is None else torch.where(self.mine, rows, 0.0)
+
+    def put_into_s(self, s: Tensor, columns: slice, rows: Tensor) -> None:
+        part = s[self.of_s, columns]
+        part.copy_(rows if self.mine is None else torch.where(self.mine, rows, part))
+
+    def _neighbours(self, tensor: Tensor) -> Tensor:
+        ((first, count),) = self.runs
+        return tensor[first : first + count]
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update of one slot, as a call of ``lora_linear`` on the slot's rows; where its ranks are."""
+
+    index: int
+    linear: LoraLinearProblem
+    call: LinearInputs
+    ranks: slice
+    columns: slice
+
+
+def forward(problem: LoraRowsProblem, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return y_j (M, N_j) of each member, and S (M, sum of widths)."""
+    x = inputs.x
+    ys = [steps.base(x, weight, bias) for weight, bias in zip(inputs.weights, inputs.biases, strict=True)]
+    s = torch.empty(problem.m, sum(problem.widths), dtype=problem.wide_dtype, device=problem.device)
+    facts = _Facts(problem, inputs)
+    for part in _parts(problem, inputs):
+        rows = part.take(x)
+        for update in facts.updates(part, rows):
+            of_rows = steps.down(update.linear, update.call)
+            part.put_into_s(s, update.columns, of_rows)
+            y = ys[problem.members[update.index]]
+            some = part.take_apart(y)
+            steps.add_update(update.linear, some, of_rows, update.call.lora_b.t(), update.call.scale)
+            part.put(y, some)
+    return *ys, s
+
+
+def backward(
+    problem: LoraRowsProblem, inputs: Inputs, s: Tensor, dys: Sequence[Tensor | None], needs: Needs
+) -> Gradients:
+    """Return the gradients that ``needs`` asks for; a member whose dY is None takes part in none of them."""
+    live = [index for index, member in enumerate(problem.members) if dys[member] is not None]
+    # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
+    needs_ds = needs.x or any(needs.lora_a[index] for index in live)
+    da = [torch.zeros_like(a) if need else None for a, need in zip(inputs.lora_a, needs.lora_a, strict=True)]
+    db = [torch.zeros_like(b) if need else None for b, need in zip(inputs.lora_b, needs.lora_b, strict=True)]
+    dx: Tensor | None = None
+    if needs.x:
+        there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
+        dx = steps.sum_of_base_gradients(_any_linear(problem), there, None)
+    facts = _Facts(problem, inputs)
+    for part in _parts(problem, inputs) if live and (needs_ds or any(needs.lora_b)) else ():
+        rows = None if inputs.x is None else part.take(inputs.x)
+        of_dx = None if dx is None else part.take_apart(dx)
+        of_dy = {member: part.take(dy) for member, dy in enumerate(dys) if dy is not None}
+        for update in facts.updates(part, rows):
+            dy, a, b = of_dy.get(problem.members[update.index]), da[update.index], db[update.index]
+            if dy is None:
+                continue
+            asked = LinearNeeds(needs_ds, False, needs_ds, b is not None, False)
+            some = None if b is None else part.take_from_s(s, update.columns)
+            ds, of_b = steps.grad_up(update.linear, update.call, some, dy, asked)
+            if b is not None and of_b is not None:
+                b[:, update.ranks] = of_b
+            if ds is not None:
+                asked = LinearNeeds(of_dx is not None, False, a is not None, False, False)
+                of_a = steps.grad_down(update.linear, update.call, ds, of_dx, asked)
+                if a is not None and of_a is not None:
+                    a[update.ranks] = of_a
+        if dx is not None and of_dx is not None:
+            part.put(dx, of_dx)
+    return Gradients(
+        x=dx,
+        weights=tuple(
+            dy.t() @ inputs.x if need and dy is not None else None for dy, need in zip(dys, needs.weights, strict=True)
+        ),
+        biases=tuple(
+            dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, needs.biases, strict=True)
+        ),
+        lora_a=tuple(_of_live(da, live)),
+        lora_b=tuple(_of_live(db, live)),
+    )
+
+
+def _of_live(gradients: list[Tensor | None], live: list[int]) -> Iterator[Tensor | None]:
+    return (gradient if index in live else None for index, gradient in enumerate(gradients))
+
+
+def _parts(problem: LoraRowsProblem, inputs: Inputs) -> Iterator[_Part]:
+    """Each slot that has rows."""
+    if inputs.runs is None:
+        slot = inputs.slot.unsqueeze(1)
+        for t in range(problem.slots):
+            yield _Part(t, ((0, problem.m),), slice(0, problem.m), mine=slot == t)
+        return
+    by_slot: dict[int, list[tuple[int, int]]] = {}
+    for t, first, count in inputs.runs.tolist():
+        if count:
+            by_slot.setdefault(t, []).append((first, count))
+    # The rows of no slot come first.
+    start = problem.m - sum(count for runs in by_slot.values() for _, count in runs)
+    order: Tensor | None = None
+    for t, runs in by_slot.items():
+        end = start + sum(count for _, count in runs)
+        if len(runs) > 1:
+            order = inputs.order.long() if order is None else order
+        yield _Part(t, tuple(runs), slice(start, end), None if len(runs) == 1 or order is None else order[start:end])
+        start = end
+
+
+class _Facts:
+    """What the host knows of the slots of each update."""
+
+    def __init__(self, problem: LoraRowsProblem, inputs: Inputs) -> None:
+        self.problem, self.inputs = problem, inputs
+        self.tables = [table.tolist() for table in inputs.host_tables]
+        # On a GPU the host reads no scale.
+        is_cpu = problem.device.type == "cpu"
+        self.scales = [scales.tolist() if is_cpu else list(scales.unbind()) for scales in inputs.scales]
+
+    def updates(self, part: _Part, rows: Tensor | None) -> Iterator[_Update]:
+        """Those that the slot takes part in."""
+        problem, inputs, t = self.problem, self.inputs, part.slot
+        for index, (first, rank, threshold) in enumerate(self._of_slot(t)):
+            if rank == 0:
+                continue
+            member, ranks, start = problem.members[index], slice(first, first + rank), problem.columns[index].start
+            linear = LoraLinearProblem(
+                m=part.count,
+                n=problem.n[member],
+                k=problem.k,
+                r=rank,
+                dtype=problem.dtype,
+                adapter_dtype=problem.adapter_dtypes[index],
+                device=problem.device,
+                dropout_threshold=threshold,
+                lane=problem.lanes[index],
+                runs=part.runs,
+            )
+            call = LinearInputs(
+                rows,  # type: ignore[arg-type]
+                inputs.weights[member],
+                inputs.lora_a[index][ranks] if inputs.lora_a[index] is not None else None,  # type: ignore[arg-type]
+                inputs.lora_b[index][:, ranks] if inputs.lora_b[index] is not None else None,  # type: ignore[arg-type]
+                self.scales[index][t],
+                None,
+                0.0,
+                inputs.seed if threshold else None,
+            )
+            yield _Update(index, linear, call, ranks, slice(start, start + rank))
+
+    def _of_slot(self, t: int) -> Iterator[tuple[int, int, int]]:
+        return ((table[0][t], table[1][t], table[2][t]) for table in self.tables)
+
+
+def _any_linear(problem: LoraRowsProblem) -> LoraLinearProblem:
+    """What base products of a call depend on."""
+    return LoraLinearProblem(problem.m, 0, problem.k, 0, problem.dtype, problem.dtype, problem.device, 0)
+
+
+IMPLEMENTATION = Implementation("torch", forward, backward)
