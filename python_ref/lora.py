@@ -158,7 +158,7 @@ class Slot(NamedTuple):
 
     lora_a: Tensor
     lora_b: Tensor
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     dropout_mask: Tensor | None = None
     dropout_p: float = 0.0
 

@@ -1,7 +1,7 @@
 """Which adapter each row of a batch uses: one plan for all layers of a forward pass.
 
 A *slot* is a number of an adapter, 0 ... T - 1; -1 is none of them. Rows stay where they are: what reduces over the
-rows of a slot, or writes them, finds them by ``order``, in which a slot's rows stand one after the other, as they stood.
+rows of a slot, or writes them, finds them by ``order``, in which the rows of a slot follow each other, as they stood.
 
 The plan is made by a few operations on the device, none of which the host waits for, so that it can be made while a
 CUDA graph is captured.
@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from peft_kernels._core.plans import is_seen_into
 
 BASE = "__base__"
 NAME = "Rows"
@@ -71,20 +75,29 @@ class Rows:
         if len(set(names)) != len(names) or BASE in names:
             raise ValueError(f"{NAME}: known names must differ, and {BASE!r} is none of them, got {names}")
         if isinstance(names_or_slots, Tensor):
-            slots = names_or_slots
+            slots, on_host = _checked(names_or_slots), _on_host(names_or_slots)
+            if on_host is None and known is None:
+                raise ValueError(f"{NAME}: slots on {slots.device} need known, their names or how many there are")
         else:
-            slots, names = _slots_of(names_or_slots, known, names)
-        slots = _checked(slots, known, names)
-        count = len(names) or (known if isinstance(known, int) else _count(slots))
-        if slots.device.type == "cpu" and slots.numel():
-            least, most = int(slots.min()), int(slots.max())
-            if least < -1 or most >= count:
-                raise ValueError(f"{NAME}: slots must be in -1 ... {count - 1}, got {least if least < -1 else most}")
-        if length is not None:
-            if slots.dim() != 1:
-                raise ValueError(f"{NAME}: length is for slots (B,), got slots {tuple(slots.shape)}")
-            slots = slots.unsqueeze(1).expand(-1, length)
-        return _plan(slots, count, names, torch.device(device) if device is not None else slots.device)
+            on_host, names = _slots_of(names_or_slots, known, names)
+            slots = _checked(torch.tensor(on_host, dtype=torch.int64, device="cpu"))
+        if length is not None and slots.dim() != 1:
+            raise ValueError(f"{NAME}: length is for slots (B,), got slots {tuple(slots.shape)}")
+        flat = None if on_host is None else _flat(on_host)
+        count = len(names) or (known if isinstance(known, int) else max(flat or (), default=-1) + 1)
+        if flat and not -1 <= min(flat) <= max(flat) < count:
+            wrong = min(flat) if min(flat) < -1 else max(flat)
+            raise ValueError(f"{NAME}: slots must be in -1 ... {count - 1}, got {wrong}")
+        device = slots.device if device is None else torch.device(device)
+        runs = None if flat is None else _runs(flat, 1 if length is None else length)
+        # What crosses to the device is one for a batch row.
+        slot = slots.to(device, torch.int32, non_blocking=True)
+        slot = slot.reshape(-1) if length is None else slot.repeat_interleave(length)
+        # What is no slot comes before the first or after the last.
+        order = torch.argsort(slot, stable=True)
+        boundaries = torch.arange(count + 1, dtype=torch.int32, device=device)
+        first = torch.searchsorted(slot[order], boundaries, out_int32=True)
+        return Rows(slot, order.to(torch.int32), first, runs, names)
 
     @property
     def slots(self) -> int:
@@ -134,12 +147,12 @@ def _slots_of(
     given: Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
     known: Sequence[str] | int | None,
     names: tuple[str, ...],
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Slots on the CPU, and their names if names were given."""
+) -> tuple[list[Any], tuple[str, ...]]:
+    """Slots, and their names if names were given."""
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ValueError(f"{NAME}: names or slots must be a list or an integer tensor, got {given!r}")
     if not any(isinstance(each, str) for each in given):
-        return torch.tensor(given, dtype=None if len(given) else torch.int64), names
+        return list(given), names
     if isinstance(known, int):
         raise ValueError(f"{NAME}: names need known names, got known = {known}")
     found = names or tuple(dict.fromkeys(str(each) for each in given if each != BASE))
@@ -147,43 +160,40 @@ def _slots_of(
     for each in given:
         if each not in places:
             raise KeyError(f"{NAME}: no adapter {each!r}; known are {', '.join(map(repr, found))} and {BASE!r}")
-    return torch.tensor([places[each] for each in given]), found  # type: ignore[index]
+    return [places[str(each)] for each in given], found
 
 
-def _checked(slots: Tensor, known: Sequence[str] | int | None, names: tuple[str, ...]) -> Tensor:
-    if slots.dtype.is_floating_point or slots.dtype in (torch.bool, torch.complex64) or slots.dim() not in (1, 2):
-        got = f"{slots.dtype} {tuple(slots.shape)}"
-        raise ValueError(f"{NAME}: slots must be integers (B,) or (B, L), got {got}")
-    if slots.device.type != "cpu" and not names and known is None:
-        raise ValueError(f"{NAME}: slots on {slots.device} need known, their names or how many there are")
+def _checked(slots: Tensor) -> Tensor:
+    if (
+        slots.dtype.is_floating_point
+        or slots.dtype.is_complex
+        or slots.dtype == torch.bool
+        or slots.dim() not in (1, 2)
+    ):
+        raise ValueError(f"{NAME}: slots must be integers (B,) or (B, L), got {slots.dtype} {tuple(slots.shape)}")
     return slots
 
 
-def _count(slots: Tensor) -> int:
-    return int(slots.max()) + 1 if slots.numel() else 0
+def _on_host(slots: Tensor) -> list[Any] | None:
+    """Slots that can be read without waiting for a device."""
+    if slots.device.type != "cpu" or type(slots) is not Tensor or torch.compiler.is_compiling() or is_seen_into():
+        return None
+    found: list[Any] = slots.tolist()
+    return found
 
 
-def _plan(slots: Tensor, count: int, names: tuple[str, ...], device: torch.device) -> Rows:
-    runs = _runs(slots.reshape(-1), count) if slots.device.type == "cpu" else None
-    if slots.device != device and slots.dim() == 2 and slots.stride(1) == 0:
-        slots = (
-            slots[:, 0].to(device, non_blocking=True).unsqueeze(1).expand(slots.shape)
-        )  # one for a batch row crosses
-    slot = slots.to(device, non_blocking=True).reshape(-1).to(torch.int32)
-    # What is no slot comes before the first or after the last.
-    order = torch.argsort(slot, stable=True)
-    boundaries = torch.arange(count + 1, dtype=torch.int32, device=device)
-    first = torch.searchsorted(slot[order], boundaries, out_int32=True)
-    return Rows(slot, order.to(torch.int32), first, runs, names)
+def _flat(slots: list[Any]) -> list[int]:
+    return [slot for row in slots for slot in row] if slots and isinstance(slots[0], Sequence) else slots
 
 
-def _runs(slot: Tensor, count: int) -> Tensor:
+def _runs(slots: list[int], length: int) -> Tensor:
     """As many as the next power of two, so that operators see few different shapes."""
-    value, length = torch.unique_consecutive(slot, return_counts=True)
-    start = length.cumsum(0) - length
-    is_slot = (value >= 0) & (value < count)
-    value, start, length = value[is_slot], start[is_slot], length[is_slot]
-    by_slot = torch.argsort(value, stable=True)
-    runs = torch.zeros(max(1, 1 << (len(by_slot) - 1).bit_length()) if len(by_slot) else 1, 3, dtype=torch.int64)
-    runs[: len(by_slot)] = torch.stack((value, start, length), dim=1)[by_slot]
-    return runs
+    found, start = [], 0
+    for slot, neighbours in groupby(slots):
+        count = length * len(list(neighbours))
+        if slot >= 0 and count:
+            found.append((slot, start, count))
+        start += count
+    found.sort()
+    rest = (1 << (len(found) - 1).bit_length() if found else 1) - len(found)
+    return torch.tensor(found + [(0, 0, 0)] * rest, dtype=torch.int64, device="cpu")

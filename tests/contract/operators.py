@@ -50,6 +50,7 @@ class Operator:
         oracle: (case, tensors, dy) -> y and gradients in float64, from the same rounded inputs.
         draws: case -> how many draws join in one comparison of errors, which scatter where values are few.
         unrounded: results that have eager's bits.
+        shared: case -> bytes of what backward passes keep and all layers of a forward pass have in common.
         together: sets of tensors for whose gradients alone no more is kept than by eager; without it each is one.
         budget: cases and variants held against the error budget.
         exact: cases for ``make_exact``; ``exact_draws`` of them, and always ``exact_examples``, the first in float32.
@@ -95,6 +96,7 @@ class Operator:
     scaled: tuple[Case, ...] = ()
     unrounded: tuple[str, ...] = ()
     together: tuple[tuple[str, ...], ...] = ()
+    shared: Callable[[Case], int] = lambda case: 0
     deterministic: bool = False
     usual: Callable[[Case, Tensors], Tensor] | None = None
 

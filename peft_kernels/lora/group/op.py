@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ class Member(NamedTuple):
         lora_b: (N, r), in lora_a's dtype.
         scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
         bias: (N,) in x's dtype, or None.
-        ranks: of each slot, where the call has ``rows``; lora_a, lora_b and scale are then as ``lora_linear``'s there.
     """
 
     weight: Tensor
@@ -37,7 +36,6 @@ class Member(NamedTuple):
     lora_b: Tensor
     scale: float | Sequence[float] | Tensor = 1.0
     bias: Tensor | None = None
-    ranks: Sequence[int] | None = None
 
 
 class Update(NamedTuple):
@@ -65,6 +63,7 @@ def lora_group(
     dropout_p: float | list[float] | tuple[float, ...] = 0.0,
     seed: int | Tensor | None = None,
     rows: Rows | None = None,
+    ranks: Sequence[int] | Sequence[Sequence[int]] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply several linear layers that share x, and their low-rank updates, as one operation: q, k, v; gate, up.
@@ -82,7 +81,8 @@ def lora_group(
         dropout_p: in [0, 1), quantised to 1/65536; one for all members, or one for each; with ``rows`` one for all, or
             one for each slot.
         seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor on x's device fixes it.
-        rows: as ``lora_linear``'s, for all members.
+        rows: as ``lora_linear``'s, for all members, whose lora_a, lora_b and scale are then as there.
+        ranks: with ``rows``, of each slot, the same for all members, or a sequence for each.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 
@@ -108,11 +108,11 @@ def lora_group(
     weights, biases = tuple(member.weight for member in given), tuple(member.bias for member in given)
     if rows is not None:
         by_rows = [
-            slots_of_member(index, member.lora_a, member.lora_b, member.scale, member.ranks, dropout_p, rows)
-            for index, member in enumerate(given)
+            slots_of_member(index, *member[1:4], of_member, dropout_p, rows)
+            for index, (member, of_member) in enumerate(zip(given, _ranks(ranks, len(given)), strict=True))
         ]
         return rows_call(x, weights, biases, by_rows, rows, seed, backend)
-    if any(member.ranks is not None for member in given):
+    if ranks is not None:
         raise ValueError(f"{NAME}: ranks are those of the slots of rows, which is None")
     ps = _probabilities(dropout_p, len(given))
     updates = [
@@ -159,6 +159,14 @@ def _members(members: Sequence[Member]) -> list[Member]:
         if not isinstance(member, Member):
             raise ValueError(f"{NAME}: members[{index}] must be a Member, got {type(member).__name__}")
     return list(members)
+
+
+def _ranks(ranks: Sequence[int] | Sequence[Sequence[int]] | None, count: int) -> Sequence[Any]:
+    if isinstance(ranks, Sequence) and any(isinstance(each, Sequence) for each in ranks):
+        if len(ranks) != count:
+            raise ValueError(f"{NAME}: ranks must be those of each slot, or {count} such, as there are members")
+        return ranks
+    return [ranks] * count
 
 
 def _probabilities(p: float | list[float] | tuple[float, ...], count: int) -> Sequence[float]:

@@ -150,6 +150,8 @@ def slots_of_member(
     """
     if not isinstance(ranks, Sequence):
         raise ValueError(f"{NAME}: with rows, ranks must be a sequence of each slot's, got {ranks!r}")
+    if isinstance(rows, Rows) and len(ranks) != rows.slots:
+        raise ValueError(f"{NAME}: ranks must be one for each of the rows' {rows.slots} slots, got {len(ranks)}")
     if not isinstance(lora_a, Tensor) or lora_a.dim() != 2:
         got = tuple(lora_a.shape) if isinstance(lora_a, Tensor) else type(lora_a).__name__
         raise ValueError(f"{NAME}: lora_a must be (sum of ranks, K), got {got}")
@@ -188,7 +190,7 @@ def table_of(
 
 def _table(ranks: tuple[int, ...], limits: tuple[int, ...], device: torch.device) -> Table:
     firsts = [sum(ranks[:slot]) for slot in range(len(ranks))]
-    host = torch.tensor([firsts, list(ranks), list(limits)], dtype=torch.int32)
+    host = torch.tensor([firsts, list(ranks), list(limits)], dtype=torch.int32, device="cpu")
     return Table(host.to(device), host, max(ranks, default=0), any(limits))
 
 
@@ -277,7 +279,8 @@ def _results(problem: LoraRowsProblem, call: Inputs, implementation: Implementat
 
 
 def _reads(needs: Needs) -> Iterable[str]:
-    yield from ("tables", "host_tables", "scales", "slot", "order", "first", "runs")
+    if needs.x or any(needs.lora_a) or any(needs.lora_b):
+        yield from ("tables", "host_tables", "scales", "slot", "order", "first", "runs")
     if needs.x or any(needs.lora_a):
         yield from ("seed", "lora_b")
     if needs.x:

@@ -92,7 +92,8 @@ def forward(problem: LoraRowsProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (M, N_j) of each member, and S (M, sum of widths)."""
     x = inputs.x
     ys = [steps.base(x, weight, bias) for weight, bias in zip(inputs.weights, inputs.biases, strict=True)]
-    s = torch.empty(problem.m, sum(problem.widths), dtype=problem.wide_dtype, device=problem.device)
+    # Zeros, because what is in no slot's columns would be different each time.
+    s = torch.zeros(problem.m, sum(problem.widths), dtype=problem.wide_dtype, device=problem.device)
     facts = _Facts(problem, inputs)
     for part in _parts(problem, inputs):
         rows = part.take(x)
@@ -113,14 +114,14 @@ def backward(
     live = [index for index, member in enumerate(problem.members) if dys[member] is not None]
     # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
     needs_ds = needs.x or any(needs.lora_a[index] for index in live)
-    da = [torch.zeros_like(a) if need else None for a, need in zip(inputs.lora_a, needs.lora_a, strict=True)]
-    db = [torch.zeros_like(b) if need else None for b, need in zip(inputs.lora_b, needs.lora_b, strict=True)]
+    da, db = _zeros(problem, needs)
     dx: Tensor | None = None
     if needs.x:
         there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
         dx = steps.sum_of_base_gradients(_any_linear(problem), there, None)
-    facts = _Facts(problem, inputs)
-    for part in _parts(problem, inputs) if live and (needs_ds or any(needs.lora_b)) else ():
+    reads_slots = live and (needs_ds or any(needs.lora_b))
+    facts = _Facts(problem, inputs) if reads_slots else None
+    for part in _parts(problem, inputs) if facts else ():
         rows = None if inputs.x is None else part.take(inputs.x)
         of_dx = None if dx is None else part.take_apart(dx)
         of_dy = {member: part.take(dy) for member, dy in enumerate(dys) if dy is not None}
@@ -151,6 +152,17 @@ def backward(
         lora_a=tuple(_of_live(da, live)),
         lora_b=tuple(_of_live(db, live)),
     )
+
+
+def _zeros(problem: LoraRowsProblem, needs: Needs) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of the factors, where they are asked for."""
+    da: list[Tensor | None] = []
+    db: list[Tensor | None] = []
+    for index, (r, dtype) in enumerate(zip(problem.r, problem.adapter_dtypes, strict=True)):
+        n = problem.n[problem.members[index]]
+        for gradients, need, shape in ((da, needs.lora_a[index], (r, problem.k)), (db, needs.lora_b[index], (n, r))):
+            gradients.append(torch.zeros(shape, dtype=dtype, device=problem.device) if need else None)
+    return da, db
 
 
 def _of_live(gradients: list[Tensor | None], live: list[int]) -> Iterator[Tensor | None]:
