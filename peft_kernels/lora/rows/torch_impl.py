@@ -112,35 +112,15 @@ def backward(
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for; a member whose dY is None takes part in none of them."""
     live = [index for index, member in enumerate(problem.members) if dys[member] is not None]
-    # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
-    needs_ds = needs.x or any(needs.lora_a[index] for index in live)
-    da, db = _zeros(problem, needs)
     dx: Tensor | None = None
     if needs.x:
         there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
         dx = steps.sum_of_base_gradients(_any_linear(problem), there, None)
-    reads_slots = live and (needs_ds or any(needs.lora_b))
-    facts = _Facts(problem, inputs) if reads_slots else None
-    for part in _parts(problem, inputs) if facts else ():
-        rows = None if inputs.x is None else part.take(inputs.x)
-        of_dx = None if dx is None else part.take_apart(dx)
-        of_dy = {member: part.take(dy) for member, dy in enumerate(dys) if dy is not None}
-        for update in facts.updates(part, rows):
-            dy, a, b = of_dy.get(problem.members[update.index]), da[update.index], db[update.index]
-            if dy is None:
-                continue
-            asked = LinearNeeds(needs_ds, False, needs_ds, b is not None, False)
-            some = None if b is None else part.take_from_s(s, update.columns)
-            ds, of_b = steps.grad_up(update.linear, update.call, some, dy, asked)
-            if b is not None and of_b is not None:
-                b[:, update.ranks] = of_b
-            if ds is not None:
-                asked = LinearNeeds(of_dx is not None, False, a is not None, False, False)
-                of_a = steps.grad_down(update.linear, update.call, ds, of_dx, asked)
-                if a is not None and of_a is not None:
-                    a[update.ranks] = of_a
-        if dx is not None and of_dx is not None:
-            part.put(dx, of_dx)
+    da, db = _zeros(problem, needs)
+    # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
+    needs_ds = needs.x or any(needs.lora_a[index] for index in live)
+    if needs_ds or any(needs.lora_b[index] for index in live):
+        _add_slots(problem, inputs, s, dys, needs_ds, dx, da, db)
     return Gradients(
         x=dx,
         weights=tuple(
@@ -152,6 +132,40 @@ def backward(
         lora_a=tuple(_of_live(da, live)),
         lora_b=tuple(_of_live(db, live)),
     )
+
+
+def _add_slots(
+    problem: LoraRowsProblem,
+    inputs: Inputs,
+    s: Tensor,
+    dys: Sequence[Tensor | None],
+    needs_ds: bool,
+    dx: Tensor | None,
+    da: list[Tensor | None],
+    db: list[Tensor | None],
+) -> None:
+    """Each slot's part of dX, dA and dB, in place, those that there are."""
+    facts = _Facts(problem, inputs)
+    for part in _parts(problem, inputs):
+        rows = None if inputs.x is None else part.take(inputs.x)
+        of_dx = None if dx is None else part.take_apart(dx)
+        of_dys = {member: part.take(dy) for member, dy in enumerate(dys) if dy is not None}
+        for update in facts.updates(part, rows):
+            dy, a, b = of_dys.get(problem.members[update.index]), da[update.index], db[update.index]
+            if dy is None:
+                continue
+            some = None if b is None else part.take_from_s(s, update.columns)
+            asked = LinearNeeds(needs_ds, False, needs_ds, b is not None, False)
+            ds, of_b = steps.grad_up(update.linear, update.call, some, dy, asked)
+            if b is not None and of_b is not None:
+                b[:, update.ranks] = of_b
+            if ds is not None:
+                asked = LinearNeeds(of_dx is not None, False, a is not None, False, False)
+                of_a = steps.grad_down(update.linear, update.call, ds, of_dx, asked)
+                if a is not None and of_a is not None:
+                    a[update.ranks] = of_a
+        if dx is not None and of_dx is not None:
+            part.put(dx, of_dx)
 
 
 def _zeros(problem: LoraRowsProblem, needs: Needs) -> tuple[list[Tensor | None], list[Tensor | None]]:
