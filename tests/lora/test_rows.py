@@ -184,13 +184,16 @@ def test_rows_without_an_adapter_have_the_bits_of_the_base(backend: str, p: floa
     assert not torch.isclose(y, base, rtol=1e-2).all(1)[~plain].any()
 
 
+@pytest.mark.parametrize("host_knows", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @each_backend
-def test_what_a_row_does_not_use_reaches_nothing(backend: str, p: float) -> None:
+def test_what_a_row_does_not_use_reaches_nothing(backend: str, p: float, host_knows: bool) -> None:
     """Neither nan in adapters without rows, nor inf in other rows."""
     layer = _layer(torch.float32, (4, 3, 6))
     slot = [0, 2] * 18 + [-1]
     rows = pk.Rows.of(slot, known=3)
+    if not host_knows:
+        rows = dataclasses.replace(rows, runs=None)
 
     def run(**changed: Tensor) -> dict[str, Tensor]:
         given = layer | changed

@@ -65,7 +65,10 @@ class _Part:
             tensor.index_copy_(0, self.rows, rows)
 
     def take_from_s(self, s: Tensor, columns: slice) -> Tensor:
-        rows = s[self.of_s, columns]
+        return self.alone(s[self.of_s, columns])
+
+    def alone(self, rows: Tensor) -> Tensor:
+        """Rows of the part without what an adapter that is nan made of others' zeros."""
         return rows if self.mine is None else torch.where(self.mine, rows, 0.0)
 
     def put_into_s(self, s: Tensor, columns: slice, rows: Tensor) -> None:
@@ -160,6 +163,7 @@ def _add_slots(
             if b is not None and of_b is not None:
                 b[:, update.ranks] = of_b
             if ds is not None:
+                ds = part.alone(ds)
                 asked = LinearNeeds(of_dx is not None, False, a is not None, False, False)
                 of_a = steps.grad_down(update.linear, update.call, ds, of_dx, asked)
                 if a is not None and of_a is not None:
