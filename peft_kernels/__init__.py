@@ -8,7 +8,7 @@ try:
     from peft_kernels._core.explain import explain
     from peft_kernels._core.rows import Rows
     from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
-    from peft_kernels.integrations import apply, revert
+    from peft_kernels.integrations import apply, mixed_batch, revert
     from peft_kernels.lora import (
         FusedLoRALinear,
         Member,
@@ -59,6 +59,7 @@ __all__ = [
     "lora_linear_dropout_mask",
     "lora_parameters",
     "lora_state_dict",
+    "mixed_batch",
     "prefix_attention",
     "prompt_tuning",
     "revert",

@@ -2,6 +2,7 @@
 
 peft/, adapterhub/, transformers/   what concerns one library, and the names for its users
 apply_revert.py                     which libraries a model is of; apply, revert
+mixed_batches.py                    mixed_batch
 report.py                           what apply found, and what fell back since
 kept.py                             base weights of before a merge, kept beside the layers
 rules.py                            the reasons for fallbacks, and docs/integrations.md's tables of them
@@ -21,9 +22,10 @@ import importlib
 from types import ModuleType
 
 from peft_kernels.integrations.apply_revert import apply, revert
+from peft_kernels.integrations.mixed_batches import mixed_batch
 from peft_kernels.integrations.report import Report
 
-__all__ = ["Report", "apply", "revert"]
+__all__ = ["Report", "apply", "mixed_batch", "revert"]
 
 _LAZY = ("adapterhub", "peft", "transformers")
 

@@ -15,7 +15,17 @@ pytest.importorskip("transformers")
 import peft_kernels as pk
 from peft_kernels.integrations.peft.layers import FusedLoraLinear
 from python_ref import compare
-from tests.integrations.models import ARCHITECTURES, assert_same, build, lora_layers, pair, randomize, run, tokens
+from tests.integrations.models import (
+    ARCHITECTURES,
+    CLOSE,
+    assert_same,
+    build,
+    lora_layers,
+    pair,
+    randomize,
+    run,
+    tokens,
+)
 
 _DRAWS = 12
 
@@ -165,8 +175,8 @@ class TestFallbacks:
         names = ["default", "other1", "__base__"]
         with torch.no_grad():
             got, expected = (m(input_ids=tokens(), adapter_names=names).logits for m in (fused.eval(), plain.eval()))
-        compare.assert_bitwise_equal("logits", got, expected)
-        assert set(report.fallback_calls) == {"adapter_names mixes adapters within a batch"}
+        torch.testing.assert_close(got, expected, **CLOSE)
+        assert not report.fallback_calls
 
     def test_hooks_on_parts_run(self) -> None:
         fused, _, report = pair()
@@ -211,12 +221,12 @@ class TestFallbacks:
         assert_same(fused, plain)
         assert set(report.fallback_calls) == {"no adapter is active"}
 
-    def test_further_arguments(self) -> None:
+    def test_offsets_mean_nothing_to_plain_lora(self) -> None:
         fused, plain, report = pair()
         x = torch.randn(3, 32)
         got, expected = (lora_layers(model)[0](x, alora_offsets=[1, 1, 1]) for model in (fused, plain))
-        compare.assert_bitwise_equal("y", got, expected)
-        assert set(report.fallback_calls) == {"the call has arguments beside x"}
+        torch.testing.assert_close(got, expected, **CLOSE)
+        assert not report.fallback_calls
 
     def test_adapters_of_several_dtypes(self) -> None:
         fused, plain, report = pair(adapters=2)

@@ -5,6 +5,9 @@ A model that PEFT built needs none of this: ``peft_kernels.apply`` leaves it PEF
 layers.py          PEFT's LoRA layers: class swap, the fused forward
 eligibility.py     which of them are fused, and which calls: every rule
 operands.py        what a call of a layer computes with, and the operations that this makes
+by_row.py          which adapter each row of a call uses, and the plan that this is
+slots.py           what a call computes with whose rows choose among adapters
+mixed.py           mixed_batch: the batch that surrounds a call, and checkpointed calls that take it along
 groups.py          apply's groups: which parents have layers that may share an input
 grouped.py         the forward of a layer that may be a member of a group
 siblings.py        what the layers of one parent share: groups, parked outputs, seeds

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
+from peft_kernels.integrations.peft.by_row import ByRow
 from peft_kernels.integrations.peft.operands import Modules, Operands, active, operands_of
+from peft_kernels.integrations.peft.slots import Slots, named, slots_of
 from peft_kernels.integrations.rules import Support
 from peft_kernels.integrations.sites import library_class
 
@@ -25,6 +28,7 @@ SUPPORT = Support(
         "rsLoRA, `rank_pattern`, `alpha_pattern`, `lora_bias`, PiSSA and other initialisations",
         "adapters in float32 on a half-precision base, autocast, dropout in training",
         "several active adapters in one call, each with its own dropout",
+        "`adapter_names`, in `generate` too, and `mixed_batch`: several adapters in one batch; aLoRA",
     ),
 )
 _OTHER_LAYER = SUPPORT.rule(
@@ -39,7 +43,11 @@ _NO_ADAPTER = SUPPORT.rule("a call while none of the layer's adapters is active"
 _OTHER_BASE = SUPPORT.rule(
     "a base layer of another class, a parametrized one too", "its base layer is {base}, not nn.Linear or Conv1D"
 )
-_VARIANT = SUPPORT.rule("DoRA, aLoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
+_VARIANT = SUPPORT.rule("DoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
+_BESIDE_ALORA = SUPPORT.rule(
+    "aLoRA beside other active adapters, but for those that `adapter_names` give to other rows",
+    "an aLoRA adapter of it is active beside others",
+)
 _OTHER_FACTOR = SUPPORT.rule(
     "`lora_A` or `lora_B` of another class, `lora_A` with a bias",
     "lora_A is {down} and lora_B {up}, not two nn.Linear of which the first has no bias",
@@ -55,7 +63,16 @@ _HOOKED = SUPPORT.rule(
 _NO_PLAIN_WEIGHT = SUPPORT.rule(
     "a weight that is a tensor subclass, or not strided", "a weight of it is a {weight}, not a plain tensor"
 )
-_ADAPTER_NAMES = SUPPORT.rule("`adapter_names` in the call", "adapter_names mixes adapters within a batch")
+_NO_NAMES = SUPPORT.rule(
+    "`adapter_names` that are no list, or not one for each row of x: PEFT raises", "adapter_names do not fit x's rows"
+)
+_BIAS_BY_ROW = SUPPORT.rule(
+    "`lora_bias` of adapters among `adapter_names`", "an adapter that rows choose has a bias (lora_bias)"
+)
+_ALORA_ROWS = SUPPORT.rule(
+    "aLoRA on an input of more than three dimensions, or with other than one offset a row: PEFT raises",
+    "alora_offsets do not fit x's rows",
+)
 _MORE_ARGUMENTS = SUPPORT.rule("a call with further arguments", "the call has arguments beside x")
 _SEVERAL_DEVICES = SUPPORT.rule("tensors on several devices", "its tensors are on several devices")
 _SEVERAL_DTYPES = SUPPORT.rule("active adapters of several dtypes", "its adapters have several dtypes")
@@ -67,8 +84,8 @@ _ADAPTER_DTYPE = SUPPORT.rule(
 
 # What the fused layer does without calling it.
 OWN = OwnMethods(
-    *((PeftLinear, name) for name in ("forward", "_cast_input_dtype", "_check_forward_args")),
-    *((cls, "forward") for cls in (nn.Linear, Conv1D, nn.Dropout)),
+    *((PeftLinear, name) for name in ("forward", "_cast_input_dtype", "_check_forward_args", "_mixed_batch_forward")),
+    *((cls, "forward") for cls in (nn.Linear, Conv1D, nn.Dropout, ALoraLinearVariant)),
     (F, "linear"),
 )
 
@@ -80,7 +97,8 @@ def why_not(layer: Any) -> str | None:
     if has_other_forward(layer):
         return _OTHER_FORWARD()
     adapters = active(layer)
-    return _why_not_modules(layer, adapters) or _why_not_operands(operands_of(layer, adapters))
+    may_be_late = len(adapters) == 1
+    return _why_not_modules(layer, adapters, may_be_late) or _why_not_operands(operands_of(layer, adapters))
 
 
 def why_not_now(layer: Any) -> str | None:
@@ -107,17 +125,40 @@ def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs
     return _why_not_operands(operands) or _why_not_call(layer, operands, x, args, kwargs) or operands
 
 
+def slots_of_call(
+    layer: PeftLinear, by_row: ByRow, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Slots | str | None:
+    """What a call computes with whose rows choose adapters; None: what the base layer does; or why it is not fused."""
+    reason = _why_not_merged(layer) or calls.why_not_input(x) or _why_not_arguments(args, kwargs)
+    reason = reason or _why_not_names(by_row.names, x)
+    if reason is not None:
+        return reason
+    adapters = named(layer, by_row.adapters)
+    late = frozenset([adapter.name for adapter in adapters if is_late(layer, adapter.name)])
+    reason = (_why_not_offsets(by_row, x) if late else None) or _why_not_modules(layer, adapters, may_be_late=True)
+    if reason is not None or not adapters:
+        return reason
+    operands = operands_of(layer, adapters)
+    reason = _why_not_operands(operands) or _why_not_beside(layer, operands, x, by_row=True)
+    return reason or slots_of(layer, operands, adapters, x, by_row.rows(x, late))
+
+
+def is_late(layer: Any, name: str) -> bool:
+    """Whether an adapter changes the last tokens of a row alone, from its invocation on: PEFT's aLoRA."""
+    return type(layer.lora_variant.get(name)) is ALoraLinearVariant
+
+
 def _why_not_state(layer: PeftLinear, adapters: list[Modules]) -> str | None:
+    return _why_not_merged(layer) or (None if adapters else _NO_ADAPTER())
+
+
+def _why_not_merged(layer: PeftLinear) -> str | None:
     if layer.disable_adapters:
         return _DISABLED()
-    if layer.merged:
-        return _MERGED()
-    if not adapters:
-        return _NO_ADAPTER()
-    return None
+    return _MERGED() if layer.merged else None
 
 
-def _why_not_modules(layer: PeftLinear, adapters: list[Modules]) -> str | None:
+def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bool = False) -> str | None:
     replaced = OWN.replaced()
     if replaced is not None or "_cast_input_dtype" in layer.__dict__:
         return _REPLACED(method=replaced or "its _cast_input_dtype")
@@ -126,7 +167,9 @@ def _why_not_modules(layer: PeftLinear, adapters: list[Modules]) -> str | None:
         return _OTHER_BASE(base=type(base).__name__)
     hooked = is_hooked(base)
     for name, down, up, dropout, scaling in adapters:
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and not (may_be_late and is_late(layer, name)):
+            if is_late(layer, name):
+                return _BESIDE_ALORA()
             return _VARIANT(variant=type(layer.lora_variant[name]).__name__)
         if not (_is_linear(down) and _is_linear(up)) or down.bias is not None:
             return _OTHER_FACTOR(down=down, up=up)
@@ -149,27 +192,47 @@ def _why_not_call(
     layer: PeftLinear, operands: Operands, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """Reason that lies in the arguments, or in dtypes and devices."""
-    if kwargs.get("adapter_names") is not None:
-        return _ADAPTER_NAMES()
-    if args or any(
-        value is not None or key not in VARIANT_KWARG_KEYS for key, value in kwargs.items() if key != "adapter_names"
-    ):
+    reason = _why_not_arguments(args, kwargs) or calls.why_not_input(x)
+    return reason or _why_not_names(kwargs.get("adapter_names"), x) or _why_not_beside(layer, operands, x)
+
+
+def _why_not_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if args or any(key not in VARIANT_KWARG_KEYS for key in kwargs if key != "adapter_names"):
         return _MORE_ARGUMENTS()
-    return calls.why_not_input(x) or _why_not_beside(layer, operands, x)
+    return None
 
 
-def _why_not_beside(layer: PeftLinear, operands: Operands, x: Tensor) -> str | None:
-    """Reason that lies in dtypes, devices and dropout, beside an input that is like x."""
+def _why_not_names(names: Any, x: Tensor) -> str | None:
+    if names is None or (isinstance(names, (list, tuple)) and x.dim() > 1 and len(names) == x.shape[0]):
+        return None
+    return _NO_NAMES()
+
+
+def _why_not_offsets(by_row: ByRow, x: Tensor) -> str | None:
+    is_one_each = by_row.offsets is None or len(by_row.offsets) == x.shape[0]
+    return None if is_one_each and x.dim() <= 3 else _ALORA_ROWS()
+
+
+def _why_not_beside(layer: PeftLinear, operands: Operands, x: Tensor, by_row: bool = False) -> str | None:
+    """Reason that lies in dtypes, devices, dropout and biases, beside an input that is like x.
+
+    Where rows choose adapters, factors may be of two dtypes: in float32 all of them have their bits.
+    """
     device = x.device
     if any(tensor.device != device for tensor in operands.tensors()):
         return _SEVERAL_DEVICES()
+    if by_row and any(bias is not None for bias in operands.up_biases):
+        return _BIAS_BY_ROW()
     dtypes = {factor.dtype for factor in (*operands.downs, *operands.ups)}
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 and not by_row:
         return _SEVERAL_DTYPES()
     greatest = max(operands.ps)
     if greatest >= 1:
         return _DROPS_ALL(p=greatest)
-    return _why_not_dtypes(x, operands.weight.dtype, dtypes.pop(), getattr(layer, "cast_input_dtype_enabled", True))
+    casts_input, reason = by_row or getattr(layer, "cast_input_dtype_enabled", True), None
+    for dtype in dtypes:
+        reason = reason or _why_not_dtypes(x, operands.weight.dtype, dtype, casts_input)
+    return reason
 
 
 def _why_not_dtypes(x: Tensor, base: torch.dtype, adapter: torch.dtype, casts_input: bool) -> str | None:

@@ -41,7 +41,7 @@ class GroupedLoraLinear(FusedLoraLinear):
         if isinstance(self, GroupedLoraLinear):
             siblings, name = place_of(self)
             scope = None if siblings is None else siblings.scope()
-            if scope is not None:
+            if scope is not None and layers.chosen_by_rows(self, x, kwargs) is None:
                 return _in_scope(self, scope, name, x, args, kwargs)
         return FusedLoraLinear.forward(self, x, *args, **kwargs)
 

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from peft_kernels._core.errors import UnsupportedError
-from peft_kernels.integrations.peft import siblings
+from peft_kernels.integrations.peft import mixed, siblings
 from peft_kernels.integrations.peft.grouped import PLACE, GroupedLoraLinear, place_of
 from peft_kernels.integrations.peft.layers import FusedLoraLinear
 from peft_kernels.integrations.peft.siblings import Group, Siblings, attach, attached, detach
@@ -80,8 +80,9 @@ def install(model: nn.Module, parents: Sequence[Wanted]) -> tuple[Grouped, ...]:
 
 
 def remove(model: nn.Module) -> None:
-    """Take everything off again that ``install`` put on."""
+    """Take everything off again that ``install`` put on, and what ``mixed_batch`` did."""
     _remove(model, {})
+    mixed.unbind_checkpoints(model)
 
 
 def _remove(model: nn.Module, keep: dict[nn.Module, Siblings]) -> None:
