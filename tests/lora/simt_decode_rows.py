@@ -123,6 +123,11 @@ class Case:
         """A slot's rows of A."""
         return slice(self.firsts[slot], self.firsts[slot] + self.ranks[slot])
 
+    @property
+    def adapters(self) -> list[int]:
+        """Of each token the slot whose update it has, or -1."""
+        return [slot if 0 <= slot < len(self.ranks) and self.ranks[slot] else -1 for slot in self.slots]
+
     def __str__(self) -> str:
         slots, ranks = (".".join(map(str, each)) for each in (self.slots, self.ranks))
         return f"{self.m}x{self.n}x{self.k}-t{slots}-r{ranks}-{dtypes_name(self.dtype, self.adapter_dtype)}"
@@ -138,7 +143,7 @@ class Tensors(NamedTuple):
 
 
 def make(case: Case, seed: int = 0) -> Tensors:
-    """The low-rank term is about as large as the base product. What no token uses is nan."""
+    """The low-rank term is about as large as the base product. What no token uses is nan, a scale of rank 0 too."""
     draw, total = Draw(seed), sum(case.ranks)
     up = draw.normal(case.n, total)
     for slot, rank in enumerate(case.ranks):
@@ -171,7 +176,7 @@ def make_exact(case: Case, seed: int = 0) -> Tensors:
 def _as_asked(case: Case, *drawn: Tensor) -> Tensors:
     x, weight, lora_a, lora_b, bias, scales = drawn
     adapter = case.adapter_dtype or case.dtype
-    for slot in set(range(len(case.ranks))) - set(case.slots):
+    for slot in set(range(len(case.ranks))) - set(case.adapters):
         lora_a[case.of(slot)], lora_b[:, case.of(slot)], scales[slot] = torch.nan, torch.nan, torch.nan
     bias = bias.to(case.dtype) if case.bias else None
     half = x.to(case.dtype), weight.to(case.dtype), lora_a.to(adapter), lora_b.to(adapter)
@@ -183,14 +188,14 @@ def expected(case: Case, tensors: Tensors) -> tuple[Tensor, Tensor]:
     wide = [None if tensor is None else tensor.double() for tensor in tensors]
     x, weight, lora_a, lora_b, bias, scales = wide
     s = torch.zeros(case.m, case.width, dtype=torch.float64)
-    for token, slot in enumerate(case.slots):
-        if 0 <= slot < len(case.ranks):
+    for token, slot in enumerate(case.adapters):
+        if slot >= 0:
             s[token, : case.ranks[slot]] = lora_a[case.of(slot)] @ x[token]
     slots = [
         oracle.Slot(lora_a[case.of(slot)], lora_b[:, case.of(slot)], float(scales[slot]))
         for slot in range(len(case.ranks))
     ]
-    return oracle.rows_forward(x, weight, slots, _known(case), bias), s
+    return oracle.rows_forward(x, weight, slots, case.adapters, bias), s
 
 
 def eager(case: Case, tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -199,16 +204,12 @@ def eager(case: Case, tensors: Tensors) -> tuple[Tensor, Tensor]:
         oracle.Slot(tensors.lora_a[case.of(slot)], tensors.lora_b[:, case.of(slot)], float(tensors.scales[slot]))
         for slot in range(len(case.ranks))
     ]
-    y = oracle.eager_rows(tensors.x, tensors.weight, slots, _known(case), tensors.bias)
+    y = oracle.eager_rows(tensors.x, tensors.weight, slots, case.adapters, tensors.bias)
     s = torch.zeros(case.m, case.width)
-    for token, slot in enumerate(_known(case)):
+    for token, slot in enumerate(case.adapters):
         if slot >= 0:
             s[token, : case.ranks[slot]] = tensors.lora_a[case.of(slot)].float() @ tensors.x[token].float()
     return y, s
-
-
-def _known(case: Case) -> list[int]:
-    return [slot if 0 <= slot < len(case.ranks) else -1 for slot in case.slots]
 
 
 def run(
@@ -231,7 +232,8 @@ def run(
         repeat_nonce, zero_flags: what a graph's replays do, and what is done about it.
         faulty: a program of ``tests.simt.faults``, and which of its versions.
     """
-    rows = Rows.of(torch.tensor(_known(case)), known=len(case.ranks))
+    known = [slot if 0 <= slot < len(case.ranks) else -1 for slot in case.slots]
+    rows = Rows.of(torch.tensor(known), known=len(case.ranks))
     stride, count = spare[0] + case.width + spare[1], len(case.ranks)
     arguments = {
         "m": case.m,
@@ -269,7 +271,7 @@ def run(
     assert kept[:, : spare[0]].isnan().all() and kept[:, spare[0] + case.width :].isnan().all()
     s = torch.zeros(case.m, case.width)
     for place, token in enumerate(rows.order.tolist()):
-        rank = case.ranks[slot] if (slot := _known(case)[token]) >= 0 else 0
+        rank = case.ranks[case.adapters[token]] if case.adapters[token] >= 0 else 0
         own = kept[place, spare[0] : spare[0] + case.width]
         assert own[rank:].isnan().all(), "S has more columns than the token's rank"
         s[token, :rank] = own[:rank]
