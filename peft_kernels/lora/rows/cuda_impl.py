@@ -101,7 +101,7 @@ def _cases(part: str, hardware: Hardware) -> Sequence[RowsCase]:
         RowsCase(16, (1031, 200), 1024, (1,) * 16, (16,) * 16, (0.0,) * 16, *dtypes),
         RowsCase(13, (200,), 520, (5, 0, 6), (64, 8, 3), (0.0,) * 3, *dtypes),
         RowsCase(7, (64,), 4104, (2, 0, 1, 3), (130, 40, 0, 33), (0.0,) * 4, *dtypes),
-        RowsCase(1, (72,), 264, (0, 1), (8, 5), (0.0,) * 2, *dtypes),
+        RowsCase(1, (72,), 264, (0, 1), (3, 5), (0.0,) * 2, *dtypes),
     )
 
 

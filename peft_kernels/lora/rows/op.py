@@ -79,7 +79,7 @@ def rows_call(
         seed, backend: as ``lora_linear``'s. A row's mask is that which it would have without ``rows``.
 
     Returns:
-        y_j (..., N_j) of each member. A row without an adapter has the bits of the frozen layer.
+        y_j (..., N_j) of each member. A row without an adapter has the bits of the backend's frozen product.
 
     Raises:
         ValueError: a shape, dtype, device, probability, seed or backend name is wrong.
