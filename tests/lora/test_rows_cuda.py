@@ -137,6 +137,14 @@ def test_strides_reach_the_kernel(emulated: EmulatedExtension) -> None:
     assert (call["slot"][1], call["scales"][1], call["bias"][1]) == (0, 0, 2)
 
 
+def test_slots_of_several_tiles_of_ranks(emulated: EmulatedExtension) -> None:
+    """As many ranks in use as there can be, and a slot more than there are rows."""
+    case = dataclasses.replace(MIXED, slots=(2, 0, 3), ranks=(64, 1, 64, 64))
+    tensors = make_exact(case)
+    assert torch.equal(_call(case, tensors, _rows(case)).double(), expected(case, tensors)[0])
+    assert [call["r"] for call in emulated.calls] == [192]
+
+
 def test_a_member_without_adapters_is_the_frozen_layer(emulated: EmulatedExtension) -> None:
     """One without an update, and one whose slots all have rank 0, are torch's; S is that of the others."""
     tensors, rows = make(MIXED), _rows(MIXED)
