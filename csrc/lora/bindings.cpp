@@ -45,8 +45,9 @@ py::tuple gemm_tiles(
 
 void bind(py::module_& module) {
   module.attr("GEMM_MAX_RANK") = kGemmMaxRank;
-  module.def("decode_workspace", &decode_workspace,
-             "Flags and bytes of decode_forward's workspace, which begins with the flags, 8 bytes each.");
+  module.def(
+      "decode_workspace", &decode_workspace,
+      "Flags and bytes of decode_forward's and decode_rows's workspace, which begins with the flags, 8 bytes each.");
   module.def("gemm_workspace", &gemm_workspace, py::kw_only(), py::arg("m"), py::arg("r"),
              "Flags and bytes of gemm_sm90's workspace, which begins with the flags, 8 bytes each.");
   module.def("reduce_workspace", &reduce_workspace, py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"),
@@ -66,6 +67,9 @@ void bind(py::module_& module) {
               "Write the keep-mask (rows, cols), one byte an element, of the 0-d int64 seed.");
   bind_launch(module, "decode_forward", decode_forward,
               "Write y (m, n) and S (m, r) of at most 16 tokens. scale: address of a float32 or None, and a number.");
+  bind_launch(module, "decode_rows", decode_rows,
+              "Write y (m, n) and S (m, width) of at most 16 tokens, each with the adapter of its slot, as "
+              "DecodeRowsParams says.");
   bind_launch(module, "gemm_sm90", gemm_sm90,
               "Write y (m, n) and S (m, r) as GemmParams says. scale: address of a float32 or None, and a number.");
   bind_launch(module, "reduce_rows", reduce_rows,

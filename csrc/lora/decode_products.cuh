@@ -38,12 +38,19 @@ struct Thread {
   __device__ __forceinline__ int column(int output) const { return lane + kWarpRows * (output % kRowGroups); }
 };
 
-// A tile's rows of W or A, in memory.
+// A tile's rows of W or A, in memory. Beyond the last one it is the last one again.
 template <typename TRow>
 struct Rows {
+  using Element = TRow;
+
   const TRow* gBase;
   int64_t stride;
   int first, end;
+
+  __device__ __forceinline__ const TRow* row(int index) const {
+    const int row = at_most(first + index, end - 1);
+    return gBase + row * stride;
+  }
 };
 
 // What a lane holds of the warp's sums over k, for up to kTokens tokens.
@@ -138,15 +145,16 @@ PEFT_KERNELS_HOST_DEVICE constexpr int offset_of(int step) {
   return step / kSteps * (kWarpsOfK * kChunkK) + step % kSteps * kStepK;
 }
 
-// sums += x times the warp's rows, over its chunks. Rows and tokens beyond the last one are the last one again, which
-// costs no bytes and no predicates; what comes of them is stored nowhere.
+// sums += x times the warp's rows, over its chunks; TRows is Rows or has what it has. Rows and tokens beyond the last
+// one are the last one again, which costs no bytes and no predicates; what comes of them is stored nowhere.
 //
 // Registers are a ring of kAhead steps of rows: while one step is multiplied, the others are on their way, and what is
 // free is loaded anew at once. x is loaded one step before its use, as it comes from L1 and L2. Loads beyond the end
 // are zeros.
-template <typename T, int kTokens, typename TRow>
+template <typename T, int kTokens, typename TRows>
 __device__ __forceinline__ void accumulate(
-    Sums<kTokens>& sums, const Thread& thread, const DecodeParams& params, const Rows<TRow>& rows, const Range& range) {
+    Sums<kTokens>& sums, const Thread& thread, const DecodeParams& params, const TRows& rows, const Range& range) {
+  using TRow = typename TRows::Element;
   constexpr int kVectors = sizeof(TRow) / sizeof(T);
   // Float32 rows, which are A's, take twice the registers, and W's are a hundred times as many.
   constexpr int kAhead = kVectors == 1 ? steps_ahead(kTokens) : 1;
@@ -161,8 +169,7 @@ __device__ __forceinline__ void accumulate(
   const TRow* gRow[kSubtiles];
 #pragma unroll
   for (int i = 0; i < kSubtiles; ++i) {
-    const int row = at_most(rows.first + thread.first_row() + thread.group + 8 * i, rows.end - 1);
-    gRow[i] = rows.gBase + row * rows.stride + first;
+    gRow[i] = rows.row(thread.first_row() + thread.group + 8 * i) + first;
   }
   // Up to the end of k or of the range; k is a multiple of a vector.
   int left = at_most(params.shape.k, range.end * kChunkK) - first;

@@ -72,16 +72,15 @@ struct DecodeParams {
   int grid;
 };
 
+// All but the scale and S.
 template <typename Take>
-void fields(Take& take, DecodeParams& params) {
+void fields_of_layer(Take& take, DecodeParams& params) {
   take("x", params.x, params.x_stride);
   take("weight", params.weight, params.weight_stride);
   take("lora_a", params.lora_a, params.a_stride);
   take("lora_b", params.lora_b, params.b_stride_n, params.b_stride_r);
   take("bias", params.bias, params.bias_stride);
-  take("scale", params.scale, params.scale_value);
   take("y", params.y);
-  take("s", params.s);
   take("workspace", params.flags);
   take("nonce", params.nonce);
   fields(take, params.shape);
@@ -90,9 +89,52 @@ void fields(Take& take, DecodeParams& params) {
   take("grid", params.grid);
 }
 
+template <typename Take>
+void fields(Take& take, DecodeParams& params) {
+  fields_of_layer(take, params);
+  take("scale", params.scale, params.scale_value);
+  take("s", params.s);
+}
+
 // `flags` is the beginning of a workspace of decode::workspace_bytes, in which partials finds its place. All CTAs must
 // be resident together: the launch is cooperative, and fails where `grid` is too large for that.
 void decode_forward(const DecodeParams& given, cudaStream_t stream);
+
+// A row of the table of slots.
+enum TableRow { kFirst, kRank };
+
+// Each token has the adapter of a slot, or none: a slot's A is rows first ... first + rank - 1 of lora_a (a_rows, k),
+// its B those columns of lora_b (n, a_rows), and its scale an element of `scale`.
+struct DecodeRowsParams {
+  // r: no less than the ranks of all slots that tokens have, added up. scale: (slots,). s: (m, a slot's greatest rank),
+  // rows contiguous; row i is token order[i]'s, of which its slot's rank are written.
+  DecodeParams layer;
+  const int32_t* slot;   // (m,); what is not 0 ... slots - 1 is no adapter
+  const int32_t* order;  // (m,), a permutation of the tokens
+  const int32_t* table;  // (rows of TableRow or more, slots), rows contiguous
+  int64_t scale_stride;
+  int64_t s_stride;
+  int64_t slot_stride;
+  int64_t order_stride;
+  int64_t table_stride;
+  int slots;
+  int a_rows;
+};
+
+template <typename Take>
+void fields(Take& take, DecodeRowsParams& params) {
+  fields_of_layer(take, params.layer);
+  take("scales", params.layer.scale, params.scale_stride);
+  take("s", params.layer.s, params.s_stride);
+  take("slot", params.slot, params.slot_stride);
+  take("order", params.order, params.order_stride);
+  take("table", params.table, params.table_stride);
+  take("slots", params.slots);
+  take("a_rows", params.a_rows);
+}
+
+// As decode_forward, whose workspace it has.
+void decode_rows(const DecodeRowsParams& given, cudaStream_t stream);
 
 // Forward: y (m, n) = x w^T + bias + f S up^T and S = x down^T, with w (n, k), down = A (r, k), up = B (n, r).
 // Backward: the gradients dX = dY W + dS A and dS = f dY B under the names y, S and x = dY, with w = W (k, n), down = B

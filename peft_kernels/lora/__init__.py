@@ -25,7 +25,7 @@ Map, bottom to top:
         triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                              (dS, dB, dbias; dA)
         triton_dropout.py  the mask, recomputed in a kernel's registers; `drop` and `add_dropped` alone
         cuda_workspace.py  memory and nonces of launches whose blocks hand each other results
-        cuda_decode.py     the launch of csrc/lora/decode.cuh                              (S, y; M <= 16)
+        cuda_decode.py     the launches of csrc/lora/decode.cuh and decode_rows.cuh        (S, y; M <= 16)
         cuda_gemm.py       the launches of csrc/lora/gemm_sm90.cuh                         (S, y; dS, dX)
         cuda_reduce.py     the launch of csrc/lora/reduce.cuh                              (dA, dB, dbias; also dS)
     linear/                the operator `lora_linear`

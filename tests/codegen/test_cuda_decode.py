@@ -1,4 +1,4 @@
-"""Machine code of the decode kernel, for every architecture that the extension was built for."""
+"""Machine code of the decode kernels, for every architecture that the extension was built for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from tests.codegen import cubin, loops
 
 pytestmark = pytest.mark.cpu_only
 
-PATTERN = r"4lora.*decode_kernelI"
+# Of one adapter, and of one for each token.
+PATTERNS = (r"4lora.*decode_kernelI", r"4lora.*decode_rows_kernelI")
 ARCHS = ("80", "86", "89", "90a", "100")
 # __launch_bounds__(256, 2) leaves each thread 128 of a multiprocessor's 65536 registers.
 MOST_REGISTERS = 65536 // (2 * 256)
@@ -22,11 +23,10 @@ STEPS_AHEAD = {8: 4, 16: 3}
 UNDER_WAY = {8: 64 * 1024, 16: 32 * 1024}
 
 
-@pytest.fixture(scope="module", params=ARCHS)
+@pytest.fixture(scope="module", params=[(arch, pattern) for pattern in PATTERNS for arch in ARCHS], ids="-".join)
 def kernels(request: pytest.FixtureRequest) -> list[cubin.Kernel]:
     """bf16 and fp16, with adapters of that dtype and with float32 ones, for 8 tokens and for 16."""
-    arch = request.param
-    found = cubin.kernels(arch, PATTERN)
+    found = cubin.kernels(*request.param)
     assert len(found) == 8
     return found
 
@@ -85,10 +85,10 @@ def test_what_other_blocks_write_is_read_coherently(kernels: list[cubin.Kernel])
 
 
 def _tokens(kernel: cubin.Kernel) -> int:
-    match = re.search(r"Li(\d+)EEEvNS0_12DecodeParamsE$", kernel.name)
+    match = re.search(r"Li(\d+)EEEvNS0_\d+Decode(Rows)?ParamsE$", kernel.name)
     assert match, kernel.name
     return int(match[1])
 
 
 def _has_wide_adapters(kernel: cubin.Kernel) -> bool:
-    return re.search(r"fLi\d+EEEvNS0_12DecodeParamsE$", kernel.name) is not None
+    return re.search(r"fLi\d+EEEvNS0_\d+Decode(Rows)?ParamsE$", kernel.name) is not None

@@ -192,6 +192,51 @@ def test_bad_arguments_of_decode(built: ModuleType, wrong: dict[str, Any], messa
         built.lora.decode_forward(**DECODE | wrong)
 
 
+DECODE_ROWS = {
+    **{name: value for name, value in DECODE.items() if name != "scale"},
+    "scales": (64, 1),
+    "s": (64, 24),
+    "slot": (64, 1),
+    "order": (64, 1),
+    "table": (64, 3),
+    "slots": 3,
+    "a_rows": 24,
+}
+
+
+@pytest.mark.parametrize("name", DECODE_ROWS)
+def test_no_argument_of_decode_by_rows_may_be_missing(built: ModuleType, name: str) -> None:
+    given = {key: value for key, value in DECODE_ROWS.items() if key != name}
+    with pytest.raises(TypeError, match=f"decode_rows: the argument {name} is missing"):
+        built.lora.decode_rows(**given)
+
+
+def test_decode_by_rows_without_a_device_says_so(built: ModuleType) -> None:
+    reason = built.why_no_device()
+    if reason is None:
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(RuntimeError, match="launch of lora_rows's decode_rows failed: cudaError") as error:
+        built.lora.decode_rows(**DECODE_ROWS)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"m": 17}, "lora_rows: decode takes at most 16 tokens, got 17"),
+        ({"r": 0}, "lora_rows: decode's r must be positive, got 0"),
+        ({"slots": 0}, "lora_rows: decode's slots must be positive, got 0"),
+        ({"weight": (64, 68)}, "lora_rows: decode reads 16 bytes at a time, rows of weight"),
+        # What is chosen may be one row, and not the first.
+        ({"r": 1, "lora_a": (64, 66)}, "lora_rows: decode reads 16 bytes at a time, rows of lora_a"),
+        ({"dtype": "float32"}, "lora_rows: decode takes bfloat16 or float16 with adapters of that dtype or float32"),
+    ],
+)
+def test_bad_arguments_of_decode_by_rows(built: ModuleType, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built.lora.decode_rows(**DECODE_ROWS | wrong)
+
+
 def test_workspace_of_decode(built: ModuleType) -> None:
     """3 tiles of W in 4 splits, 2 of A in 5: 22 units, of which 17 leave partial sums of 64 floats a token."""
     shape = {"m": 7, "n": 129, "k": 4096, "r": 65, "splits": 4, "down_splits": 5}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_kernels._core import cuda_tools, extension
 from peft_kernels.lora.linear import problem
-from tests.lora import simt_decode
+from tests.lora import simt_decode, simt_decode_rows
 from tests.lora.emulated_reduce import EmulatedReduce
 
 
@@ -34,8 +34,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> EmulatedExtension:
 
 
 class EmulatedExtension:
-    """Stands for the extension: its decode_forward reads and writes the CPU's memory at the addresses it is given, and
-    computes by the device body in the emulator."""
+    """Stands for the extension: its launches read and write the CPU's memory at the addresses they are given, and
+    compute by the device bodies in the emulator."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -43,6 +43,7 @@ class EmulatedExtension:
         self.lora = SimpleNamespace(
             decode_workspace=self.workspace,
             decode_forward=self.forward,
+            decode_rows=self.rows,
             reduce_workspace=self.reduce.workspace,
             reduce_rows=self.reduce.launch,
             GEMM_MAX_RANK=128,
@@ -60,14 +61,44 @@ class EmulatedExtension:
         dtype, adapter = getattr(torch, call["dtype"]), getattr(torch, call["adapter_dtype"])
         shapes = {"x": (m, k), "weight": (n, k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,), "scale": (1,)}
         dtypes = {"lora_a": adapter, "lora_b": adapter, "scale": torch.float32}
-        inputs, arguments = {}, {**call, "nonce": 0, "repeat_nonce": 0, "zero_flags": 0}
-        for name, shape in shapes.items():
-            address, *rest = arguments.pop(name) or (0, 0)
-            inputs[name] = _memory(address, shape, rest, dtypes.get(name, dtype)) if address else None
-            arguments |= {f"{name}_{i}": value for i, value in enumerate(rest)}
+        inputs, arguments = _read(call, shapes, dtypes, dtype)
         y, s = simt_decode.run_on(dtype, adapter, inputs, arguments, schedules=1, first_seed=len(self.calls))
-        for name, value in (("y", y), ("s", s)):
-            ctypes.memmove(call[name], value.data_ptr(), value.numel() * value.element_size())
+        _write(call["y"], y)
+        _write(call["s"], s)
+
+    def rows(self, **call: Any) -> None:
+        self.calls.append(call)
+        m, n, k, r, slots = (call[name] for name in ("m", "n", "k", "a_rows", "slots"))
+        dtype, adapter = getattr(torch, call["dtype"]), getattr(torch, call["adapter_dtype"])
+        shapes = {"x": (m, k), "weight": (n, k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,)}
+        shapes |= {"scales": (slots,), "slot": (m,), "order": (m,), "table": (2, slots)}
+        dtypes = {"lora_a": adapter, "lora_b": adapter, "scales": torch.float32}
+        dtypes |= dict.fromkeys(("slot", "order", "table"), torch.int32)
+        inputs, arguments = _read({name: value for name, value in call.items() if name != "s"}, shapes, dtypes, dtype)
+        address, stride = call["s"]
+        arguments |= {"s_0": stride, "s_column": 0}
+        y, s = simt_decode_rows.run_on(dtype, adapter, inputs, arguments, schedules=1, first_seed=len(self.calls))
+        _write(call["y"], y)
+        for row, values in enumerate(s):
+            # What the launch has not written is somebody else's.
+            _write(address + 4 * stride * row, values[: int((~values.isnan()).sum())])
+
+
+def _read(
+    call: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], dtype: torch.dtype
+) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """The tensors of a call by their names, and its other arguments with their strides."""
+    inputs: dict[str, Tensor | None] = {}
+    arguments = {**call, "nonce": 0, "repeat_nonce": 0, "zero_flags": 0}
+    for name, shape in shapes.items():
+        address, *rest = arguments.pop(name) or (0, 0)
+        inputs[name] = _memory(address, shape, rest, dtypes.get(name, dtype)) if address else None
+        arguments |= {f"{name}_{i}": value for i, value in enumerate(rest)}
+    return inputs, arguments
+
+
+def _write(address: int, value: Tensor) -> None:
+    ctypes.memmove(address, value.data_ptr(), value.numel() * value.element_size())
 
 
 def _memory(address: int, shape: tuple[int, ...], strides: Sequence[int], dtype: torch.dtype) -> Tensor:

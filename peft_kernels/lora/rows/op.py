@@ -15,7 +15,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
 from peft_kernels.lora.kernels import dropout
-from peft_kernels.lora.rows import torch_impl
+from peft_kernels.lora.rows import cuda_impl, torch_impl
 from peft_kernels.lora.rows.composite import composite
 from peft_kernels.lora.rows.problem import NAME, Gradients, Inputs, LoraRowsProblem, Needs, make_problem
 
@@ -79,7 +79,7 @@ def rows_call(
         seed, backend: as ``lora_linear``'s. A row's mask is that which it would have without ``rows``.
 
     Returns:
-        y_j (..., N_j) of each member. A row without an adapter has the bits of the frozen layer.
+        y_j (..., N_j) of each member. A row without an adapter has the bits of the backend's frozen product.
 
     Raises:
         ValueError: a shape, dtype, device, probability, seed or backend name is wrong.
@@ -314,7 +314,7 @@ OPERATOR = Operator(
     name=NAME,
     call=Inputs,
     needs=Needs,
-    implementations=(torch_impl.IMPLEMENTATION,),
+    implementations=(cuda_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
     forward=_forward,
     backward=_backward,
@@ -327,4 +327,5 @@ OPERATOR = Operator(
     activations=("x",),
     adds=("biases",),
     several=True,
+    addressed=("x", "weights", "lora_a"),
 )

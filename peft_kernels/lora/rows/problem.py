@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_kernels._core import checks
 from peft_kernels.lora.kernels import dropout
-from peft_kernels.lora.linear.problem import check_seed
+from peft_kernels.lora.linear.problem import are_rows_aligned, check_seed
 
 NAME = "lora_rows"
 
@@ -125,6 +125,7 @@ class LoraRowsProblem:
         adapter_dtypes: of each update's factors.
         has_dropout: whether some slot may drop something.
         device: of all tensors but host_tables and runs.
+        rows_aligned: of each update, on a CUDA device, whether x, weight and lora_a can be read 16 bytes at a time.
     """
 
     m: int
@@ -139,6 +140,7 @@ class LoraRowsProblem:
     adapter_dtypes: tuple[torch.dtype, ...]
     has_dropout: bool
     device: torch.device
+    rows_aligned: tuple[bool, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -198,6 +200,10 @@ def make_problem(call: Inputs) -> LoraRowsProblem:
         adapter_dtypes=tuple(a.dtype for a in call.lora_a),
         has_dropout=call.seed is not None,
         device=x.device,
+        rows_aligned=tuple(
+            are_rows_aligned(x, call.weights[member], lora_a)
+            for member, lora_a in zip(call.members, call.lora_a, strict=True)
+        ),
     )
 
 
