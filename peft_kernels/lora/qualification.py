@@ -1,4 +1,4 @@
-"""The problems by which a machine checks the kernels of `lora_linear` and `lora_group`, and eager torch beside them.
+"""The problems by which a machine checks the kernels of `lora_linear`, `lora_group` and `lora_rows`, and eager torch.
 
 A part is the dtypes, the block that the rank falls into, and whether there is dropout. Of its problems the tall one
 has more blocks of rows than there are multiprocessors, and rows that vectors can read; nothing of the ragged one is a
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from peft_kernels._core.device import Hardware
 from peft_kernels._core.qualification import PAIRS, Draw, Family, Qualification, block_of, double, dtype_name, dtypes_of
+from peft_kernels._core.rows import Rows
 from peft_kernels.lora.group.problem import NAME as GROUP_NAME
 from peft_kernels.lora.group.problem import Inputs as GroupInputs
 from peft_kernels.lora.group.problem import LoraGroupProblem
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.linear.problem import NAME, Inputs, LoraLinearProblem
+from peft_kernels.lora.rows.problem import NAME as ROWS_NAME
+from peft_kernels.lora.rows.problem import Inputs as RowsInputs
+from peft_kernels.lora.rows.problem import LoraRowsProblem
 
 _SEED = 20240229
 _P = 0.1
@@ -260,4 +264,126 @@ GROUP = Qualification(
     _group_touched,
     _group_cases,
     quick=("bfloat16 r64", "bfloat16 r64 dropout"),
+)
+
+
+@dataclass(frozen=True)
+class RowsCase:
+    """One problem of rows that choose an adapter.
+
+    Attributes:
+        n: out-features of each member, which has one update.
+        counts: rows of each slot; the other rows have no adapter.
+        ranks: of each slot, in all members alike.
+        ps: of each slot.
+    """
+
+    m: int
+    n: tuple[int, ...]
+    k: int
+    counts: tuple[int, ...]
+    ranks: tuple[int, ...]
+    ps: tuple[float, ...]
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtypes, sizes = dtype_name(self.dtype, self.adapter_dtype), "+".join(map(str, self.n))
+        ranks = "+".join(map(str, self.ranks))
+        return f"{self.m}x({sizes})x{self.k} r{ranks} {dtypes}{f' p{max(self.ps)}' * any(self.ps)}"
+
+
+def _make_rows(case: RowsCase, device: torch.device, seed: int) -> tuple[RowsInputs, tuple[Tensor, ...]]:
+    draw, (dtype, adapter), k = Draw(device, seed), (case.dtype, case.adapter_dtype), case.k
+    slots, width, total = len(case.counts), max(case.ranks), sum(case.ranks)
+    of_rows = torch.full((case.m,), -1)
+    chosen = torch.randperm(case.m, generator=draw.generator)[: sum(case.counts)]
+    of_rows[chosen] = torch.arange(slots).repeat_interleave(torch.tensor(case.counts))
+    rows = Rows.of(of_rows, known=slots, device=device)
+    firsts = [sum(case.ranks[:t]) for t in range(slots)]
+    table = torch.tensor([firsts, case.ranks, [dropout.threshold(p) for p in case.ps]], dtype=torch.int32)
+    count = len(case.n)
+    call = RowsInputs(
+        x=draw.normal(dtype, case.m, k),
+        weights=tuple(draw.normal(dtype, n, k, std=k**-0.5) for n in case.n),
+        biases=tuple(None if j == 1 else draw.normal(dtype, n) for j, n in enumerate(case.n)),
+        lora_a=tuple(draw.normal(adapter, total, k, std=k**-0.5) for _ in case.n),
+        lora_b=tuple(draw.normal(adapter, n, total, std=width**-0.5) for n in case.n),
+        scales=tuple(torch.linspace(0.5, 1.0 + j, slots).to(device) for j in range(count)),
+        tables=(table.to(device),) * count,
+        host_tables=(table,) * count,
+        members=tuple(range(count)),
+        lanes=tuple(range(count)),
+        widths=(width,) * count,
+        slot=rows.slot,
+        order=rows.order,
+        first=rows.first,
+        runs=rows.runs,
+        seed=dropout.as_seed(_SEED + seed, device) if any(case.ps) else None,
+    )
+    return call, tuple(draw.normal(dtype, case.m, n) for n in case.n)
+
+
+def _eager_rows(call: RowsInputs) -> tuple[Tensor, ...]:
+    """PEFT's loop over the adapters of a mixed batch, with the masks of this package."""
+    (m, k), ys = call.x.shape, []
+    for j, (weight, bias) in enumerate(zip(call.weights, call.biases, strict=True)):
+        result = F.linear(call.x, weight, bias)
+        for t, (first, rank, limit) in enumerate(call.host_tables[j].t().tolist()):
+            rows = call.order[call.first[t] : call.first[t + 1]].long()
+            if rank == 0 or len(rows) == 0:
+                continue
+            ranks = slice(first, first + rank)
+            x = call.x[rows].to(call.lora_a[j].dtype)
+            if limit and call.seed is not None:
+                keep = dropout.keep_mask(call.seed, m, k, limit, call.lanes[j])[rows]
+                x = x * keep.to(x.dtype).mul_(dropout.keep_scale(limit))
+            scale = call.scales[j][t].to(x.dtype)
+            update = F.linear(F.linear(x, call.lora_a[j][ranks]), call.lora_b[j][:, ranks]) * scale
+            result = result.index_add(0, rows, update.to(result.dtype))
+        ys.append(result)
+    return tuple(ys)
+
+
+# Of the tall and of the ragged problem: the ranks of those slots that have a full tile, and of the others.
+_ROWS_RANKS = {"16": (16, 8, 11, 3), "32": (32, 24, 27, 5), "64": (64, 16, 59, 33), "more": (96, 8, 130, 17)}
+_ROWS = {
+    f"{pair} r{block}{' dropout' * has_dropout}": (pair, block, has_dropout)
+    for pair in PAIRS
+    for block in _ROWS_RANKS
+    for has_dropout in (False, True)
+}
+
+
+def _rows_touched(problem: LoraRowsProblem) -> tuple[str, ...]:
+    """A part for each dtype of factors and each block that ranks fall into."""
+    kinds = dict.fromkeys(
+        (adapter, block_of(width, _BLOCKS))
+        for adapter, width in zip(problem.adapter_dtypes, problem.widths, strict=True)
+        if width
+    )
+    return tuple(
+        f"{dtype_name(problem.dtype, adapter)} r{block}{' dropout' * problem.has_dropout}" for adapter, block in kinds
+    )
+
+
+def _rows_cases(part: str, hardware: Hardware) -> Sequence[RowsCase]:
+    """Slots of several tiles and of several spans, of one row and of none; ranks of 0; rows without an adapter; in the
+    second problem more slots than the shortest vector of them holds.
+    """
+    pair, block, has_dropout = _ROWS[part]
+    dtype, adapter = dtypes_of(pair)
+    whole, some, ragged, few = _ROWS_RANKS[block]
+    m, p = 64 * hardware.sm_count + 12, _P * has_dropout
+    tall = (m // 2, 70, 0, 1, m // 4), (whole, some, some, whole, 0), (p, 0.0, p, p, p)
+    many = (33, 0, 17, *[1] * 15), (ragged, few, ragged, *[few, 0, ragged] * 5), (p, p, 3 * p, *[p, p, 0.0] * 5)
+    return RowsCase(m, (136, 72), 136, *tall, dtype, adapter), RowsCase(80, (151,), 603, *many, dtype, adapter)
+
+
+ROWS = Qualification(
+    Family(ROWS_NAME, _make_rows, _eager_rows, double),
+    tuple(_ROWS),
+    _rows_touched,
+    _rows_cases,
+    quick=("bfloat16 r16", "bfloat16+float32 r32 dropout"),
 )

@@ -15,7 +15,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
 from peft_kernels.lora.kernels import dropout
-from peft_kernels.lora.rows import torch_impl
+from peft_kernels.lora.rows import torch_impl, triton_impl
 from peft_kernels.lora.rows.composite import composite
 from peft_kernels.lora.rows.problem import NAME, Gradients, Inputs, LoraRowsProblem, Needs, make_problem
 
@@ -311,7 +311,7 @@ OPERATOR = Operator(
     name=NAME,
     call=Inputs,
     needs=Needs,
-    implementations=(torch_impl.IMPLEMENTATION,),
+    implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
     forward=_forward,
     backward=_backward,
