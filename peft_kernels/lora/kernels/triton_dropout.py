@@ -63,8 +63,8 @@ def columns_of_lane(index, RANKS: tl.constexpr, NUMBERS: tl.constexpr):
 
 
 @triton.jit
-def lane_of_block(pid, RANKS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """What a program of ``grid_of`` works on: its tile, its lane, and which of the lane's blocks of ranks."""
+def place_in_lanes(pid, RANKS: tl.constexpr, NUMBERS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What a program of ``grid_of`` works on: its tile, its first rank, and what ``columns_of_lane`` returns beside."""
     total = 0
     for i in tl.static_range(len(RANKS)):
         total += tl.cdiv(RANKS[i], BLOCK_R)
@@ -75,15 +75,8 @@ def lane_of_block(pid, RANKS: tl.constexpr, BLOCK_R: tl.constexpr):
         index = tl.where(is_here, i, index)
         lane_s_first = tl.where(is_here, blocks, lane_s_first)
         blocks += tl.cdiv(RANKS[i], BLOCK_R)
-    return pid // total, index, block - lane_s_first
-
-
-@triton.jit
-def place_in_lanes(pid, RANKS: tl.constexpr, NUMBERS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Likewise: its tile, its first rank, and what ``columns_of_lane`` returns beside."""
-    tile, index, block = lane_of_block(pid, RANKS, BLOCK_R)
     first, end, number = columns_of_lane(index, RANKS, NUMBERS)
-    return tile, first + block * BLOCK_R, end, number
+    return pid // total, first + (block - lane_s_first) * BLOCK_R, end, number
 
 
 # Numbers that no address is made of: special cases of them would only be compiled once more each.

@@ -27,7 +27,7 @@ from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot, split_range
 from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, next_power_of_2
 from peft_kernels.lora.kernels.config import MOST_LANES, NarrowProductConfig, RankProductConfig
-from peft_kernels.lora.kernels.triton_dropout import as_int32, columns_of_lane, keep_tile, lane_of_block
+from peft_kernels.lora.kernels.triton_dropout import as_int32, columns_of_lane, keep_tile
 from peft_kernels.lora.kernels.triton_fwd import partials_for, rank_steps, summed
 
 # Of T slots a vector of the next power of two is loaded, and of few this one: each size is a variant.
@@ -96,6 +96,24 @@ def owner(index, counts):
     ends = tl.cumsum(counts, 0)
     is_before = ends <= index
     return tl.sum(is_before.to(tl.int32), 0), index - tl.max(tl.where(is_before, ends, 0), 0)
+
+
+@triton.jit
+def lane_of_block(pid, RANKS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What a program works on: its tile, its lane, and which of the lane's blocks of ranks.
+
+    ``place_in_lanes`` cannot share it: that compiles a group's kernels otherwise.
+    """
+    total = 0
+    for i in tl.static_range(len(RANKS)):
+        total += tl.cdiv(RANKS[i], BLOCK_R)
+    block = pid % total
+    lane, first, blocks = 0, 0, 0
+    for i in tl.static_range(len(RANKS)):
+        is_here = block >= blocks
+        lane, first = tl.where(is_here, i, lane), tl.where(is_here, blocks, first)
+        blocks += tl.cdiv(RANKS[i], BLOCK_R)
+    return pid // total, lane, block - first
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot
 from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision
 from peft_kernels.lora.kernels.config import NarrowAndReduceConfig, ReduceRowsConfig, SumSpansConfig
-from peft_kernels.lora.kernels.triton_dropout import columns_of_lane, keep_tile, lane_of_block
+from peft_kernels.lora.kernels.triton_dropout import columns_of_lane, keep_tile
 from peft_kernels.lora.kernels.triton_fwd import partials_for, summed
 from peft_kernels.lora.kernels.triton_rows import (
     Lane,
@@ -35,6 +35,7 @@ from peft_kernels.lora.kernels.triton_rows import (
     blocks_of_lanes,
     factor_of_slot,
     lane_flags,
+    lane_of_block,
     of_lane,
     owner,
     pointers_of_lanes,
@@ -162,8 +163,8 @@ def rows_reduce_kernel(
     acc = acc * factor_of_slot(scales_ptr, threshold, slot, HAS_SCALES, HAS_DROPOUT)
     mask = mask_r[:, None] & mask_k[None, :]
     if end - begin > span_rows:
-        out_rows = partials_ptr + (place.to(tl.int64) * width + column + offs_r.to(tl.int64))[:, None] * K
-        tl.store(out_rows + offs_k[None, :], acc, mask=mask)
+        part_rows = partials_ptr + (place.to(tl.int64) * width + column + offs_r.to(tl.int64))[:, None] * K
+        tl.store(part_rows + offs_k[None, :], acc, mask=mask)
     else:
         out_ptr = of_lane(lane, out_0, out_1, out_2, out_3, RANKS)
         out_rows = out_ptr + (first_rank + offs_r).to(tl.int64)[:, None] * stride_or
@@ -290,9 +291,8 @@ def reduce_rows(
         (*lane_flags(lanes, plan, scales, seed, config.BLOCK_R), exact, dot_precision(x.dtype)),
         config,
     )
-    if partials is not None:
-        for lane, columns in zip(lanes, partials.split([lane.width for lane in lanes], dim=1), strict=True):
-            _sum_spans(columns, lane, plan, rows)
+    for lane, columns in zip(lanes, partials.split([lane.width for lane in lanes], dim=1), strict=True):
+        _sum_spans(columns, lane, plan, rows)
 
 
 def rows_of_span(m: int, config: NarrowAndReduceConfig | ReduceRowsConfig) -> int:
@@ -307,14 +307,15 @@ def most_slots_of_several(m: int, rows: int) -> int:
     return (m - 1) // rows
 
 
-def _partials(m: int, rows: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-    """Room for the partial sums of slots that have several spans, where there can be one."""
-    most = most_slots_of_several(m, rows)
-    return torch.empty(2 * most, *shape, dtype=torch.float32, device=device) if most else None
+def _partials(m: int, rows: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Room for the partial sums of slots that have several spans; none where there can be no such slot."""
+    return torch.empty(2 * most_slots_of_several(m, rows), *shape, dtype=torch.float32, device=device)
 
 
 def _sum_spans(partials: Tensor, lane: Lane, plan: Plan, rows: int) -> None:
-    """Launch the sums of partials (spans, width, N) into the factor (sum of ranks, N) of a lane."""
+    """Launch the sums of partials (spans, width, N), if there are any, into the factor (sum of ranks, N) of a lane."""
+    if partials.shape[0] == 0:
+        return
     config = SumSpansConfig(BLOCK_R=16, BLOCK_N=64, num_warps=4, num_stages=1)
     n = partials.shape[2]
     _launch_sum_spans(
