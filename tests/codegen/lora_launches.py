@@ -43,9 +43,10 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield _group_case(BF16, BF16, (16, 16, 16), 0.0)
     for dtype, adapter, p in ((BF16, FP32, 0.0), (FP16, FP32, 0.1), (FP16, FP16, 0.0), (FP32, FP32, 0.0)):
         yield _rows_case(dtype, adapter, (16,) * 16, p)
-    for adapter, ranks, p in ((BF16, (5, 3), 0.0), (FP32, (32, 8, 12, 0), 0.1), (BF16, (64,) * 16, 0.0)):
+    for ranks, adapter, p in (((5, 3), BF16, 0.0), ((5, 3), FP32, 0.1), ((32, 8, 12, 0), FP32, 0.1)):
         yield _rows_case(BF16, adapter, ranks, p)
-    yield _rows_case(BF16, FP32, (128, 64) * 8, 0.1)
+    for ranks, adapter, p in (((64,) * 16, BF16, 0.0), ((128, 64) * 8, FP32, 0.1)):
+        yield _rows_case(BF16, adapter, ranks, p)
     # Few rows of each slot.
     for m, slots, p in ((8192, 256, 0.1), (64, 64, 0.0)):
         yield _rows_case(BF16, BF16, (16,) * slots, p, m)

@@ -252,7 +252,7 @@ def test_error_budget(case: Case, device: torch.device, poison: None) -> None:
 @st.composite
 def _cases(draw: st.DrawFn) -> Case:
     """Up to 7 slots, 3 members, 4 updates; rows sorted, shuffled, one a slot, without adapters, or none at all."""
-    slots, count, m = draw(st.integers(1, 7)), draw(st.integers(1, 3)), draw(st.integers(0, 70))
+    slots, count, m = draw(st.integers(1, 7)), draw(st.integers(1, 3)), draw(st.integers(0, 45))
     slot = draw(
         st.one_of(
             st.lists(st.integers(-1, slots - 1), min_size=m, max_size=m),
@@ -270,8 +270,8 @@ def _cases(draw: st.DrawFn) -> Case:
 
     return Case(
         tuple(slot),
-        k=draw(st.integers(1, 140)),
-        n=tuple(draw(st.integers(1, 140)) for _ in range(count)),
+        k=draw(st.integers(1, 70)),
+        n=tuple(draw(st.integers(1, 70)) for _ in range(count)),
         owners=tuple(owners),
         ranks=of_slots((0, 1, 3, 8, 16, 17, 33, 140)),
         ps=of_slots((0.0, 0.5)) if draw(st.booleans()) else ((0.0,) * slots,) * len(owners),
@@ -281,7 +281,7 @@ def _cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(case=_cases(), seed=st.integers(0, 1000))
 def test_integers_are_exact_to_the_bit(case: Case, seed: int) -> None:
     """Whatever the slots, so every index is right."""
@@ -351,7 +351,7 @@ def _needs(inputs: Inputs, **others: Any) -> Needs:
 
 def _several(dtype: torch.dtype = BF16) -> Case:
     return Case(
-        shuffled(40, 0, 21, 9, base=12), 72, (40, 24), (0, 0, 1), ((5, 16, 0, 8), (40, 3, 8, 33), (8, 16, 3, 0)),
+        shuffled(20, 0, 11, 5, base=6), 40, (20, 12), (0, 0, 1), ((5, 16, 0, 8), (40, 3, 8, 33), (8, 16, 3, 0)),
         ((0.5, 0.1, 0.0, 0.5), (0.0, 0.3, 0.3, 0.1), (0.1,) * 4), dtype, (None,) * 3,
     )  # fmt: skip
 
@@ -405,21 +405,30 @@ def test_a_nan_stays_in_its_row_and_slot(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_rows_without_an_adapter_keep_the_bits_of_the_frozen_layer(dtype: torch.dtype, device: torch.device) -> None:
-    """Forward and backward, also those whose adapter has no rank here, and a negative zero."""
+    """Forward and backward, also those whose adapter has no rank here."""
     case = Case(shuffled(3, 5, 4, base=6), ranks=((3, 0, 8),), ps=((0.5, 0.5, 0.0),), dtype=dtype)
     call = make(case, device)
-    frozen = [t != 0 and t != 2 for t in case.slot]
-    weight = call.weights[0].clone()
-    weight[0] = -0.0
-    x = call.x.detach().abs().requires_grad_()
-    bias = call.biases[0].detach().clone()  # type: ignore[union-attr]
-    bias[0] = -0.0
-    call = dataclasses.replace(call, x=x, weights=(weight,), biases=(bias.requires_grad_(),))
-    results = call.run()
-    compare.assert_bitwise_equal("y", results["y0"][frozen], F.linear(x, weight, bias)[frozen].detach())
-    assert torch.signbit(results["y0"][frozen][:, 0]).all()
-    compare.assert_bitwise_equal("dx", results["x"][frozen], (call.dys[0] @ weight)[frozen])
-    assert not torch.equal(results["y0"], F.linear(x, weight, bias))
+    frozen, results = [t not in (0, 2) for t in case.slot], call.run()
+    (weight,), (bias,) = call.weights, call.biases
+    y, dx = F.linear(call.x, weight, bias).detach(), call.dys[0] @ weight
+    compare.assert_bitwise_equal("y", results["y0"][frozen], y[frozen])
+    compare.assert_bitwise_equal("dx", results["x"][frozen], dx[frozen])
+    assert not (results["y0"] == y).all(1)[[not each for each in frozen]].any()
+
+
+def test_rows_without_ranks_are_not_written(device: torch.device) -> None:
+    """A sum with zero would lose the sign of a negative zero."""
+    slot, ranks = (-1, 0, 1, 0), (0, 3)
+    call = make(Case(slot, k=4, n=(5,), ranks=(ranks,), ps=((0.0, 0.0),)), device)
+    table, rows = call.updates[0].table, call.rows
+    y, s = torch.full((4, 5), -0.0, device=device), torch.full((4, 3), torch.nan, device=device)
+    s[3] = 1.0
+    lane = triton_rows.Lane(call.lora_b[0].detach(), table.device, table.width)
+    plan, scales = triton_rows.Plan(rows.order, rows.first), torch.ones(2, device=device)
+    chosen = config.rows_rank_product_config(4, 2, FP32, INTERPRETER)
+    triton_rows.add_rank_product(y, s, [lane], plan, scales, None, chosen)
+    assert torch.signbit(y[[0, 1, 3]]).all() and (y[[0, 1, 3]] == 0).all()
+    torch.testing.assert_close(y[2], call.lora_b[0].detach().sum(1))
 
 
 def test_gradients_do_not_depend_on_which_others_are_asked_for(device: torch.device) -> None:
@@ -449,7 +458,7 @@ def test_gradients_do_not_depend_on_which_others_are_asked_for(device: torch.dev
 
 
 def test_two_runs_have_the_same_bits(device: torch.device, poison: None) -> None:
-    call = make(dataclasses.replace(_several(), slot=shuffled(150, 0, 90, 3, base=20)), device)
+    call = make(dataclasses.replace(_several(), slot=shuffled(70, 0, 20, 3, base=7)), device)
     first, second = call.run(), call.run()
     for name, value in first.items():
         compare.assert_bitwise_equal(name, second[name], value)
@@ -457,7 +466,8 @@ def test_two_runs_have_the_same_bits(device: torch.device, poison: None) -> None
 
 def test_factors_of_any_strides(device: torch.device) -> None:
     """Lanes of other strides are launches of their own."""
-    call = make(_several(FP32), device, is_exact=True)
+    ps = ((0.5, 0.0, 0.0, 0.5),) * 3
+    call = make(dataclasses.replace(_several(FP32), ps=ps), device, is_exact=True)
     plain = call.run()
 
     def by_columns(factor: Tensor) -> Tensor:

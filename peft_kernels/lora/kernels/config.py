@@ -227,29 +227,39 @@ def rows_narrow_product_config(
     hardware: Hardware,
     lanes: Lanes | None = None,
 ) -> NarrowProductConfig:
-    """As ``narrow_product_config``, but for slots of few rows; ``r`` is the greatest rank."""
+    """As ``narrow_product_config``, but for slots of few rows; ``r`` is the greatest rank.
+
+    A third stage of operands in pieces spills on sm_100.
+    """
     chosen = narrow_product_config(m, k, r, dtype, exact, hardware, lanes)
     block_m = _rows_of_tile(m, slots, chosen.BLOCK_M)
     _, blocks = _blocks_of_ranks(r, lanes, chosen.BLOCK_R)
     splits = split_count(cdiv(k, chosen.BLOCK_K) // 4, cdiv(m, block_m) * blocks, hardware)
-    return replace(chosen, BLOCK_M=block_m, splits=splits)
+    stages = 2 if exact and hardware.arch >= 100 else chosen.num_stages
+    return replace(chosen, BLOCK_M=block_m, num_stages=stages, splits=splits)
 
 
 def rows_rank_product_config(
     m: int, slots: int, dtype: torch.dtype, hardware: Hardware, lanes: Lanes | None = None
 ) -> RankProductConfig:
-    """As ``rank_product_config``; tiles of fewer rows have as many elements for each thread."""
+    """As ``rank_product_config``; tiles of fewer rows have as many elements for each thread.
+
+    Of float32 64 rows spill from sm_90 on, into the 80 registers that let three blocks be resident.
+    """
     chosen = rank_product_config(dtype, hardware, lanes)
-    block_m = _rows_of_tile(m, slots, chosen.BLOCK_M)
+    block_m = _rows_of_tile(m, slots, 32 if dtype == torch.float32 else chosen.BLOCK_M)
     return replace(chosen, BLOCK_M=block_m, num_warps=max(2, chosen.num_warps * block_m // chosen.BLOCK_M))
 
 
 def rows_narrow_and_reduce_config(
     m: int, n: int, r: int, slots: int, dtype: torch.dtype, exact: bool, hardware: Hardware
 ) -> NarrowAndReduceConfig:
-    """As ``narrow_and_reduce_config``. Spans are as long as if one slot had all rows: each further one adds one."""
+    """As ``narrow_and_reduce_config``. Spans are as long as if one slot had all rows: each further one adds one.
+
+    With ranks of no multiple 64 rows spill on sm_100.
+    """
     chosen = narrow_and_reduce_config(m, n, r, dtype, exact, hardware)
-    block_m = _rows_of_tile(m, slots, chosen.BLOCK_M)
+    block_m = _rows_of_tile(m, slots, min(chosen.BLOCK_M, 32) if hardware.arch >= 100 else chosen.BLOCK_M)
     return replace(chosen, BLOCK_M=block_m, splits=split_count(cdiv(m, block_m), cdiv(n, chosen.BLOCK_N), hardware))
 
 
@@ -263,12 +273,13 @@ def rows_reduce_config(
     hardware: Hardware,
     lanes: Lanes | None = None,
 ) -> ReduceRowsConfig:
-    """As ``reduce_rows_config``; spans as ``rows_narrow_and_reduce_config`` has them."""
+    """As ``reduce_rows_config``; spans as ``rows_narrow_and_reduce_config`` has them, stages as the narrow product."""
     chosen = reduce_rows_config(m, k, r, dtype, exact, hardware, lanes)
     block_m = _rows_of_tile(m, slots, chosen.BLOCK_M)
     _, blocks = _blocks_of_ranks(r, lanes, chosen.BLOCK_R)
     splits = split_count(cdiv(m, block_m), cdiv(k, chosen.BLOCK_K) * blocks, hardware)
-    return replace(chosen, BLOCK_M=block_m, splits=splits)
+    stages = 2 if exact and hardware.arch >= 100 else chosen.num_stages
+    return replace(chosen, BLOCK_M=block_m, num_stages=stages, splits=splits)
 
 
 @cache
