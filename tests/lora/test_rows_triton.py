@@ -1,4 +1,4 @@
-"""``lora_rows`` on Triton: held against the oracle row by row, and against eager torch; spans, lanes, what nobody reads."""
+"""``lora_rows`` on Triton, against the oracle row by row and eager torch: spans, lanes, what nobody reads."""
 
 from __future__ import annotations
 

@@ -256,11 +256,13 @@ def rows_narrow_and_reduce_config(
 ) -> NarrowAndReduceConfig:
     """As ``narrow_and_reduce_config``. Spans are as long as if one slot had all rows: each further one adds one.
 
-    With ranks of no multiple 64 rows spill on sm_100.
+    With ranks of no multiple 64 rows spill on sm_100, and in pieces a third stage does on sm_89.
     """
     chosen = narrow_and_reduce_config(m, n, r, dtype, exact, hardware)
     block_m = _rows_of_tile(m, slots, min(chosen.BLOCK_M, 32) if hardware.arch >= 100 else chosen.BLOCK_M)
-    return replace(chosen, BLOCK_M=block_m, splits=split_count(cdiv(m, block_m), cdiv(n, chosen.BLOCK_N), hardware))
+    splits = split_count(cdiv(m, block_m), cdiv(n, chosen.BLOCK_N), hardware)
+    stages = 2 if exact and hardware.arch < 90 else chosen.num_stages
+    return replace(chosen, BLOCK_M=block_m, num_stages=stages, splits=splits)
 
 
 def rows_reduce_config(
@@ -273,12 +275,15 @@ def rows_reduce_config(
     hardware: Hardware,
     lanes: Lanes | None = None,
 ) -> ReduceRowsConfig:
-    """As ``reduce_rows_config``; spans as ``rows_narrow_and_reduce_config`` has them, stages as the narrow product."""
+    """As ``reduce_rows_config``; spans as ``rows_narrow_and_reduce_config`` has them.
+
+    In pieces a third stage spills on sm_100, and with lanes the second of two does on sm_80.
+    """
     chosen = reduce_rows_config(m, k, r, dtype, exact, hardware, lanes)
     block_m = _rows_of_tile(m, slots, chosen.BLOCK_M)
     _, blocks = _blocks_of_ranks(r, lanes, chosen.BLOCK_R)
     splits = split_count(cdiv(m, block_m), cdiv(k, chosen.BLOCK_K) * blocks, hardware)
-    stages = 2 if exact and hardware.arch >= 100 else chosen.num_stages
+    stages = 2 if exact and hardware.arch >= 100 else 3 if hardware.arch == 80 else chosen.num_stages
     return replace(chosen, BLOCK_M=block_m, num_stages=stages, splits=splits)
 
 

@@ -194,7 +194,9 @@ def rows_sum_spans_kernel(
     offs_r, offs_n = pid_r * BLOCK_R + tl.arange(0, BLOCK_R), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_r < rank)[:, None] & (offs_n < N)[None, :]
     columns = offs_n.to(tl.int64)[None, :]
-    tile = partials_ptr + place.to(tl.int64) * stride_pp + offs_r.to(tl.int64)[:, None] * stride_pr + columns * stride_pn
+    tile = (
+        partials_ptr + place.to(tl.int64) * stride_pp + offs_r.to(tl.int64)[:, None] * stride_pr + columns * stride_pn
+    )
     total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for _ in range(0, count, span_rows):
         total += tl.load(tile, mask=mask, other=0.0)

@@ -167,7 +167,7 @@ class _Launches(NamedTuple):
     def narrow_and_reduce(
         self, dy: Tensor | None, index: int, s: Tensor | None, ds: Tensor | None, db: Tensor | None
     ) -> None:
-        """dS and dB, those that there are: in one pass over dy, or in one for each where the rank makes that cheaper."""
+        """dS and dB, those that there are: in one pass over dy, or in one for each where the rank makes it cheaper."""
         problem, b, scales = self.problem, self.inputs.lora_b[index], self.inputs.scales[index]
         width = problem.widths[index]
         if dy is None or width == 0 or (ds is None and db is None):
@@ -223,7 +223,9 @@ class _Launches(NamedTuple):
 
     def _chosen(self, choose: Callable[..., Any], *kind: Any, sizes: Run = (), lanes: Lanes | None = None) -> Any:
         facts = (self.problem.m, *sizes, self.problem.slots, *kind, self.hardware)
-        return triton_tools.chosen(choose, *facts, *(() if choose is config.rows_narrow_and_reduce_config else (lanes,)))
+        return triton_tools.chosen(
+            choose, *facts, *(() if choose is config.rows_narrow_and_reduce_config else (lanes,))
+        )
 
 
 def _multiple(host_table: Tensor) -> int:
