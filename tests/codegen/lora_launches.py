@@ -1,4 +1,4 @@
-"""The launches of LoRA that are compiled ahead of time: forward, backward; dtypes, ranks, lanes, alignments."""
+"""The launches of LoRA that are compiled ahead of time: forward, backward; dtypes, ranks, lanes, slots, alignments."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear import triton_impl
 from peft_kernels.lora.linear.problem import Inputs, Needs, make_problem
+from peft_kernels.lora.rows import op as rows_op
+from peft_kernels.lora.rows import problem as rows_problem
+from peft_kernels.lora.rows import triton_impl as rows_impl
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -38,6 +41,19 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         yield _group_case(BF16, BF16, ranks, 0.1)
     yield _group_case(BF16, FP32, (64, 8, 16, 64), 0.1)
     yield _group_case(BF16, BF16, (16, 16, 16), 0.0)
+    for dtype, adapter, p in ((BF16, FP32, 0.0), (FP16, FP32, 0.1), (FP16, FP16, 0.0), (FP32, FP32, 0.0)):
+        yield _rows_case(dtype, adapter, (16,) * 16, p)
+    for ranks, adapter, p in (((5, 3), BF16, 0.0), ((5, 3), FP32, 0.1), ((32, 8, 12, 0), FP32, 0.1)):
+        yield _rows_case(BF16, adapter, ranks, p)
+    for ranks, adapter, p in (((64,) * 16, BF16, 0.0), ((128, 64) * 8, FP32, 0.1)):
+        yield _rows_case(BF16, adapter, ranks, p)
+    # Few rows of each slot.
+    for m, slots, p in ((8192, 256, 0.1), (64, 64, 0.0)):
+        yield _rows_case(BF16, BF16, (16,) * slots, p, m)
+    # Members that share x.
+    for dtype, ranks, members in ((BF16, (16,) * 16, 3), (FP32, (16,) * 16, 2), (BF16, (64,) * 8, 4)):
+        yield _rows_case(dtype, FP32, ranks, 0.1, members=members)
+    yield _rows_case(BF16, BF16, (16,) * 16, 0.1, members=3)
 
 
 def _name(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> str:
@@ -55,6 +71,15 @@ def _group_case(
     """Members of several ranks on one x; what they do not share with each other are launches as above."""
     name = _name(dtype, adapter, 0, p, 4096).replace("r0", "r" + "+".join(map(str, ranks)))
     return name, functools.partial(_launch_group, dtype, adapter, ranks, p)
+
+
+def _rows_case(
+    dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ...], p: float, m: int = 8192, members: int = 1
+) -> tuple[str, Callable[[], None]]:
+    """Slots of these ranks on members that share x."""
+    name = _name(dtype, adapter, max(ranks), p, 4096)
+    name += f"/T{len(ranks)}/M{m}/x{members}{'/odd' * any(rank % 8 for rank in ranks)}"
+    return name, functools.partial(_launch_rows, dtype, adapter, ranks, p, m, members)
 
 
 def _mask_case(dtype: torch.dtype, adapter: torch.dtype, k: int) -> tuple[str, Callable[[], None]]:
@@ -111,9 +136,40 @@ def _launch_group(dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ..
     group_impl.backward(problem, inputs, s, [torch.empty_like(y) for y in ys], needs)
 
 
+def _launch_rows(
+    dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ...], p: float, m: int, members: int
+) -> None:
+    n = k = 4096
+    make, slots = functools.partial(torch.empty, device="meta"), len(ranks)
+    table = rows_op.table_of(ranks, p, torch.device("meta"))
+    inputs = rows_problem.Inputs(
+        x=make(m, k, dtype=dtype),
+        weights=(make(n, k, dtype=dtype),) * members,
+        biases=(None,) * members,
+        lora_a=(make(sum(ranks), k, dtype=adapter),) * members,
+        lora_b=(make(n, sum(ranks), dtype=adapter),) * members,
+        scales=(make(slots),) * members,
+        tables=(table.device,) * members,
+        host_tables=(table.host,) * members,
+        members=tuple(range(members)),
+        lanes=tuple(range(members)),
+        widths=(table.width,) * members,
+        slot=make(m, dtype=torch.int32),
+        order=make(m, dtype=torch.int32),
+        first=make(slots + 1, dtype=torch.int32),
+        runs=None,
+        seed=make((), dtype=torch.int64) if p else None,
+    )
+    problem = rows_problem.make_problem(inputs)
+    *ys, s = rows_impl.forward(problem, inputs)
+    every, none = (True,) * members, (False,) * members
+    needs = rows_problem.Needs(x=True, weights=none, biases=none, lora_a=every, lora_b=every)
+    rows_impl.backward(problem, inputs, s, [torch.empty_like(y) for y in ys], needs)
+
+
 def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
-    if kernel == "dropout_kernel":
+    if kernel in ("dropout_kernel", "rows_sum_spans_kernel"):
         return ("LDG", "STG")
     if launch.startswith("fp32"):
         # Without TF32, float32 products have no tensor core.

@@ -51,3 +51,17 @@ def test_writes_update_first(dtype, adapter, has_bias, expected):
 @given(st.integers(1, 1 << 24), st.sampled_from(["cpu", "cuda"]))
 def test_torch_blocks_have_rows(width, device_type):
     assert config.torch_rows_per_block(width, device_type) >= 1
+
+
+@given(sizes, sizes, ranks, st.integers(1, config.MOST_SLOTS), dtypes, st.booleans(), chips)
+def test_tiles_of_rows_are_no_taller_than_a_slot_needs(m, k, r, slots, dtype, exact, hardware):
+    narrow = config.rows_narrow_product_config(m, k, r, slots, dtype, exact, hardware)
+    added = config.rows_rank_product_config(m, slots, dtype, hardware)
+    both = config.rows_narrow_and_reduce_config(m, k, min(r, 32), slots, dtype, exact, hardware)
+    reduce = config.rows_reduce_config(m, k, r, slots, dtype, exact, hardware)
+    for chosen in (narrow, added, both, reduce):
+        assert chosen.BLOCK_M >= 16 and chosen.BLOCK_M & (chosen.BLOCK_M - 1) == 0, "tl.dot needs powers of two"
+        assert chosen.BLOCK_M == 16 or 2 * -(-m // slots) > chosen.BLOCK_M
+    assert 1 <= narrow.splits <= max(1, -(-k // narrow.BLOCK_K))
+    for chosen in (both, reduce):
+        assert 1 <= chosen.splits <= -(-m // chosen.BLOCK_M)

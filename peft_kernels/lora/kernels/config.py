@@ -6,7 +6,7 @@ arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -64,6 +64,16 @@ class ReduceRowsConfig:
 
 
 @dataclass(frozen=True)
+class SumSpansConfig:
+    """Sums of partial gradients over the spans of a slot."""
+
+    BLOCK_R: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """At most 16 tokens in one launch (csrc/lora/decode_config.h).
 
@@ -77,6 +87,10 @@ class DecodeConfig:
     DOWN_SPLITS: int
     GRID: int
 
+
+# Of kernels by rows: pointers that a kernel has for lanes, and slots whose first rows a program loads.
+MOST_LANES = 4
+MOST_SLOTS = 4096
 
 # Constants of csrc/lora/decode_config.h: rows of a tile, k that a warp takes at a time, warps of a block that
 # share its k, blocks of a multiprocessor.
@@ -193,6 +207,84 @@ def reduce_rows_config(
         num_stages=2 if lanes is not None and exact and hardware.arch < 90 else 3,
         splits=split_count(cdiv(m, block_m), cdiv(k, block_k) * blocks, hardware),
     )
+
+
+def _rows_of_tile(m: int, slots: int, most: int) -> int:
+    """Rows of a tile of one slot: a slot of average size fills it.
+
+    What is beyond its rows is not read, but masks are drawn for it and tensor cores multiply it.
+    """
+    return min(most, max(16, next_power_of_2(cdiv(m, slots))))
+
+
+def rows_narrow_product_config(
+    m: int,
+    k: int,
+    r: int,
+    slots: int,
+    dtype: torch.dtype,
+    exact: bool,
+    hardware: Hardware,
+    lanes: Lanes | None = None,
+) -> NarrowProductConfig:
+    """As ``narrow_product_config``, but for slots of few rows; ``r`` is the greatest rank.
+
+    A third stage of operands in pieces spills on sm_100.
+    """
+    chosen = narrow_product_config(m, k, r, dtype, exact, hardware, lanes)
+    block_m = _rows_of_tile(m, slots, chosen.BLOCK_M)
+    _, blocks = _blocks_of_ranks(r, lanes, chosen.BLOCK_R)
+    splits = split_count(cdiv(k, chosen.BLOCK_K) // 4, cdiv(m, block_m) * blocks, hardware)
+    stages = 2 if exact and hardware.arch >= 100 else chosen.num_stages
+    return replace(chosen, BLOCK_M=block_m, num_stages=stages, splits=splits)
+
+
+def rows_rank_product_config(
+    m: int, slots: int, dtype: torch.dtype, hardware: Hardware, lanes: Lanes | None = None
+) -> RankProductConfig:
+    """As ``rank_product_config``; tiles of fewer rows have as many elements for each thread.
+
+    Of float32 64 rows spill from sm_90 on, into the 80 registers that let three blocks be resident.
+    """
+    chosen = rank_product_config(dtype, hardware, lanes)
+    block_m = _rows_of_tile(m, slots, 32 if dtype == torch.float32 else chosen.BLOCK_M)
+    return replace(chosen, BLOCK_M=block_m, num_warps=max(2, chosen.num_warps * block_m // chosen.BLOCK_M))
+
+
+def rows_narrow_and_reduce_config(
+    m: int, n: int, r: int, slots: int, dtype: torch.dtype, exact: bool, hardware: Hardware
+) -> NarrowAndReduceConfig:
+    """As ``narrow_and_reduce_config``. Spans are as long as if one slot had all rows: each further one adds one.
+
+    With ranks of no multiple 64 rows spill on sm_100, and in pieces a third stage does on sm_89.
+    """
+    chosen = narrow_and_reduce_config(m, n, r, dtype, exact, hardware)
+    block_m = _rows_of_tile(m, slots, min(chosen.BLOCK_M, 32) if hardware.arch >= 100 else chosen.BLOCK_M)
+    splits = split_count(cdiv(m, block_m), cdiv(n, chosen.BLOCK_N), hardware)
+    stages = 2 if exact and hardware.arch < 90 else chosen.num_stages
+    return replace(chosen, BLOCK_M=block_m, num_stages=stages, splits=splits)
+
+
+def rows_reduce_config(
+    m: int,
+    k: int,
+    r: int,
+    slots: int,
+    dtype: torch.dtype,
+    exact: bool,
+    hardware: Hardware,
+    lanes: Lanes | None = None,
+) -> ReduceRowsConfig:
+    """As ``reduce_rows_config``; spans as ``rows_narrow_and_reduce_config`` has them.
+
+    In pieces a third stage spills on sm_100, and with lanes the second of two does on sm_80.
+    """
+    chosen = reduce_rows_config(m, k, r, dtype, exact, hardware, lanes)
+    block_m = _rows_of_tile(m, slots, chosen.BLOCK_M)
+    _, blocks = _blocks_of_ranks(r, lanes, chosen.BLOCK_R)
+    splits = split_count(cdiv(m, block_m), cdiv(k, chosen.BLOCK_K) * blocks, hardware)
+    stages = 2 if exact and hardware.arch >= 100 else 3 if hardware.arch == 80 else chosen.num_stages
+    return replace(chosen, BLOCK_M=block_m, num_stages=stages, splits=splits)
 
 
 @cache

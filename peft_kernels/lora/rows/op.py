@@ -15,7 +15,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
 from peft_kernels.lora.kernels import dropout
-from peft_kernels.lora.rows import cuda_impl, torch_impl
+from peft_kernels.lora.rows import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.rows.composite import composite
 from peft_kernels.lora.rows.problem import NAME, Gradients, Inputs, LoraRowsProblem, Needs, make_problem
 
@@ -314,7 +314,7 @@ OPERATOR = Operator(
     name=NAME,
     call=Inputs,
     needs=Needs,
-    implementations=(cuda_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
+    implementations=(cuda_impl.IMPLEMENTATION, triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
     forward=_forward,
     backward=_backward,
