@@ -9,6 +9,7 @@ try:
     from peft_kernels._core.rows import Rows
     from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
     from peft_kernels.integrations import apply, revert
+    from peft_kernels.integrations.peft.bank import AdapterBank
     from peft_kernels.lora import (
         FusedLoRALinear,
         Member,
@@ -36,6 +37,7 @@ except Exception as error:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "FusedLoRALinear",
     "Member",
     "ParallelAdapter",
