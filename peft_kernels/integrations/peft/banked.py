@@ -66,15 +66,15 @@ def candidates(root: nn.Module) -> dict[str, nn.Module]:
     """PEFT's layers and linear ones, by path; nothing inside of PEFT's."""
     found: dict[str, nn.Module] = {}
     inside: str | None = None
-    module: Any
+    linear: tuple[type[Any], ...] = (nn.Linear, *_loaded("transformers.pytorch_utils", "Conv1D"))
     for name, module in root.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        if isinstance(module, _tuner_layers()):
+        is_tuner = isinstance(module, _tuner_layers())
+        if is_tuner or isinstance(module, linear):
+            found[name] = module
+        if is_tuner:
             inside = f"{name}."
-            found[name] = module
-        elif isinstance(module, (nn.Linear, *_loaded("transformers.pytorch_utils", "Conv1D"))):
-            found[name] = module
     return found
 
 

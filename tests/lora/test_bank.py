@@ -1,0 +1,679 @@
+"""The bank's storage: who is in which slot, what a batch computes, and what a refusal leaves alone."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from peft_kernels._core.errors import UnsupportedError
+from peft_kernels._core.rows import BASE, Rows
+from peft_kernels.lora import slots as slots_module
+from peft_kernels.lora.bank import SlotStore
+from peft_kernels.lora.slots import Batch, Factors, Shape, SideStream
+from python_ref import compare
+from python_ref.lora import Slot, eager_rows, rows_forward
+
+CPU = torch.device("cpu")
+SHAPES = ((7, 5), (6, 9), (3, 4))
+MAX_RANK = 4
+
+
+def make_store(slots: int = 3, dtype: torch.dtype = torch.float64, **options: Any) -> SlotStore:
+    shapes = [Shape(f"layer{index}", k, n, dtype) for index, (k, n) in enumerate(SHAPES)]
+    return SlotStore(shapes, slots, MAX_RANK, CPU, **options)
+
+
+def make_adapter(seed: int, dtype: torch.dtype = torch.float64) -> dict[int, Factors]:
+    """Of ranks 0 to MAX_RANK, another one in each layer; 0 is a layer that it has nothing for."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for index, (k, n) in enumerate(SHAPES):
+        r = int(torch.randint(MAX_RANK + 1, (), generator=generator))
+        if r:
+            a, b = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((r, k), (n, r)))
+            found[index] = Factors(a.to(dtype), b.to(dtype), 0.25 + seed % 7)
+    return found
+
+
+def state(store: SlotStore) -> list[Any]:
+    """All that a refusal must leave as it is."""
+    tensors = [store.tables, store.host_tables, store.scales]
+    tensors += [tensor for layer in store.layers for tensor in (layer.lora_a, layer.lora_b)]
+    for batch in store._batches.values():
+        tensors += [batch.rows.slot, batch.rows.order, batch.rows.first, batch.rows.runs]
+    hosted = [factor for each in store._hosted.values() for both in each.factors.values() for factor in both[:2]]
+    facts = [store.names, store.resident, dict(store._slot_of), list(store._free), store.in_use, store.current.batch]
+    return [*(tensor.clone() for tensor in (*tensors, *hosted)), facts]
+
+
+def assert_as_before(store: SlotStore, before: list[Any]) -> None:
+    after = state(store)
+    assert len(after) == len(before)
+    assert after[-1] == before[-1]
+    for now, then in zip(after[:-1], before[:-1], strict=True):
+        assert torch.equal(now.nan_to_num(7e7), then.nan_to_num(7e7))
+
+
+def poison(store: SlotStore) -> None:
+    """Put nan wherever no adapter that is resident has a rank."""
+    for layer in store.layers:
+        used = torch.zeros(len(layer.lora_a), dtype=torch.bool)
+        for slot in store._slot_of.values():
+            rank = int(store.host_tables[layer.index, 1, slot])
+            used[slot * MAX_RANK : slot * MAX_RANK + rank] = True
+        layer.lora_a[~used] = torch.nan
+        layer.lora_b[:, ~used] = torch.nan
+
+
+def expected(
+    adapters: dict[str, dict[int, Factors]], names: list[str], layer: int, x: Tensor, weight: Tensor
+) -> Tensor:
+    """By the oracle, row by row; x (B, L, K)."""
+    known = list(adapters)
+    k, n = SHAPES[layer]
+    none = Factors(x.new_zeros(0, k), x.new_zeros(n, 0), 1.0)
+    given = [Slot(*adapters[name].get(layer, none)) for name in known]
+    of_rows = [-1 if name == BASE else known.index(name) for name in names for _ in range(x.shape[1])]
+    return rows_forward(x.reshape(-1, k), weight, given, of_rows).view(*x.shape[:-1], n)
+
+
+def test_random_batches_are_right_and_the_least_recently_used_goes() -> None:
+    """100 names in 3 slots; beside them a list that says who is to be in a slot, and nan where nobody is."""
+    store, draw = make_store(), random.Random(0)
+    adapters = {f"adapter{seed}": make_adapter(seed) for seed in range(100)}
+    for name, factors in adapters.items():
+        store.add(name, factors)
+    recent: list[str] = []
+    loads = 0
+    for step in range(300):
+        # Half of the names are of few, so that some are resident.
+        pool = draw.sample(list(adapters)[: 5 if step % 2 else 100], 3)
+        names = [draw.choice([*pool, BASE]) for _ in range(draw.randint(1, 6))]
+        wanted = [name for name in dict.fromkeys(names) if name != BASE]
+        before = dict(store._slot_of)
+        store.use(names)
+        for name in [name for name in wanted if name not in recent]:
+            loads += 1
+            if len(recent) == 3:
+                recent.remove(next(name for name in recent if name not in wanted))
+            recent.append(name)
+        for name in wanted:
+            recent.remove(name)
+            recent.append(name)
+        assert store.resident == tuple(recent)
+        # Who stays has not moved, and no two are in one slot.
+        assert all(store._slot_of[name] == slot for name, slot in before.items() if name in recent)
+        assert sorted([*store._slot_of.values(), *store._free]) == [0, 1, 2]
+        poison(store)
+        generator = torch.Generator().manual_seed(step)
+        for layer, (k, n) in zip(store.layers, SHAPES, strict=True):
+            x = torch.randn(len(names), draw.randint(1, 3), k, generator=generator, dtype=torch.float64)
+            weight = torch.randn(n, k, generator=generator, dtype=torch.float64)
+            torch.testing.assert_close(
+                layer.linear(x, weight, None), expected(adapters, names, layer.index, x, weight), rtol=1e-13, atol=1e-13
+            )
+    assert loads > 200
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_is_within_the_budget(adapter_dtype: torch.dtype) -> None:
+    """Beside a bfloat16 base; float64 files are rounded once, to what eager torch is handed too."""
+    store = make_store(dtype=adapter_dtype)
+    files = {f"a{seed}": make_adapter(seed) for seed in range(8) if 1 in make_adapter(seed)}
+    names = [*list(files)[:3], BASE]
+    for name, factors in files.items():
+        store.add(name, factors)
+    store.use(names)
+    k, n = SHAPES[1]
+    x, weight = torch.randn(4, 50, k).bfloat16(), torch.randn(n, k).bfloat16()
+    slots = [Slot(*(f.to(adapter_dtype) for f in files[name][1][:2]), files[name][1].scale) for name in names[:3]]
+    of_rows = [-1 if name == BASE else names.index(name) for name in names for _ in range(50)]
+    eager = eager_rows(x.reshape(-1, k), weight, slots, of_rows)
+    wide = [Slot(slot.lora_a.double(), slot.lora_b.double(), slot.scale) for slot in slots]
+    oracle = rows_forward(x.reshape(-1, k).double(), weight.double(), wide, of_rows)
+    compare.assert_close("y", store.layers[1].linear(x, weight, None).view(-1, n), eager, oracle)
+
+
+def test_gradients_of_x_are_those_of_the_batch() -> None:
+    store, weight = make_store(), torch.randn(5, 7, dtype=torch.float64)
+    adapters = {"a": make_adapter(1), "b": make_adapter(2)}
+    for name, factors in adapters.items():
+        store.add(name, factors)
+    names = ["b", BASE, "a"]
+    store.use(names)
+    x = torch.randn(3, 2, 7, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(3, 2, 5, dtype=torch.float64)
+    (dx,) = torch.autograd.grad(store.layers[0].linear(x, weight, None), x, dy)
+    (want,) = torch.autograd.grad(expected(adapters, names, 0, x, weight), x, dy)
+    torch.testing.assert_close(dx, want, rtol=1e-13, atol=1e-13)
+    assert dx.abs().min() > 0
+
+
+def test_another_batch_before_the_backward_pass_is_an_error() -> None:
+    """Autograd's, since tensors that it has saved are written; never the other batch's gradients."""
+    store, weight = make_store(), torch.randn(5, 7, dtype=torch.float64)
+    store.add("a", {0: Factors(torch.randn(2, 7), torch.randn(5, 2), 1.0)})
+    store.add("b", {0: Factors(torch.randn(2, 7), torch.randn(5, 2), 1.0)})
+    store.use(["a"])
+    x = torch.randn(1, 2, 7, dtype=torch.float64, requires_grad=True)
+    y = store.layers[0].linear(x, weight, None)
+    store.use(["b"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+@pytest.mark.parametrize("length", [0, 1, 2, 7])
+def test_plan_is_that_of_rows(count: int, length: int) -> None:
+    """One after another in the same tensors, of batches with many runs and with few."""
+    batch, draw = Batch(count, 4, CPU), random.Random(count)
+    places = {name: getattr(batch.rows, name).data_ptr() for name in ("slot", "order", "first", "runs")}
+    for _ in range(20):
+        slots = [draw.randint(-1, 3 if draw.random() < 0.5 else 0) for _ in range(count)]
+        batch.put(slots)
+        got, want = batch.of_length(length), Rows.of(slots, known=4, length=length)
+        for name in ("slot", "order", "first"):
+            assert torch.equal(getattr(got, name), getattr(want, name))
+        runs = [run for run in got.runs.tolist() if run[2]]
+        assert runs == [run for run in want.runs.tolist() if run[2]]
+        assert places == {name: getattr(batch.rows, name).data_ptr() for name in places}
+    assert batch.of_length(length) is batch.of_length(length)
+
+
+def test_nothing_moves() -> None:
+    """What a captured graph reads lies where it lay, whatever is loaded."""
+    store = make_store()
+    for seed in range(9):
+        store.add(str(seed), make_adapter(seed))
+    store.use(["0", "1"])
+
+    def places() -> list[int]:
+        rows = store.current.batch.rows
+        tensors = [rows.slot, rows.order, rows.first, rows.runs]
+        for layer in store.layers:
+            (update,) = layer.updates
+            tensors += [update.lora_a, update.lora_b, update.scales, update.table.device, update.table.host]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    first = places()
+    for names in (["2", "3"], ["4", BASE], ["0", "8"]):
+        store.use(names)
+        assert places() == first
+        for layer in store.layers:
+            for name in set(names) - {BASE}:
+                factors = store._hosted[name].factors.get(layer.index)
+                begin, table = store._slot_of[name] * MAX_RANK, layer.updates[0].table.device[:, store._slot_of[name]]
+                rank = 0 if factors is None else len(factors.lora_a)
+                assert table.tolist() == [begin, rank, 0]
+                if factors is not None:
+                    assert torch.equal(layer.updates[0].lora_a[begin : begin + rank], factors.lora_a)
+                    assert torch.equal(layer.updates[0].lora_b[:, begin : begin + rank], factors.lora_b)
+                    assert layer.updates[0].scales[store._slot_of[name]] == factors.scale
+    store.use(["1"])
+    store.use(["5", "6"])
+    assert places() == first
+
+
+def test_residents_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store()
+    for name in "abcd":
+        store.add(name, make_adapter(ord(name)))
+    store.use(["a", "b", "c"])
+    monkeypatch.setattr(slots_module.LayerSlots, "put", lambda *_: pytest.fail("a factor was copied"))
+    for names in (["b"], ["c", "a", "c", BASE], ["a", "b", "c"], [BASE]):
+        store.use(names)
+    assert store.resident == ("a", "b", "c")
+
+
+REFUSED: dict[str, tuple[Callable[[SlotStore], object], type[Exception], str]] = {
+    "too many": (
+        lambda store: store.use(["a", "b", "c", "d"]),
+        ValueError,
+        r"AdapterBank\.use: a batch may have 3 adapters, one for each slot, got 4",
+    ),
+    "unknown": (
+        lambda store: store.use(["a", "x"]),
+        KeyError,
+        r"no adapter 'x'; known are 'a', 'b', 'c', 'd', '__base__'",
+    ),
+    "one name": (lambda store: store.use("a"), ValueError, r"names must be a list .* got 'a'"),
+    "no names": (lambda store: store.use([]), ValueError, r"got \[\]"),
+    "no texts": (lambda store: store.use(["a", 3]), ValueError, r"got \['a', 3\]"),
+    "known": (lambda store: store.add("d", {}), ValueError, "there is an adapter 'd' already; overwrite=True"),
+    "name of the base": (lambda store: store.add(BASE, {}), ValueError, "name must be a text .* got '__base__'"),
+    "empty name": (lambda store: store.add("", {}), ValueError, "got ''"),
+    "overwritten in use": (lambda store: store.add("a", {}, True), ValueError, "'a' is in use by the current batch"),
+    "removed in use": (lambda store: store.remove("b"), ValueError, "'b' is in use by the current batch"),
+    "removed unknown": (lambda store: store.remove("x"), KeyError, "no adapter 'x'; known are 'a', 'b', 'c', 'd'"),
+    "rank": (
+        lambda store: store.add("n", {0: Factors(torch.zeros(5, 7), torch.zeros(5, 5), 1.0)}),
+        ValueError,
+        "'n': layer0 must have a rank of at most max_rank, 4, got 5",
+    ),
+    "shape of A": (
+        lambda store: store.add("n", {1: Factors(torch.zeros(2, 7), torch.zeros(9, 2), 1.0)}),
+        ValueError,
+        r"layer1\.lora_A must be floating \(2, 6\), got torch\.float32 \(2, 7\)",
+    ),
+    "shape of B": (
+        lambda store: store.add("d", {1: Factors(torch.zeros(2, 6), torch.zeros(9, 3), 1.0)}, True),
+        ValueError,
+        r"layer1\.lora_B must be floating \(9, 2\), got torch\.float32 \(9, 3\)",
+    ),
+    "batch of x": (
+        lambda store: store.layers[0].linear(torch.zeros(3, 2, 7), torch.zeros(5, 7), None),
+        ValueError,
+        r"B the 2 names in use or a multiple of it, got \(3, 2, 7\)",
+    ),
+    "x without a batch": (
+        lambda store: store.layers[0].linear(torch.zeros(7), torch.zeros(5, 7), None),
+        ValueError,
+        r"got \(7,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_leaves_everything_as_it_was(case: str) -> None:
+    store = make_store()
+    for name in "abcd":
+        store.add(name, make_adapter(ord(name)))
+    store.use(["c", "d"])
+    store.use(["a", "b"])
+    before = state(store)
+    call, kind, text = REFUSED[case]
+    with pytest.raises(kind, match=text):
+        call(store)
+    assert_as_before(store, before)
+
+
+def test_without_a_batch_a_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"use\(names\) comes before"):
+        make_store().layers[0].linear(torch.zeros(1, 7), torch.zeros(5, 7), None)
+
+
+def test_beams_have_their_row_s_adapter() -> None:
+    """Names are repeated as PEFT repeats them: each one's rows are neighbours."""
+    store, weight = make_store(), torch.randn(5, 7, dtype=torch.float64)
+    adapters = {"a": make_adapter(1), "b": make_adapter(2)}
+    for name, factors in adapters.items():
+        store.add(name, factors)
+    store.use(["b", "a"])
+    x = torch.randn(6, 2, 7, dtype=torch.float64)
+    want = expected(adapters, ["b", "b", "b", "a", "a", "a"], 0, x, weight)
+    torch.testing.assert_close(store.layers[0].linear(x, weight, None), want, rtol=1e-13, atol=1e-13)
+    flat = store.layers[0].linear(x.reshape(12, 7), weight, None)
+    torch.testing.assert_close(flat, want.view(12, 5), rtol=1e-13, atol=1e-13)
+
+
+def test_overwriting_is_seen_by_the_next_batch() -> None:
+    store, weight, x = make_store(), torch.zeros(5, 7).double(), torch.ones(1, 7).double()
+    ones = Factors(torch.ones(1, 7), torch.ones(5, 1), 1.0)
+    store.add("a", {0: ones})
+    store.use(["a"])
+    assert torch.equal(store.layers[0].linear(x, weight, None), torch.full((1, 5), 7.0).double())
+    store.use([BASE])
+    store.add("a", {0: ones._replace(scale=3.0)}, overwrite=True)
+    assert store.resident == ()
+    store.use(["a"])
+    assert torch.equal(store.layers[0].linear(x, weight, None), torch.full((1, 5), 21.0).double())
+
+
+def test_files_tensors_are_copied() -> None:
+    store = make_store()
+    given = Factors(torch.ones(2, 7).double(), torch.ones(5, 2).double(), 1.0)
+    store.add("a", {0: given})
+    given.lora_a.zero_()
+    assert store._hosted["a"].factors[0].lora_a.eq(1).all()
+
+
+def test_a_failed_copy_leaves_no_half_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out in the middle: what was overwritten is no longer resident, and the next use is right."""
+    store = make_store()
+    adapters = {name: make_adapter(seed) for seed, name in enumerate("abcd", 20)}
+    for name, factors in adapters.items():
+        store.add(name, factors)
+    store.use(["a", "b", "c"])
+    put = slots_module.LayerSlots.put
+
+    def fails(layer: slots_module.LayerSlots, *arguments: Any) -> None:
+        if layer.index == 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        put(layer, *arguments)
+
+    assert 2 in adapters["d"]
+    with monkeypatch.context() as patch:
+        patch.setattr(slots_module.LayerSlots, "put", fails)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            store.use(["d"])
+    assert store.resident == ("b", "c")
+    assert store.in_use is None and store.current.batch is None
+    names = ["a", "d", "c"]
+    store.use(names)
+    for layer, (k, n) in zip(store.layers, SHAPES, strict=True):
+        x, weight = torch.randn(3, 2, k, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
+        want = expected(adapters, names, layer.index, x, weight)
+        torch.testing.assert_close(layer.linear(x, weight, None), want, rtol=1e-13, atol=1e-13)
+
+
+def test_a_thousand_adapters_come_and_go() -> None:
+    """Nothing is left of them: not an object, not a byte of Python's, and not a tensor."""
+    store = make_store()
+    store.add("stays", make_adapter(0))
+
+    def come_and_go(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            store.add(f"adapter{number}", make_adapter(number))
+            store.use([f"adapter{number}", "stays"])
+            store.use(["stays"])
+            store.remove(f"adapter{number}")
+
+    come_and_go(0, 20)
+    gc.collect()
+    objects, host = len(gc.get_objects()), store.host_nbytes
+    tensors = _storage_bytes()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        come_and_go(20, 1000)
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    # One forgotten entry of a dict for each would be 1,000 objects and more than 50,000 bytes.
+    assert len(gc.get_objects()) - objects < 100
+    assert grown < 20_000
+    assert _storage_bytes() == tensors
+    assert store.host_nbytes == host
+    assert store.names == ("stays",) and store.resident == ("stays",)
+
+
+def _storage_bytes() -> int:
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+        for each in gc.get_objects()
+        if type(each) is Tensor
+    }
+    return sum(storages.values())
+
+
+def test_adapters_come_and_go_beside_a_server() -> None:
+    """From two other threads; every batch of the server's is right, and no error comes from a state half made."""
+    store = make_store()
+    adapters = {name: make_adapter(seed) for seed, name in enumerate("abcdef", 40)}
+    for name, factors in adapters.items():
+        store.add(name, factors)
+    errors: list[BaseException] = []
+    ends = threading.Event()
+
+    def churn(prefix: str) -> None:
+        number = 0
+        try:
+            while not ends.is_set():
+                store.add(f"{prefix}{number % 7}", make_adapter(number), overwrite=True)
+                store.remove(f"{prefix}{number % 7}")
+                number += 1
+        except BaseException as error:  # Reported below, by the thread that may fail the test.
+            errors.append(error)
+
+    threads = [threading.Thread(target=churn, args=(prefix,)) for prefix in ("x", "y")]
+    for thread in threads:
+        thread.start()
+    draw, weight = random.Random(1), torch.randn(5, 7, dtype=torch.float64)
+    try:
+        for _ in range(100):
+            names = draw.choices([*draw.sample(list(adapters), 3), BASE], k=4)
+            store.use(names)
+            x = torch.randn(4, 1, 7, dtype=torch.float64)
+            want = expected(adapters, names, 0, x, weight)
+            torch.testing.assert_close(store.layers[0].linear(x, weight, None), want, rtol=1e-13, atol=1e-13)
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
+@pytest.mark.slow
+def test_other_adapters_are_no_other_graph() -> None:
+    """One graph for a shape of the batch, whatever is in use, in the slots and on the host."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    store, weight = make_store(), torch.randn(5, 7, dtype=torch.float64)
+    adapters = {name: make_adapter(seed) for seed, name in enumerate("abcdef", 40)}
+    for name, factors in adapters.items():
+        store.add(name, factors)
+    compiled = torch.compile(store.layers[0].linear, fullgraph=True, backend=counter)
+    for length in (1, 3):
+        for names in (["a", "b"], ["c", "d"], [BASE, "a"], ["f", "f"], ["e", "b"]):
+            store.use(names)
+            x = torch.randn(2, length, 7, dtype=torch.float64)
+            want = expected(adapters, names, 0, x, weight)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x, weight, None), want, rtol=1e-13, atol=1e-13)
+        # A second length is a second graph, as everywhere in torch.
+        assert counter.frame_count == (1 if length == 1 else 2)
+        store.use([BASE, BASE])
+        store.remove("f")
+        store.add("f", adapters["f"])
+
+
+class _Log(list[str]):
+    """A stand-in for torch.cuda's streams and events that writes down what is asked of them, and in which order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here = "main"
+
+    def stream_of(self, name: str) -> Any:
+        log = self
+
+        class Stream:
+            def wait_stream(self, other: Any) -> None:
+                log.append(f"{name} waits for {other.name}")
+
+            def wait_event(self, event: Any) -> None:
+                log.append(f"{name} waits for event {event.number}")
+
+        Stream.name = name
+        return Stream()
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        log, made = self, iter(range(100))
+
+        class Event:
+            def __init__(self) -> None:
+                self.number = next(made)
+
+            def record(self, stream: Any) -> None:
+                log.append(f"{stream.name} records event {self.number}")
+
+        @contextmanager
+        def stream(which: Any) -> Iterator[None]:
+            log.here = which.name
+            yield
+            log.here = "main"
+
+        put = slots_module.LayerSlots.put
+
+        def logged(layer: slots_module.LayerSlots, slot: int, factors: Factors) -> None:
+            log.append(f"{log.here} copies into layer {layer.index}")
+            put(layer, slot, factors)
+
+        def call(*arguments: Any) -> Any:
+            log.append("a layer computes")
+            return rows_call(*arguments)
+
+        rows_call = slots_module.rows_call
+        main, side = self.stream_of("main"), self.stream_of("side")
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "Stream", lambda device: side)
+        patch.setattr(torch.cuda, "current_stream", lambda device: main)
+        patch.setattr(torch.cuda, "stream", stream)
+        patch.setattr(slots_module.LayerSlots, "put", logged)
+        patch.setattr(slots_module, "rows_call", call)
+        patch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+
+
+def _full(seed: int) -> dict[int, Factors]:
+    """An adapter that has something for every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        index: Factors(torch.randn(2, k, generator=generator), torch.randn(n, 2, generator=generator), 1.0)
+        for index, (k, n) in enumerate(SHAPES)
+    }
+
+
+@pytest.mark.cpu_only
+def test_each_layer_waits_for_its_own_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With streams and events that write down their calls; that copies really overlap, only a GPU can show."""
+    log = _Log()
+    log.install(monkeypatch)
+    store = make_store(side=SideStream(CPU, len(SHAPES)))
+    for name in "abc":
+        store.add(name, _full(ord(name)))
+    assert log == []
+    store.use(["a", "b"])
+    of_layer = [["side copies into layer {0}"] * 2 + ["side records event {0}"] for _ in SHAPES]
+    loading = [line.format(layer) for layer, lines in enumerate(of_layer) for line in lines]
+    # What was launched before may still read the slots.
+    assert log == ["side waits for main", *loading]
+
+    def run() -> list[str]:
+        log.clear()
+        for layer, (k, n) in zip(store.layers, SHAPES, strict=True):
+            layer.linear(torch.zeros(2, k).double(), torch.zeros(n, k).double(), None)
+        return list(log)
+
+    assert run() == [line for layer in range(3) for line in (f"main waits for event {layer}", "a layer computes")]
+    # Once is enough, and residents are waited for by nobody.
+    assert run() == ["a layer computes"] * 3
+    store.use(["b", "a"])
+    assert run() == ["a layer computes"] * 3
+    # A batch that never ran leaves its copies to be waited for by the next.
+    store.use(["c", "c"])
+    store.use(["a", "c"])
+    assert run()[:2] == ["main waits for event 0", "a layer computes"]
+
+
+@pytest.mark.cpu_only
+def test_without_overlap_use_waits_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = _Log()
+    log.install(monkeypatch)
+    store = make_store(side=SideStream(CPU, len(SHAPES)), waits_by_layer=False)
+    store.add("a", _full(1))
+    store.use(["a"])
+    assert log[-2:] == ["side records event 2", "main waits for side"]
+    log.clear()
+    store.layers[0].linear(torch.zeros(1, 7).double(), torch.zeros(5, 7).double(), None)
+    assert log == ["a layer computes"]
+
+
+@pytest.mark.cpu_only
+def test_use_waits_for_what_a_captured_graph_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph cannot wait for an event from outside of it."""
+    log = _Log()
+    log.install(monkeypatch)
+    store = make_store(side=SideStream(CPU, len(SHAPES)))
+    for name in "ab":
+        store.add(name, _full(ord(name)))
+    store.use(["a"])
+    log.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(slots_module, "is_capturing", lambda device: True)
+        store.layers[0].linear(torch.zeros(1, 2, 7).double(), torch.zeros(5, 7).double(), None)
+    assert log == ["a layer computes"]
+    store.use(["b"])
+    assert log[-1] == "main waits for side"
+
+
+@pytest.mark.cpu_only
+def test_captured_plans_are_made_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was kept from before would be that of another batch when the graph is replayed."""
+    batch = Batch(2, 4, CPU)
+    batch.put([1, 0])
+    kept = batch.of_length(3)
+    monkeypatch.setattr(slots_module, "is_capturing", lambda device: True)
+    assert batch.of_length(3) is not kept
+    assert batch.of_length(1) is batch.rows
+
+
+@pytest.mark.slow
+@pytest.mark.cpu_only
+def test_a_compiled_layer_that_would_have_to_wait_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = _Log()
+    log.install(monkeypatch)
+    torch._dynamo.reset()
+    store = make_store(side=SideStream(CPU, len(SHAPES)))
+    store.add("a", _full(1))
+    store.use(["a"])
+    with pytest.raises((UnsupportedError, torch._dynamo.exc.TorchDynamoException), match="overlap=False"):
+        torch.compile(store.layers[0].linear, fullgraph=True, backend="eager")(
+            torch.zeros(1, 7).double(), torch.zeros(5, 7).double(), None
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [True, False])
+def test_batches_on_a_gpu_are_right(overlap: bool) -> None:
+    """Adapters cross while the layers before theirs compute, and before those that still read the slots have done."""
+    device = torch.device("cuda")
+    sizes = [(1024, 1024)] * 6
+    shapes = [Shape(f"layer{index}", k, n, torch.float32) for index, (k, n) in enumerate(sizes)]
+    store = SlotStore(shapes, 2, 8, device, SideStream(device, len(shapes)), overlap)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Factors:
+        return Factors(
+            torch.randn(8, 1024, generator=generator) / 32, torch.randn(1024, 8, generator=generator) / 32, 1.0
+        )
+
+    adapters = {str(number): {index: drawn() for index in range(6)} for number in range(12)}
+    for name, factors in adapters.items():
+        store.add(name, factors)
+    x, weight = torch.randn(2, 64, 1024, device=device), torch.randn(1024, 1024, device=device) / 32
+    got: dict[str, Tensor] = {}
+    for first in range(0, 12, 2):
+        store.use([str(first), str(first + 1)])
+        y = x
+        for layer in store.layers:
+            y = layer.linear(y, weight, None)
+        got[str(first)], got[str(first + 1)] = y[0], y[1]
+    for name, result in got.items():
+        y = x[int(name) % 2].double()
+        for index in range(6):
+            a, b, scale = adapters[name][index]
+            y = y @ weight.t().double() + scale * (y @ a.to(y).t()) @ b.to(y).t()
+        # Six layers of float32 sums of 1,024 terms, or of TF32 ones; another adapter's result is off by its size.
+        assert compare.relative_error(result, y) < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_goes_on_with_other_adapters() -> None:
+    device = torch.device("cuda")
+    store = SlotStore([Shape("layer", 64, 64, torch.float32)], 2, 8, device, SideStream(device, 1))
+    for seed in range(6):
+        torch.manual_seed(seed)
+        store.add(str(seed), {0: Factors(torch.randn(8, 64), torch.randn(64, 8), 1.0)})
+    x, weight = torch.randn(2, 3, 64, device=device), torch.randn(64, 64, device=device)
+    store.use(["0", "1"])
+    layer = store.layers[0]
+    for _ in range(3):
+        layer.linear(x, weight, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer.linear(x, weight, None)
+    for names in (["2", "3"], ["4", BASE], ["1", "5"]):
+        store.use(names)
+        graph.replay()
+        torch.testing.assert_close(y, layer.linear(x, weight, None))
