@@ -312,6 +312,7 @@ def test_a_failed_copy_leaves_no_half_adapter(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(layer.linear(x, weight, None), want, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_thousand_adapters_come_and_go() -> None:
     """Nothing is left of them: not an object, not a byte of Python's, and not a tensor."""
     store = make_store()
@@ -324,21 +325,21 @@ def test_a_thousand_adapters_come_and_go() -> None:
             store.use(["stays"])
             store.remove(f"adapter{number}")
 
-    come_and_go(0, 20)
-    gc.collect()
-    objects, host = len(gc.get_objects()), store.host_nbytes
-    tensors = storage_bytes()
     tracemalloc.start()
     try:
+        come_and_go(0, 500)
+        gc.collect()
+        objects, host, tensors = len(gc.get_objects()), store.host_nbytes, storage_bytes()
         before = tracemalloc.get_traced_memory()[0]
-        come_and_go(20, 1000)
+        come_and_go(500, 1000)
         gc.collect()
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    # One forgotten entry of a dict for each would be 1,000 objects and more than 50,000 bytes.
+    # A forgotten name alone, of each, would be 58,000 bytes and the 8,000 of a list; what is forgotten of an adapter's
+    # factors is 1,000 objects at least.
     assert len(gc.get_objects()) - objects < 100
-    assert grown < 20_000
+    assert grown < 50_000
     assert storage_bytes() == tensors
     assert store.host_nbytes == host
     assert store.names == ("stays",) and store.resident == ("stays",)
