@@ -114,15 +114,16 @@ def test_a_hundred_adapters_in_three_slots(tmp_path: Path) -> None:
     assert len(bank.resident) == 3
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate(saved: tuple[nn.Module, dict[str, Path]], beams: int) -> None:
-    """Each row's tokens are those of the row alone, beams with their cache too."""
-    theirs, folders = saved
+@pytest.mark.parametrize(("architecture", "beams"), [("llama", 1), ("llama", 3), ("t5", 2)])
+def test_generate(tmp_path: Path, architecture: str, beams: int) -> None:
+    """Each row's tokens are those of the row alone; beams have their row's, and an encoder rows without beams."""
+    theirs = peft_model(architecture, few={"r": 5}, plain={"r": 2})
+    theirs.save_pretrained(tmp_path)
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
     names, ids = ["few", BASE, "plain"], tokens(3, 5)
     want = theirs.generate(input_ids=ids, adapter_names=names, **options)
-    model = peft_model()
-    bank = filled(model, folders)
+    model = base(architecture)
+    bank = filled(model, {"few": tmp_path / "few", "plain": tmp_path / "plain"})
     with bank.use(names):
         got = model.generate(input_ids=ids, **options)
     assert torch.equal(got, want)

@@ -275,6 +275,22 @@ def test_overwriting_is_seen_by_the_next_batch() -> None:
     assert torch.equal(store.layers[0].linear(x, weight, None), torch.full((1, 5), 21.0).double())
 
 
+def test_a_removed_adapter_s_slot_is_the_next_one_s() -> None:
+    """Also where the next one has its name."""
+    store, weight, x = make_store(), torch.zeros(5, 7).double(), torch.ones(1, 7).double()
+    ones = Factors(torch.ones(1, 7), torch.ones(5, 1), 1.0)
+    for name, scale in (("a", 1.0), ("b", 2.0)):
+        store.add(name, {0: ones._replace(scale=scale)})
+    store.use(["a", "b"])
+    store.use([BASE])
+    store.remove("a")
+    assert store.names == store.resident == ("b",) and store._free == [0, 2]
+    store.add("a", {0: ones._replace(scale=5.0)})
+    store.use(["a"])
+    assert store._slot_of == {"b": 1, "a": 0}
+    assert torch.equal(store.layers[0].linear(x, weight, None), torch.full((1, 5), 35.0).double())
+
+
 def test_files_tensors_are_copied() -> None:
     store = make_store()
     given = Factors(torch.ones(2, 7).double(), torch.ones(5, 2).double(), 1.0)

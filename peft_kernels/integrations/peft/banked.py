@@ -20,8 +20,6 @@ from peft_kernels.lora.slots import NAME, LayerSlots
 SLOTS = "_peft_kernels_slots"
 """Attribute of a layer: its slots. ``close`` takes it away."""
 
-ALL_LINEAR = "all-linear"
-
 
 class Banked(Swapped):
     """First base of the classes that ``banked_class`` makes."""
