@@ -30,7 +30,12 @@ LLAMA = ARCHITECTURES["llama"][1]
 
 def base(architecture: str = "llama", dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    return ARCHITECTURES[architecture][0]().eval().to(dtype)
+    model = ARCHITECTURES[architecture][0]().eval().to(dtype)
+    for name, parameter in model.named_parameters():
+        # They begin as zeros, and nobody would see one that is left out.
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
 
 
 def peft_model(architecture: str = "llama", dtype: torch.dtype = torch.float64, **options: dict[str, Any]) -> nn.Module:
