@@ -1,6 +1,10 @@
 """Fused kernels for parameter-efficient fine-tuning. One import line per family; importing does nothing else."""
 
 import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from peft_kernels.integrations.peft.bank import AdapterBank
 
 try:
     from peft_kernels._core.dispatch import use_backend
@@ -36,6 +40,7 @@ except Exception as error:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "FusedLoRALinear",
     "Member",
     "ParallelAdapter",
@@ -67,3 +72,12 @@ __all__ = [
     "set_scale",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # It stands on the room of one library, which nothing else here needs.
+    if name == "AdapterBank":
+        from peft_kernels.integrations.peft.bank import AdapterBank
+
+        return AdapterBank
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

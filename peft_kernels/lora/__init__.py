@@ -39,6 +39,9 @@ Map, bottom to top:
         cuda_impl.py       what the CUDA kernels can run, in the order in which they are tried
         op.py              the public function, and the declaration that makes it an operator
     group/                 the operator `lora_group`: several frozen weights that share x, in the same files
+    rows/                  the operator `lora_rows`: adapters by row, what `rows=` of the others runs
+    slots.py               a layer with slots for adapters, and its call
+    bank.py                the adapters in them: which are in a slot, who makes room, what is copied when
     qualification.py       the problems by which a machine checks the kernels
     module.py              FusedLoRALinear
     merging.py             merged weights: what it and PEFT's layers sum

@@ -15,6 +15,8 @@ prompts.py         PEFT's prefix and prompt tuning models: class swap, eligibili
 prefixes.py        the same models' prefixes, and the hooks that carry them
 files.py           save_adapter and load_adapter
 onto_model.py      from_peft: an adapter's files onto a model that has no LoRA layers yet
+bank.py            AdapterBank: many adapters' files on one model, each row of a batch with its own
+banked.py          its layers: which a model has, and the class in whose place theirs is swapped
 adapter_folder.py  the two files of an adapter, and what they say of its base model
 lora_files.py      LoRA files for models built from FusedLoRALinear
 lora_config.py     the configurations of these

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
+from peft_kernels.integrations.peft.banked import Banked
 from peft_kernels.integrations.peft.by_row import ByRow
 from peft_kernels.integrations.peft.operands import Modules, Operands, active, operands_of
 from peft_kernels.integrations.peft.slots import Slots, named, slots_of
@@ -36,6 +37,7 @@ _OTHER_LAYER = SUPPORT.rule(
     "it is PEFT's {layer}, not its lora.Linear",
 )
 _OTHER_FORWARD = SUPPORT.rule("a forward put on the layer: X-LoRA, diffusers' hooks", "its forward was replaced")
+_BANKED = SUPPORT.rule("a layer of a model with an `AdapterBank`", "an AdapterBank is on it; its close() comes before")
 _REPLACED = SUPPORT.rule("methods of PEFT's or torch's classes that another tool replaced", "{method} was replaced")
 _DISABLED = SUPPORT.rule("a call inside `disable_adapter()`", "adapters are disabled")
 _MERGED = SUPPORT.rule("a call after `merge_adapter()`", "adapters are merged into the weight")
@@ -96,6 +98,8 @@ def why_not(layer: Any) -> str | None:
         return _OTHER_LAYER(layer=f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}")
     if has_other_forward(layer):
         return _OTHER_FORWARD()
+    if isinstance(layer, Banked):
+        return _BANKED()
     adapters = active(layer)
     may_be_late = len(adapters) == 1
     return _why_not_modules(layer, adapters, may_be_late) or _why_not_operands(operands_of(layer, adapters))

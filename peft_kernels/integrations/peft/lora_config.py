@@ -83,7 +83,7 @@ class Targets(NamedTuple):
         """Whether the module of a path is one, as PEFT finds it."""
         if self.modules is None:
             return None
-        if _is_named(self.excluded, name) or not _is_named(self.modules, name):
+        if is_named(self.excluded, name) or not is_named(self.modules, name):
             return False
         if self.layers is None or isinstance(self.modules, Pattern) or name in self.modules:
             return True
@@ -145,17 +145,20 @@ def _look_up(table: _Table, name: str, default: float) -> float:
 
 
 def _targets(where: str, config: Mapping[str, Any]) -> Targets:
-    modules, indices = _named(where, "target_modules", config), config.get("layers_to_transform")
-    containers = _named(where, "layers_pattern", config, literal=True)
+    modules, indices = names_or_pattern(where, "target_modules", config), config.get("layers_to_transform")
+    containers = names_or_pattern(where, "layers_pattern", config, literal=True)
     indices = typed(where, "layers_to_transform", [indices] if isinstance(indices, int) else indices, list, None)
     for index in indices or ():
         typed(where, "layers_to_transform", index, int)
     return Targets(
-        modules, _named(where, "exclude_modules", config) or (), tuple(indices) if indices else None, containers or ()
+        modules,
+        names_or_pattern(where, "exclude_modules", config) or (),
+        tuple(indices) if indices else None,
+        containers or (),
     )
 
 
-def _named(where: str, option: str, config: Mapping[str, Any], literal: bool = False) -> Any:
+def names_or_pattern(where: str, option: str, config: Mapping[str, Any], literal: bool = False) -> Any:
     """The names in an option, or its pattern where it is one string."""
     value = typed(where, option, config.get(option), str, list, None)
     if isinstance(value, str) and not literal:
@@ -168,7 +171,7 @@ def _named(where: str, option: str, config: Mapping[str, Any], literal: bool = F
     return names
 
 
-def _is_named(modules: Pattern | tuple[str, ...], name: str) -> bool:
+def is_named(modules: Pattern | tuple[str, ...], name: str) -> bool:
     if isinstance(modules, Pattern):
         return modules.fullmatch(name)
     return any(name == module or name.endswith(f".{module}") for module in modules)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.adapter_files import AdapterFolder, check_tensor, fitted, write_values
 from peft_kernels.integrations.peft import adapter_folder
-from peft_kernels.integrations.peft.lora_config import Targets, make_config, read_config
+from peft_kernels.integrations.peft.lora_config import LoraConfig, Targets, make_config, read_config
 from peft_kernels.lora import FusedLoRALinear
 
 _PREFIX = "base_model.model."
@@ -72,6 +72,39 @@ def load(model: nn.Module, files: AdapterFolder, adapter_name: str, strict: bool
 def layer_names(files: AdapterFolder) -> list[str]:
     """Paths of the layers that a file has factors of."""
     return list(_split(files)[0])
+
+
+def factors_by_layer(
+    files: AdapterFolder, config: LoraConfig, sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each layer that a file has an adapter for.
+
+    Args:
+        sizes: in- and out-features of the layers that may have one, by path.
+
+    Raises:
+        ValueError: the file has something else, lacks what its configuration says, or does not fit the layers.
+    """
+    factors, others = _split(files)
+    where = f"load_adapter: {files.weights_file}"
+    if others:
+        raise ValueError(f"{where}: key {next(iter(others))!r} must be {_KEYS[1]}")
+    for name in factors:
+        if name not in sizes or config.targets.include(name) is False:
+            what = "in target_modules" if name in sizes else f"one of {len(sizes)}"
+            raise ValueError(
+                f"{where}: key '{_PREFIX}{name}{_FACTORS[0]}' must be of a layer that is {what}; it is not"
+            )
+    for name in sizes:
+        if name not in factors and config.targets.include(name):
+            raise ValueError(f"{where} must hold factors of {name}, since it is in target_modules")
+    if not factors:
+        raise ValueError(f"{where} must hold factors of at least one layer, holds none")
+    found = {}
+    for name, given in factors.items():
+        (k, n), r = sizes[name], config.rank(name)
+        found[name] = _pair(files, name, given, ((r, k), (n, r)))
+    return found
 
 
 def _layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
