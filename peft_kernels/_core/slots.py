@@ -58,11 +58,15 @@ def check_ranks(operator: str, ranks: object, owner: str, total: int) -> tuple[i
     return found
 
 
-def table_of(ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(2, T) int32 on the device and on the CPU: the first row of stacked factors and the rank of each slot."""
-    values = tuple(sum(ranks[:slot]) for slot in range(len(ranks))), ranks
-    make = _tensor if _is_traced() else _kept_tensor
-    return make(values, torch.int32, device), make(values, torch.int32, torch.device("cpu"))
+def table_of(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """(2, T) int32 on the device: the first row of stacked factors, and the rank, of each slot."""
+    values = firsts_of(ranks), ranks
+    return (_tensor if _is_traced() else _kept_tensor)(values, torch.int32, device)
+
+
+def firsts_of(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """The first row of stacked factors of each slot."""
+    return tuple([sum(ranks[:slot]) for slot in range(len(ranks))])
 
 
 def _is_traced() -> bool:

@@ -29,7 +29,8 @@ class Case:
 
     Attributes:
         ranks: of each slot.
-        order: how slots come: "shuffled", "sorted" as in a split batch, "base" without any, "alone": slot 0 for all.
+        order: how slots come: "shuffled", "full" without rows of none, "sorted" as in a split batch, "base" without
+            any, "alone": slot 0 for all.
         is_hidden: whether the host does not know the rows.
         layout: how x and the residual lie in memory.
     """
@@ -69,8 +70,10 @@ class Case:
 
     @property
     def slot(self) -> list[int]:
-        """Of each row; a third of them has none."""
+        """Of each row; some have none."""
         draw = random.Random(self.m + len(self.ranks))
+        if self.order == "full":
+            return [draw.randrange(len(self.ranks)) for _ in range(self.m)]
         drawn = [draw.randrange(-1, len(self.ranks)) if draw.random() < 0.8 else -1 for _ in range(self.m)]
         if self.order in ("base", "alone"):
             return [-1 if self.order == "base" else 0] * self.m
@@ -87,7 +90,7 @@ class Case:
 
 
 class Tensors(NamedTuple):
-    """``residual`` is None where it is x."""
+    """``residual`` is None where it is x. The plan is made once, as for a model, and not within what is traced."""
 
     x: Tensor
     down_weight: Tensor
@@ -95,6 +98,14 @@ class Tensors(NamedTuple):
     down_bias: Tensor | None
     up_bias: Tensor | None
     residual: Tensor | None
+    slot: Tensor | None = None
+    order: Tensor | None = None
+    first: Tensor | None = None
+    runs: Tensor | None = None
+
+
+PLAN = ("slot", "order", "first", "runs")
+DIFFERENTIABLE = Tensors._fields[:6]
 
 
 def adapter_rows(*, backend: str | None = None, **arguments: Any) -> Tensor:
@@ -134,6 +145,7 @@ def make_exact(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors
 def _as_asked(case: Case, drawn: Tensors, device: torch.device) -> Tensors:
     """Put float64 tensors on the device in the case's dtypes, and x and the residual in its layout."""
     adapter, has_residual = case.adapter_dtype or case.dtype, case.residual in ("tensor", "wide")
+    rows = Rows.of(case.slot, known=len(case.ranks), device=device)
     return Tensors(
         x=laid_out(drawn.x.to(device, case.dtype), case.layout),
         down_weight=drawn.down_weight.to(device, adapter),
@@ -141,24 +153,22 @@ def _as_asked(case: Case, drawn: Tensors, device: torch.device) -> Tensors:
         down_bias=drawn.down_bias.to(device, adapter) if case.down_bias else None,
         up_bias=drawn.up_bias.to(device, adapter) if case.up_bias else None,
         residual=laid_out(drawn.residual.to(device, case.y_dtype), case.layout) if has_residual else None,
+        slot=rows.slot,
+        order=rows.order,
+        first=rows.first,
+        runs=None if case.is_hidden else rows.runs,
     )
 
 
-def rows_of(case: Case, device: torch.device) -> Rows:
-    rows = Rows.of(case.slot, known=len(case.ranks), device=device)
-    return replace(rows, runs=None) if case.is_hidden else rows
-
-
 def arguments(case: Case, tensors: Tensors) -> dict[str, Any]:
-    device = tensors.x.device
-    scale = torch.tensor(case.scales, device=device) if isinstance(case.scale, Tensor) else case.scales
-    return {
-        **tensors._replace(residual=_residual(case, tensors))._asdict(),
-        "activation": case.activation,
-        "scale": scale,
-        "rows": rows_of(case, device),
-        "ranks": case.ranks,
-    }
+    given = tensors._replace(residual=_residual(case, tensors))._asdict()
+    slot, order, first, runs = (given.pop(name) for name in PLAN)
+    scale = case.scales
+    if isinstance(case.scale, Tensor):
+        scale = torch.stack([case.scale * 2**t for t in range(len(case.ranks))])
+    # Of what has no values the host knows none.
+    rows = Rows(slot, order, first, None if slot.device.type == "meta" else runs)
+    return {**given, "activation": case.activation, "scale": scale, "rows": rows, "ranks": case.ranks}
 
 
 def _residual(case: Case, tensors: Tensors) -> Tensor | None:
@@ -191,7 +201,7 @@ def _eager(case: Case, tensors: Tensors) -> Tensor:
 
 
 def _oracle(case: Case, tensors: Tensors, dy: Tensor) -> tuple[Tensor, Tensors]:
-    wide = double(tensors)
+    wide = double(Tensors(*tensors[:6]))
     given = wide.x, slots_of(case, wide), known_slot(case)
     y = oracle.rows_forward(*given, _residual(case, wide), case.activation)
     found = oracle.rows_backward(dy.double(), *given, case.residual == "x", case.activation)
@@ -252,7 +262,7 @@ def _kind(residual: str, scale: float | Tensor) -> Case:
 OPERATOR = Operator(
     function=adapter_rows,
     op=op,
-    differentiable=Tensors._fields,
+    differentiable=DIFFERENTIABLE,
     variants=VARIANTS,
     pin=contextlib.nullcontext,
     make=make,
@@ -288,8 +298,15 @@ OPERATOR = Operator(
         for dtype, adapter in (DTYPES[0], DTYPES[3])
         for variant in VARIANTS
     ),
-    typical=Case(residual="tensor", activation="silu"),
-    kinds=tuple(_kind(residual, scale) for residual in RESIDUALS for scale in (0.5, torch.tensor(0.5))),
+    # z is as wide for each row as the widest slot.
+    typical=Case(ranks=(8, 8, 8), residual="tensor", activation="silu", order="full"),
+    # The first has one slot: by operations that torch sees into, each slot takes the rows of all.
+    kinds=(
+        replace(_SMALL, ranks=(4,), order="full", residual="none", activation="silu"),
+        *(_kind(residual, scale) for residual in RESIDUALS for scale in (0.5, torch.tensor(0.5))),
+    ),
+    # What numbers the slots: a table and scales, made once for a model.
+    beside=8 + 3 * 4 * 3,
     gradcheck=tuple(
         Case(m=6, n=4, k=5, ranks=(3, 0, 2), dtype=torch.float64, residual=residual, activation=activation)
         for activation in ("gelu", "sigmoid")

@@ -63,6 +63,7 @@ class Operator:
         scaled: cases whose scale may be a tensor.
         wrong_case: what ``wrong`` changes.
         wrong: changed arguments and the message that names them.
+        beside: bytes that a call may keep beyond those of eager; a seed's stand for a mask in what eager keeps.
         usual: (case, tensors) -> y as users run it today, where ``eager`` is on another path of torch.
         unsupported: a forced backend, the case that it cannot run, and its reason.
     """
@@ -96,6 +97,7 @@ class Operator:
     unrounded: tuple[str, ...] = ()
     together: tuple[tuple[str, ...], ...] = ()
     deterministic: bool = False
+    beside: int = 8
     usual: Callable[[Case, Tensors], Tensor] | None = None
 
     @property

@@ -71,9 +71,9 @@ def call_of(
     known = check_ranks(NAME, ranks, "down_weight", down.shape[0])
     device, dtype = rows.slot.device, checks.wide_dtype(x.dtype) if isinstance(x, Tensor) else torch.float32
     scales = scales_of(NAME, scale, rows.slots, dtype, device)
-    table, host_table = table_of(known, down.device)
+    table = table_of(known, down.device)
     return Inputs(
-        x, *weights, *biases, residual, serial, activation, scales, table, host_table, max(known, default=0),
+        x, *weights, *biases, residual, serial, activation, scales, table, known,
         rows.slot, rows.order, rows.first, rows.runs,
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def _results(problem: AdapterRowsProblem, call: Inputs, implementation: Implemen
 
 
 def _reads(needs: Needs) -> Iterable[str]:
-    yield from ("table", "host_table", "scales", "slot", "order", "first", "runs")
+    yield from ("table", "scales", "slot", "order", "first", "runs")
     if needs.dz or needs.up_weight:
         yield "z"
     if needs.dz:

@@ -47,8 +47,7 @@ class Inputs(NamedTuple):
         activation: a name of ``ACTIVATIONS``, of all slots.
         scales: (T,), float32, or float64 beside a float64 x.
         table: (2, T) int32: ``FIRST`` and ``RANK`` of each slot.
-        host_table: the same on the CPU.
-        width: a bound of the ranks.
+        ranks: of each slot; 0 is an adapter that this layer does not have.
         slot, order, first, runs: as ``Rows`` has them.
     """
 
@@ -62,8 +61,7 @@ class Inputs(NamedTuple):
     activation: str
     scales: Tensor
     table: Tensor
-    host_table: Tensor
-    width: int
+    ranks: tuple[int, ...]
     slot: Tensor
     order: Tensor
     first: Tensor
@@ -104,9 +102,7 @@ class AdapterRowsProblem:
 
     Attributes:
         m, n, k: tokens, out-features, in-features.
-        slots: how many adapters.
-        r: the sum of their widths.
-        width: a bound of the widths.
+        ranks: their widths.
         dtype: of x and its gradient.
         adapter_dtype: of the weights and biases.
         out_dtype: of the result: the residual's, or x's where there is none.
@@ -118,9 +114,7 @@ class AdapterRowsProblem:
     m: int
     n: int
     k: int
-    slots: int
-    r: int
-    width: int
+    ranks: tuple[int, ...]
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     out_dtype: torch.dtype
@@ -131,7 +125,22 @@ class AdapterRowsProblem:
     @property
     def is_empty(self) -> bool:
         """Whether no product has an element or a term."""
-        return 0 in (self.m, self.n, self.k, self.slots, self.width)
+        return 0 in (self.m, self.n, self.k, self.width)
+
+    @property
+    def slots(self) -> int:
+        """How many adapters there are."""
+        return len(self.ranks)
+
+    @property
+    def r(self) -> int:
+        """Rows of the stacked weights."""
+        return sum(self.ranks)
+
+    @property
+    def width(self) -> int:
+        """Of z."""
+        return max(self.ranks, default=0)
 
     @property
     def is_mixed(self) -> bool:
@@ -151,8 +160,8 @@ def make_problem(call: Inputs) -> AdapterRowsProblem:
         ValueError: naming the argument, what it must be and what it was.
     """
     x, residual, slots = call.x, call.residual, call.first.shape[0] - 1
-    if call.table.shape[1] != slots:
-        raise ValueError(f"{NAME}: ranks must be of the rows' {slots} slots, got {call.table.shape[1]}")
+    if len(call.ranks) != slots:
+        raise ValueError(f"{NAME}: ranks must be of the rows' {slots} slots, got {len(call.ranks)}")
     sizes = TENSORS.check(call)
     if call.serial and sizes["K"] != sizes["N"]:
         TENSORS.check(call._replace(residual=x))  # names the residual
@@ -167,9 +176,7 @@ def make_problem(call: Inputs) -> AdapterRowsProblem:
         m=m,
         n=sizes["N"],
         k=sizes["K"],
-        slots=slots,
-        r=sizes["R"],
-        width=call.width,
+        ranks=call.ranks,
         dtype=x.dtype,
         adapter_dtype=call.down_weight.dtype,
         out_dtype=x.dtype if residual is None else residual.dtype,

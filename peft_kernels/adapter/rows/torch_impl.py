@@ -19,11 +19,12 @@ from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.row_parts import Part, others_of, parts_of
+from peft_kernels._core.slots import firsts_of
 from peft_kernels.adapter import torch_impl as single
 from peft_kernels.adapter.problem import BottleneckAdapterProblem
 from peft_kernels.adapter.problem import Inputs as SingleInputs
 from peft_kernels.adapter.problem import Needs as SingleNeeds
-from peft_kernels.adapter.rows.problem import FIRST, RANK, AdapterRowsProblem, Gradients, Inputs, Needs
+from peft_kernels.adapter.rows.problem import AdapterRowsProblem, Gradients, Inputs, Needs
 
 
 class _Slot(NamedTuple):
@@ -45,7 +46,7 @@ def forward(problem: AdapterRowsProblem, inputs: Inputs) -> tuple[Tensor, Tensor
     y = torch.empty(problem.m, problem.n, dtype=problem.out_dtype, device=problem.device)
     z = torch.empty(problem.m, problem.width, dtype=problem.wide_dtype, device=problem.device)
     residual = inputs.x if problem.serial else inputs.residual
-    for part in _without(inputs):
+    for part in _without(problem, inputs):
         _write_rest(part, residual, y)
     for each in _slots(problem, inputs):
         room = each.part.room_in(y)
@@ -64,7 +65,7 @@ def backward(problem: AdapterRowsProblem, inputs: Inputs, z: Tensor, dy: Tensor,
     dwd, dwu = zeros(needs.down_weight, problem.r, problem.k), zeros(needs.up_weight, problem.n, problem.r)
     dbd, dbu = zeros(needs.down_bias, problem.r), zeros(needs.up_bias, problem.slots, problem.n)
     if dx is not None:
-        for part in _without(inputs):
+        for part in _without(problem, inputs):
             _write_rest(part, dy if problem.serial else None, dx)
     for each in _slots(problem, inputs) if any(needs) else ():
         part, ranks = each.part, each.ranks
@@ -91,16 +92,15 @@ def backward(problem: AdapterRowsProblem, inputs: Inputs, z: Tensor, dy: Tensor,
     return Gradients(dx, dwd, dwu, dbd, dbu)
 
 
-def _without(inputs: Inputs) -> Iterator[Part]:
+def _without(problem: AdapterRowsProblem, inputs: Inputs) -> Iterator[Part]:
     """The rows without an adapter; where only the device knows them, all rows, to be written first."""
     others = others_of(inputs.slot, inputs.order, inputs.runs)
     if others is not None:
         yield others
     if inputs.runs is None:
         return
-    ranks = inputs.host_table[RANK].tolist()
-    if 0 in ranks:
-        yield from (each for each in _parts(inputs) if ranks[each.slot] == 0)
+    if 0 in problem.ranks:
+        yield from (each for each in _parts(problem, inputs) if problem.ranks[each.slot] == 0)
 
 
 def _write_rest(part: Part, source: Tensor | None, out: Tensor) -> None:
@@ -114,17 +114,16 @@ def _write_rest(part: Part, source: Tensor | None, out: Tensor) -> None:
         out.index_copy_(0, part.rows, part.take(source).to(out.dtype))
 
 
-def _parts(inputs: Inputs) -> Iterator[Part]:
-    slots = inputs.first.shape[0] - 1
-    return parts_of(slots, inputs.slot, inputs.order, inputs.runs)
+def _parts(problem: AdapterRowsProblem, inputs: Inputs) -> Iterator[Part]:
+    return parts_of(problem.slots, inputs.slot, inputs.order, inputs.runs)
 
 
 def _slots(problem: AdapterRowsProblem, inputs: Inputs) -> Iterator[_Slot]:
     """Those that have rows and ranks."""
-    firsts, ranks = inputs.host_table[FIRST].tolist(), inputs.host_table[RANK].tolist()
+    firsts, ranks = firsts_of(problem.ranks), problem.ranks
     # On a GPU the host reads no scale.
     scales = inputs.scales.tolist() if problem.device.type == "cpu" else list(inputs.scales.unbind())
-    for part in _parts(inputs):
+    for part in _parts(problem, inputs):
         t = part.slot
         if ranks[t] == 0:
             continue
