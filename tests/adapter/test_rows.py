@@ -163,5 +163,11 @@ def test_a_plan_s_rows_may_change_between_calls_of_one_shape() -> None:
         torch.testing.assert_close(pk.bottleneck_adapter(**given), expected)
 
 
+def test_ranks_without_rows_are_refused() -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"^bottleneck_adapter: ranks are for rows, which are None, got \(3,\)"):
+        pk.bottleneck_adapter(x, torch.ones(3, 3), torch.ones(3, 3), ranks=(3,))
+
+
 def _variant(backend: str) -> str:
     return next(variant for variant in OPERATOR.variants if variant.partition("-")[0] == backend)

@@ -44,7 +44,8 @@ class _Slot(NamedTuple):
 def forward(problem: AdapterRowsProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and z (M, width)."""
     y = torch.empty(problem.m, problem.n, dtype=problem.out_dtype, device=problem.device)
-    z = torch.empty(problem.m, problem.width, dtype=problem.wide_dtype, device=problem.device)
+    # No slot writes what is beyond its rank, or of rows without one; an operator's results are no chance values.
+    z = torch.zeros(problem.m, problem.width, dtype=problem.wide_dtype, device=problem.device)
     residual = inputs.x if problem.serial else inputs.residual
     for part in _without(problem, inputs):
         _write_rest(part, residual, y)
