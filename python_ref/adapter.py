@@ -11,8 +11,9 @@ The derivation of ``backward`` is in docs/design/adapter.md.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,106 @@ def eager(
     if residual is None:
         return branch.to(x.dtype)
     return (residual + branch).to(residual.dtype)
+
+
+class Slot(NamedTuple):
+    """An adapter that rows choose: Wd (r, K), Wu (N, r), bd (r,) and bu (N,) or None."""
+
+    down_weight: Tensor
+    up_weight: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    scale: float = 1.0
+
+
+class RowsGradients(NamedTuple):
+    """Gradients of every input of ``rows_forward``; those of the adapters for each slot."""
+
+    x: Tensor
+    down_weight: list[Tensor]
+    up_weight: list[Tensor]
+    down_bias: list[Tensor]
+    up_bias: list[Tensor]
+    residual: Tensor
+
+
+def rows_forward(
+    x: Tensor, slots: Sequence[Slot], slot: Sequence[int], residual: Tensor | None = None, activation: str = "relu"
+) -> Tensor:
+    """Return y (M, N), row by row: row m has the branch of slots[slot[m]], or none where slot[m] is -1.
+
+    Args:
+        x: (M, K). slots: at least one. residual: (M, N), or None, where a row without a branch is zero.
+    """
+    n = slots[0].up_weight.shape[0]
+    base = x.new_zeros(x.shape[0], n) if residual is None else residual
+    rows = []
+    for m, t in enumerate(slot):
+        row = base[m]
+        if t >= 0:
+            down_weight, up_weight, down_bias, up_bias, scale = slots[t]
+            z = down_weight @ x[m] + (0 if down_bias is None else down_bias)
+            h = ACTIVATIONS[activation].value(z)
+            row = row + scale * (up_weight @ h + (0 if up_bias is None else up_bias))
+        rows.append(row)
+    return torch.stack(rows) if rows else base
+
+
+def rows_backward(
+    dy: Tensor, x: Tensor, slots: Sequence[Slot], slot: Sequence[int], serial: bool = False, activation: str = "relu"
+) -> RowsGradients:
+    """Return the gradients of sum(dy * y), row by row; dy (M, N), serial where the residual is x.
+
+    dz[m] = s_t (dY[m] Wu_t) * act'(z[m]);  dX[m] = dz[m] Wd_t (+ dY[m]);  the adapters': sums over the rows of t
+    """
+    act = ACTIVATIONS[activation]
+    dwd, dwu = (
+        [torch.zeros_like(each.down_weight) for each in slots],
+        [torch.zeros_like(each.up_weight) for each in slots],
+    )
+    dbd, dbu = [dy.new_zeros(each.down_weight.shape[0]) for each in slots], [dy.new_zeros(dy.shape[1]) for _ in slots]
+    dx = dy if serial else torch.zeros_like(x)
+    rows = []
+    for m, t in enumerate(slot):
+        row = dx[m]
+        if t >= 0:
+            down_weight, up_weight, down_bias, _, scale = slots[t]
+            z = down_weight @ x[m] + (0 if down_bias is None else down_bias)
+            dz = scale * (dy[m] @ up_weight) * act.slope(z)
+            row = row + dz @ down_weight
+            dwd[t] = dwd[t] + torch.outer(dz, x[m])
+            dwu[t] = dwu[t] + scale * torch.outer(dy[m], act.value(z))
+            dbd[t] = dbd[t] + dz
+            dbu[t] = dbu[t] + scale * dy[m]
+        rows.append(row)
+    return RowsGradients(torch.stack(rows) if rows else dx, dwd, dwu, dbd, dbu, dy)
+
+
+def eager_rows(
+    x: Tensor, slots: Sequence[Slot], slot: Sequence[int], residual: Tensor | None = None, activation: str = "relu"
+) -> Tensor:
+    """AdapterHub's BatchSplit in the arguments' own dtypes: neighbours of one slot, their adapter, and all joined."""
+    n = slots[0].up_weight.shape[0]
+    base = x.new_zeros(x.shape[0], n) if residual is None else residual
+    chunks, start = [], 0
+    for t, of_run in itertools.groupby(slot):
+        end = start + len(list(of_run))
+        chunk = base[start:end]
+        if t >= 0:
+            down_weight, up_weight, down_bias, up_bias, scale = slots[t]
+            chunk = eager(
+                x[start:end],
+                down_weight,
+                up_weight,
+                down_bias=down_bias,
+                up_bias=up_bias,
+                residual=None if residual is None else chunk,
+                activation=activation,
+                scale=scale,
+            )
+        chunks.append(chunk)
+        start = end
+    return torch.cat(chunks) if chunks else base
 
 
 def _ones(z: Tensor) -> Tensor:

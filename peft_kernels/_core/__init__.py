@@ -15,6 +15,7 @@ verdicts.py      which kernels are right on this machine, and when to find it ou
 records.py       what was found out, in a file for each machine
 explain.py       what a call does, in words
 autocast.py      what F.linear does under autocast
+rows.py          which adapter each row of a batch uses; row_parts.py, the rows of one slot; slots.py, numbers of each
 torch_products.py  products of the torch backends, where BLAS would lose bits
 errors.py        UnsupportedError
 device.py        facts of a device that configs are chosen from

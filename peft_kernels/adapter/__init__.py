@@ -31,6 +31,7 @@ Map, bottom to top:
     triton_impl.py             what Triton can run, and the order of its launches
     cuda_impl.py               what the CUDA kernel can run
     op.py                      the public function, and the declaration that makes it an operator
+    rows/                      an adapter for each row, as an operator of its own: problem, op, implementations
     qualification.py           the problems by which a machine checks the kernels
     module.py                  SerialAdapter, ParallelAdapter
     insertion.py               adapters in a transformer block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,10 +10,13 @@ from torch import Tensor
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
+from peft_kernels._core.rows import Rows
+from peft_kernels._core.slots import Scales
 from peft_kernels.adapter import cuda_impl, torch_impl, triton_impl
 from peft_kernels.adapter.composite import composite
 from peft_kernels.adapter.native import native
 from peft_kernels.adapter.problem import NAME, BottleneckAdapterProblem, Gradients, Inputs, Needs, make_problem
+from peft_kernels.adapter.rows.op import adapter_rows
 
 
 def bottleneck_adapter(
@@ -25,7 +28,9 @@ def bottleneck_adapter(
     up_bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "relu",
-    scale: float | Tensor = 1.0,
+    scale: Scales = 1.0,
+    rows: Rows | None = None,
+    ranks: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Apply a bottleneck adapter and add it to a residual (Houlsby et al. 2019, arXiv:1902.00751).
@@ -44,7 +49,14 @@ def bottleneck_adapter(
         residual (..., N): x's dtype or float32, x's leading dimensions; strides as x's; or None.
         activation: "relu", "gelu" (with erf), "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu" (slope 0.01) or
             "identity".
-        scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
+        scale: float, or 0-d floating tensor, which is never read by the host; not differentiated. With ``rows`` also
+            one for each slot: floats, or a floating tensor (T,), which the host does not read on a GPU.
+        rows: which adapter each row uses, a ``Rows`` with T slots on x's device: ``y[m] = residual[m] + scale_t *
+            (act(x[m] @ down_t.T + down_bias_t) @ up_t.T + up_bias_t)``, t = rows.slot[m]. A row without a slot, or
+            whose slot has rank 0, has the residual's bits, or zeros where there is none. Weights are then stacked:
+            down_weight (sum of ranks, K) and down_bias (sum of ranks,), the slots' under each other, up_weight (N, sum
+            of ranks), side by side, up_bias (T, N). A slot without rows has zeros in their gradients.
+        ranks: the width of each slot, T ints; with ``rows``.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 
@@ -78,12 +90,17 @@ def bottleneck_adapter(
         serial = residual is not None and residual is x
     if serial:
         residual = None
+    if rows is not None:
+        weights, biases = (down_weight, up_weight), (down_bias, up_bias)
+        return adapter_rows(x, weights, biases, residual, serial, activation, scale, rows, ranks, backend)
+    if ranks is not None:
+        raise ValueError(f"{NAME}: ranks are for rows, which are None, got {ranks!r}")
     if isinstance(scale, Tensor) and isinstance(x, Tensor):
         scale = scale.to(device=x.device)
     elif isinstance(scale, bool):
         scale = float(scale)
 
-    call = Inputs(x, down_weight, up_weight, down_bias, up_bias, residual, serial, activation, scale)
+    call = Inputs(x, down_weight, up_weight, down_bias, up_bias, residual, serial, activation, scale)  # type: ignore[arg-type]
     return OPERATOR(call, backend)
 
 

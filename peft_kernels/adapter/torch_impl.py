@@ -24,20 +24,33 @@ from peft_kernels.adapter.problem import BottleneckAdapterProblem, Gradients, In
 
 def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and z (M, r)."""
-    if _is_wide(problem):
-        return torch_wide.forward(problem, inputs)
-    residual = inputs.x if problem.serial else inputs.residual
     y = torch.empty(problem.m, problem.n, dtype=problem.out_dtype, device=problem.device)
+    return y, write_forward(problem, inputs, y)
+
+
+def write_forward(problem: BottleneckAdapterProblem, inputs: Inputs, y: Tensor) -> Tensor:
+    """Write y (M, N), whose rows are contiguous, and return z (M, r)."""
+    if _is_wide(problem):
+        return torch_wide.write_forward(problem, inputs, y)
+    residual = inputs.x if problem.serial else inputs.residual
     z = _narrow(problem, inputs.x, inputs.down_weight.t(), inputs.down_bias)
     _up(ACTIVATIONS[problem.activation].value(z), inputs, residual, out=y)
     # As a compiled call has it, and every other backend.
-    return y, z.to(problem.wide_dtype, memory_format=torch.contiguous_format)
+    return z.to(problem.wide_dtype, memory_format=torch.contiguous_format)
 
 
 def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
+    dx = torch.empty(problem.m, problem.k, dtype=problem.dtype, device=problem.device) if needs.x else None
+    return write_backward(problem, inputs, z, dy, needs, dx)
+
+
+def write_backward(
+    problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs, dx: Tensor | None
+) -> Gradients:
+    """The same, x's gradient written to dx (M, K), whose rows are contiguous; None where it is not asked for."""
     if _is_wide(problem):
-        return torch_wide.backward(problem, inputs, z, dy, needs)
+        return torch_wide.write_backward(problem, inputs, z, dy, needs, dx)
     act = ACTIVATIONS[problem.activation]
     # A sum's gradient has the sum's dtype, the branch's the branch's: autograd casts there too.
     dy = dy.to(problem.dtype)
@@ -46,13 +59,14 @@ def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: T
         # As eager does: between other factors the scale would meet what has left float16's range.
         scaled, scale = dy * scale, 1.0
     h = act.value(z) if needs.dz or needs.up_weight else z
-    dx = dwd = dbd = dwu = dbu = None
+    dwd = dbd = dwu = dbu = None
     if needs.dz:
         dh = _narrow(problem, scaled, inputs.up_weight, None).to(problem.wide_dtype)
         dz = act.backward(dh, z, h).mul_(scale)
         dbd = dz.sum(0).to(problem.adapter_dtype) if needs.down_bias else None
         dz = dz.to(problem.adapter_dtype)
-        dx = _input_gradient(problem, inputs, dz, dy) if needs.x else None
+        if dx is not None:
+            _write_input_gradient(problem, inputs, dz, dy, dx)
         dwd = dz.t() @ inputs.x if needs.down_weight else None
     if needs.up_weight:
         # The (r, N) product is the faster one; what is turned afterwards is only of the weight's size.
@@ -102,9 +116,14 @@ def _up(h: Tensor, inputs: Inputs, base: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, h, weight, alpha=scale, out=out)
 
 
-def _input_gradient(problem: BottleneckAdapterProblem, inputs: Inputs, dz: Tensor, dy: Tensor) -> Tensor:
-    """dz Wd, with dy where x is the residual."""
-    return add_product(dy.clone(), dz, inputs.down_weight) if problem.serial else dz @ inputs.down_weight
+def _write_input_gradient(
+    problem: BottleneckAdapterProblem, inputs: Inputs, dz: Tensor, dy: Tensor, dx: Tensor
+) -> None:
+    """dx = dz Wd, with dy where x is the residual."""
+    if problem.serial:
+        add_product(dx.copy_(dy), dz, inputs.down_weight)
+    else:
+        torch.mm(dz, inputs.down_weight, out=dx)
 
 
 IMPLEMENTATION = Implementation("torch", forward, backward)

@@ -19,11 +19,10 @@ from peft_kernels.adapter.kernels.config import torch_rows_per_block
 from peft_kernels.adapter.problem import BottleneckAdapterProblem, Gradients, Inputs, Needs
 
 
-def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and z (M, r)."""
+def write_forward(problem: BottleneckAdapterProblem, inputs: Inputs, y: Tensor) -> Tensor:
+    """Write y (M, N) and return z (M, r)."""
     act, wide = ACTIVATIONS[problem.activation].value, problem.wide_dtype
     residual = inputs.x if problem.serial else inputs.residual
-    y = torch.empty(problem.m, problem.n, dtype=problem.out_dtype, device=problem.device)
     z = torch.empty(problem.m, problem.r, dtype=wide, device=problem.device)
     down, up = inputs.down_weight.to(wide).t(), inputs.up_weight.to(wide).t()
     down_bias, up_bias = (None if bias is None else bias.to(wide) for bias in (inputs.down_bias, inputs.up_bias))
@@ -50,17 +49,18 @@ def forward(problem: BottleneckAdapterProblem, inputs: Inputs) -> tuple[Tensor, 
         else:
             branch.addmm_(h, up, alpha=inputs.scale)
         y[rows] = branch
-    return y, z
+    return z
 
 
-def backward(problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
-    """Return the gradients that ``needs`` asks for; without one of down_weight ``inputs.x`` is not read."""
+def write_backward(
+    problem: BottleneckAdapterProblem, inputs: Inputs, z: Tensor, dy: Tensor, needs: Needs, dx: Tensor | None
+) -> Gradients:
+    """Write x's gradient, unless dx is None, and return all that ``needs`` asks for."""
     act, wide, scale = ACTIVATIONS[problem.activation], problem.wide_dtype, inputs.scale
 
     def sums(need: bool, *shape: int) -> Tensor | None:
         return torch.zeros(shape, dtype=wide, device=problem.device) if need else None
 
-    dx = torch.empty(problem.m, problem.k, dtype=problem.dtype, device=problem.device) if needs.x else None
     dwd, dbd = sums(needs.down_weight, problem.r, problem.k), sums(needs.down_bias, problem.r)
     # The (r, N) product is the faster one; what is turned afterwards is only of the weight's size.
     dwu, dbu = sums(needs.up_weight, problem.r, problem.n), sums(needs.up_bias, problem.n)

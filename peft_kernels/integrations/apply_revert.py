@@ -21,7 +21,7 @@ from peft_kernels.integrations.versions import needs
 # Library -> the files here that find its sites in a model: sites(model) -> Iterator[Site].
 _LIBRARIES = {
     "peft": ("peft.layers", "peft.prompts"),
-    "adapters.methods.modeling": ("adapterhub.layers",),
+    "adapters.methods.modeling": ("adapterhub.layers", "adapterhub.batch_split"),
 }
 
 # Library -> the file here that makes groups of its layers: wanted(model, group, groups), install(model, wanted) and
@@ -102,6 +102,8 @@ def _report(sites: list[Site], swapped: list[Site]) -> Report:
     unused: list[str] = []
     fallbacks: dict[str, str] = {}
     for site in sites:
+        if site.is_part:
+            continue
         reason = site.why_not() or site.why_not_now()
         names = [name or _WHOLE for name in site.modules]
         if reason is not None:

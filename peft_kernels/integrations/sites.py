@@ -27,6 +27,7 @@ class Site:
         why_not_now: returns the reason why calls would run the library's own code as things stand, None if they would
             not: a state that the library's own methods change, so that the modules are swapped all the same.
         is_unused: whether the library's own code would have nothing to do that could be fused.
+        is_part: whether the modules only call those of other sites, so that reports do not name them.
     """
 
     modules: Mapping[str, Any]
@@ -34,6 +35,7 @@ class Site:
     why_not: Callable[[], str | None]
     why_not_now: Callable[[], str | None] = lambda: None
     is_unused: Callable[[], bool] = lambda: False
+    is_part: bool = False
 
     def fuse(self) -> None:
         """Swap the classes that are not swapped yet."""

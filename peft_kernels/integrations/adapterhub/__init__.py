@@ -4,6 +4,7 @@ A model that AdapterHub built needs none of this: ``peft_kernels.apply`` leaves 
 saving and loading.
 
 layers.py       AdapterHub's bottlenecks: class swap, eligibility, the fused forward
+batch_split.py  BatchSplit, all of whose adapters are one operation
 rules.py        the reasons for fallbacks, readable where AdapterHub is not installed
 deferred.py     results that are made when they are read
 files.py        adapter files for models with SerialAdapter and ParallelAdapter

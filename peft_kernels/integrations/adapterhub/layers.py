@@ -75,7 +75,7 @@ class FusedAdapter(Swapped, Adapter):
         if isinstance(self, FusedAdapter):
             output = _output(self, x, residual_input, residual_input, output_gating)
             if output is not None:
-                return output, _later(lambda: _down(self, x), x), _later(lambda: _bottleneck(self, x, None), x)
+                return output, later(lambda: _down(self, x), x), later(lambda: _bottleneck(self, x, None), x)
         return Adapter.forward(self, x, residual_input, output_gating)
 
 
@@ -87,7 +87,7 @@ class FusedParallelAdapter(Swapped, ParallelAdapter):
         if isinstance(self, FusedParallelAdapter):
             output = _output(self, x, x, None, output_gating)
             if output is not None:
-                return output, _later(lambda: _down(self, x), x), output
+                return output, later(lambda: _down(self, x), x), output
         return ParallelAdapter.forward(self, x, residual_input, output_gating)
 
 
@@ -111,7 +111,7 @@ def _is_other_method(module: Any) -> bool:
 def _why_not(module: Any) -> str | None:
     if not isinstance(module, Adapter):
         return rules.OTHER_METHOD(layer=type(module).__name__)
-    return _why_not_adapter(module)
+    return why_not_adapter(module)
 
 
 def _why_not_now(adapter: Any) -> str | None:
@@ -122,7 +122,7 @@ def _why_not_now(adapter: Any) -> str | None:
 
 def _output(adapter: Any, x: Any, beside: Any, residual: Tensor | None, output_gating: bool) -> Tensor | None:
     """The operation's result, or None where AdapterHub's own forward must run, which is counted."""
-    reason = _why_not_adapter(adapter) or _why_not_call(adapter, x, beside, output_gating)
+    reason = why_not_adapter(adapter) or why_not_call(adapter, x, beside, output_gating)
     if reason is None:
         try:
             if not (is_timed(x) and _is_faster_by_adapterhub(adapter, x, residual)):
@@ -136,9 +136,9 @@ def _output(adapter: Any, x: Any, beside: Any, residual: Tensor | None, output_g
 
 def _is_faster_by_adapterhub(adapter: Any, x: Tensor, residual: Tensor | None) -> bool:
     """Whether AdapterHub's forward is faster; None is the residual of a parallel adapter."""
-    down_weight, down_bias, up_weight, up_bias = _parameters(adapter)
+    down_weight, down_bias, up_weight, up_bias = parameters_of(adapter)
     serial, tensors = residual is x, (down_weight, up_weight, down_bias, up_bias)
-    call = Inputs(x, *tensors, None if serial else residual, serial, _activation(adapter), adapter.scaling)
+    call = Inputs(x, *tensors, None if serial else residual, serial, activation_of(adapter), adapter.scaling)
 
     def theirs(given: Tensor) -> Tensor:
         output: Tensor = library_class(adapter).forward(
@@ -151,7 +151,7 @@ def _is_faster_by_adapterhub(adapter: Any, x: Tensor, residual: Tensor | None) -
     )
 
 
-def _why_not_adapter(adapter: Any) -> str | None:
+def why_not_adapter(adapter: Any) -> str | None:
     """Reason that lies in what the adapter is made of."""
     if type(adapter) not in _KNOWN:
         return rules.OTHER_CLASS(adapter=type(adapter).__name__)
@@ -167,7 +167,7 @@ def _why_not_adapter(adapter: Any) -> str | None:
     parts = (*(down if type(down) is nn.Sequential else (down,)), adapter.adapter_up, adapter.dropout)
     if tuple(map(type, parts)) != (nn.Linear, Activation_Function_Class, nn.Linear, nn.Dropout):
         return rules.OTHER_PARTS(parts=", ".join(type(part).__name__ for part in parts))
-    if not _activation(adapter):
+    if not activation_of(adapter):
         return rules.OTHER_ACTIVATION(activation=type(adapter.adapter_down[1].f).__name__)
     return _why_not_modules(adapter)
 
@@ -181,13 +181,13 @@ def _why_not_modules(adapter: Any) -> str | None:
     replaced = _OWN.replaced() or _OWN_ACTIVATIONS.get(type(activation.f), _OWN).replaced()
     if replaced is not None:
         return rules.REPLACED(method=replaced)
-    for tensor in _parameters(adapter):
+    for tensor in parameters_of(adapter):
         if not calls.is_plain(tensor):
             return rules.NO_PLAIN_PARAMETER(parameter=type(tensor).__name__)
     return None
 
 
-def _why_not_call(adapter: Any, x: Tensor, residual: Any, output_gating: bool) -> str | None:
+def why_not_call(adapter: Any, x: Tensor, residual: Any, output_gating: bool) -> str | None:
     """Reason that lies in the arguments, or in dtypes, devices and the mode of training."""
     if output_gating:
         # Without a gate AdapterHub keeps the last result instead, which is ``up``.
@@ -208,7 +208,7 @@ def _why_not_dropout(adapter: Any) -> str | None:
 
 def _why_not_beside(adapter: Any, x: Tensor, residual: Tensor) -> str | None:
     """Reason that lies in dtypes and devices, beside an input and a residual that are like these."""
-    parameters = _parameters(adapter)
+    parameters = parameters_of(adapter)
     if any(tensor.device != x.device for tensor in (residual, *parameters)):
         return rules.SEVERAL_DEVICES()
     return _why_not_dtypes(x, residual.dtype, {parameter.dtype for parameter in parameters})
@@ -227,7 +227,7 @@ def _why_not_dtypes(x: Tensor, residual: torch.dtype, parameters: set[torch.dtyp
 
 
 def _bottleneck(adapter: Any, x: Tensor, residual: Tensor | None) -> Tensor:
-    down_weight, down_bias, up_weight, up_bias = _parameters(adapter)
+    down_weight, down_bias, up_weight, up_bias = parameters_of(adapter)
     return bottleneck_adapter(
         x,
         down_weight,
@@ -235,7 +235,7 @@ def _bottleneck(adapter: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         down_bias=down_bias,
         up_bias=up_bias,
         residual=residual,
-        activation=_activation(adapter),
+        activation=activation_of(adapter),
         scale=adapter.scaling,
     )
 
@@ -245,12 +245,12 @@ def _down(adapter: Any, x: Tensor) -> Tensor:
     return hidden
 
 
-def _parameters(adapter: Any) -> tuple[Tensor, ...]:
+def parameters_of(adapter: Any) -> tuple[Tensor, ...]:
     down, up = adapter.adapter_down[0], adapter.adapter_up
     return down.weight, down.bias, up.weight, up.bias
 
 
-def _activation(adapter: Any) -> str:
+def activation_of(adapter: Any) -> str:
     """The operation's name for the adapter's activation, "" where it has none."""
     f = adapter.adapter_down[1].f
     if f is F.leaky_relu:
@@ -260,6 +260,6 @@ def _activation(adapter: Any) -> str:
     return _BY_CLASS.get(type(f), "")
 
 
-def _later(make: Callable[[], Tensor], x: Tensor) -> Tensor | Deferred:
+def later(make: Callable[[], Tensor], x: Tensor) -> Tensor | Deferred:
     # A compiler drops by itself what nobody reads.
     return make() if torch.compiler.is_compiling() else Deferred(make, x.device.type)

@@ -13,6 +13,7 @@ SUPPORT = Support(
         "`SeqBnConfig`, `DoubleSeqBnConfig`, `ParBnConfig`, and others with the same parts wherever they are placed",
         "relu, all forms of gelu, swish, tanh, sigmoid, leakyrelu, linear; any `reduction_factor`; constant `scaling`",
         "Stack, Parallel, BatchSplit, Split, Average and Fuse, nested too; gradient checkpointing; autocast",
+        "BatchSplit of adapters with one placement and activation, in eager mode: one operation for all of them",
     ),
 )
 OTHER_METHOD = SUPPORT.rule(
@@ -56,3 +57,19 @@ DTYPES = SUPPORT.rule(
     "parameters in another dtype than x outside autocast", "x is {x}, its parameters are {parameters}"
 )
 RESIDUAL_DTYPE = SUPPORT.rule("a residual neither in x's dtype nor in float32", "x is {x}, the residual {residual}")
+BATCH_BLOCK = SUPPORT.rule(
+    "BatchSplit of blocks, such as Stack: an operation for each adapter",
+    "a child of BatchSplit is a {block}, so each adapter runs by itself",
+)
+BATCH_ABSENT = SUPPORT.rule(
+    "BatchSplit with an adapter that a layer does not have: an operation for each other one",
+    "the layer has no {adapter} of BatchSplit's, so each adapter runs by itself",
+)
+BATCH_OTHER = SUPPORT.rule(
+    "BatchSplit with an adapter that is not fused: an operation for each that is",
+    "of an adapter of BatchSplit's {reason}, so each adapter runs by itself",
+)
+BATCH_UNLIKE = SUPPORT.rule(
+    "BatchSplit of adapters of several kinds, activations or dtypes: an operation for each",
+    "BatchSplit's adapters are {kinds}, so each runs by itself",
+)

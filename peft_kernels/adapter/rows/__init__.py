@@ -1,0 +1,1 @@
+"""``adapter_rows``: bottleneck adapters, each on its rows; what ``rows=`` of ``bottleneck_adapter`` runs."""
