@@ -20,6 +20,7 @@ torch_products.py  products of the torch backends, where BLAS would lose bits
 errors.py        UnsupportedError
 device.py        facts of a device that configs are chosen from
 triton_tools.py, triton_math.py  host-side questions about Triton; device functions that several families share
+triton_rows.py   the plan of rows within a kernel
 launch.py        launches of Triton kernels that pass its binder by, once it has compiled for them
 cuda_tools.py, tma.py, extension.py   the CUDA extension: launches, alignment, what TMA reads, loading
 """

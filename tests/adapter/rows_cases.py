@@ -19,7 +19,7 @@ from tests.adapter.cases import ACTIVATIONS, RESIDUALS
 from tests.contract.draw import DTYPES, MATRIX_LAYOUTS, Draw, dtypes_name, laid_out
 from tests.contract.operators import Operator, double
 
-VARIANTS = ("torch",)
+VARIANTS = ("torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Case:
         if self.order in ("base", "alone"):
             return [-1 if self.order == "base" else 0] * self.m
         if self.order == "full":
-            return [row * row // 3 % slots for row in range(self.m)]
-        mixed = [row * row // 3 % (slots + 1) - 1 for row in range(self.m)]
+            return [row * 5 // 3 % slots for row in range(self.m)]
+        mixed = [row * 5 // 3 % (slots + 1) - 1 for row in range(self.m)]
         return sorted(mixed) if self.order == "sorted" else mixed
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -72,6 +72,15 @@ class ReduceRowsConfig:
     num_warps: int
     num_stages: int
     splits: int
+
+
+@dataclass(frozen=True)
+class CopyConfig:
+    """Rows without an adapter, copied BLOCK_C columns at a time."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,20 @@ def reduce_rows_config(m: int, c: int, r: int, dtype: torch.dtype, exact: bool, 
         num_stages=3,
         splits=split_count(cdiv(m, block_m), cdiv(c, block_c) * cdiv(r, block_r), hardware),
     )
+
+
+def reduce_by_slot_config(
+    m: int, c: int, width: int, slots: int, dtype: torch.dtype, exact: bool, hardware: Hardware
+) -> ReduceRowsConfig:
+    """As ``reduce_rows_config``, where each slot has programs of its own: so many fewer ranges of rows."""
+    one = reduce_rows_config(m, c, width, dtype, exact, hardware)
+    tiles = cdiv(c, one.BLOCK_C) * cdiv(width, one.BLOCK_R) * slots
+    return replace(one, splits=split_count(cdiv(m, one.BLOCK_M * slots), tiles, hardware))
+
+
+def copy_config(c: int) -> CopyConfig:
+    """Few rows a program, so that most of them find that all of theirs have adapters."""
+    return CopyConfig(BLOCK_M=16, BLOCK_C=min(256, max(16, next_power_of_2(c))), num_warps=4)
 
 
 def cuda_forward_config(m: int, k: int, n: int, hardware: Hardware) -> CudaForwardConfig:

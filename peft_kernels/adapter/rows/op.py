@@ -13,7 +13,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
 from peft_kernels._core.slots import Scales, check_ranks, scales_of, table_of
-from peft_kernels.adapter.rows import torch_impl
+from peft_kernels.adapter.rows import torch_impl, triton_impl
 from peft_kernels.adapter.rows.composite import composite
 from peft_kernels.adapter.rows.problem import NAME, AdapterRowsProblem, Gradients, Inputs, Needs, make_problem
 
@@ -125,7 +125,7 @@ OPERATOR = Operator(
     name=NAME,
     call=Inputs,
     needs=Needs,
-    implementations=(torch_impl.IMPLEMENTATION,),
+    implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
     forward=_forward,
     backward=_backward,
