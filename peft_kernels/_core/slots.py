@@ -39,7 +39,7 @@ def scales_of(operator: str, scale: object, slots: int, dtype: torch.dtype, devi
     else:
         checks.scalar(operator, "scale", scale)
         values = (float(scale),) * slots  # type: ignore[arg-type]
-    return (_tensor if _is_traced() else _kept_tensor)((values,), dtype, device)[0]
+    return tensor_of((values,), dtype, device)[0]
 
 
 def check_ranks(operator: str, ranks: object, owner: str, total: int) -> tuple[int, ...]:
@@ -60,13 +60,17 @@ def check_ranks(operator: str, ranks: object, owner: str, total: int) -> tuple[i
 
 def table_of(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """(2, T) int32 on the device: the first row of stacked factors, and the rank, of each slot."""
-    values = firsts_of(ranks), ranks
-    return (_tensor if _is_traced() else _kept_tensor)(values, torch.int32, device)
+    return tensor_of((firsts_of(ranks), ranks), torch.int32, device)
 
 
 def firsts_of(ranks: tuple[int, ...]) -> tuple[int, ...]:
     """The first row of stacked factors of each slot."""
     return tuple([sum(ranks[:slot]) for slot in range(len(ranks))])
+
+
+def tensor_of(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A matrix of these rows, on the device, which nobody changes: the same one where the values are the same."""
+    return (_tensor if _is_traced() else _kept_tensor)(values, dtype, device)
 
 
 def _is_traced() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,12 +13,12 @@ from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
+from peft_kernels._core.slots import Scales, check_ranks, firsts_of, scales_of, tensor_of
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.rows import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.rows.composite import composite
 from peft_kernels.lora.rows.problem import NAME, Gradients, Inputs, LoraRowsProblem, Needs, make_problem
 
-Scales = float | Sequence[float] | Tensor
 Probabilities = float | Sequence[float]
 
 
@@ -99,7 +98,7 @@ def rows_call(
         biases,
         tuple([update.lora_a for update in updates]),
         tuple([update.lora_b for update in updates]),
-        tuple([_scales(update.scales, rows.slots, dtype, rows.slot.device) for update in updates]),
+        tuple([scales_of(NAME, update.scales, rows.slots, dtype, rows.slot.device) for update in updates]),
         tuple([update.table.device for update in updates]),
         tuple([update.table.host for update in updates]),
         tuple([update.member for update in updates]),
@@ -173,58 +172,16 @@ def table_of(
     Raises:
         ValueError: ranks are negative or do not add up, or a probability is wrong.
     """
-    if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 0 for rank in ranks):
-        raise ValueError(f"{NAME}: ranks must be ints of at least 0, got {tuple(ranks)}")
-    if rows_of_a is not None and sum(ranks) != rows_of_a:
-        raise ValueError(f"{NAME}: ranks must add up to lora_a's rows, {rows_of_a}, got {sum(ranks)} of {tuple(ranks)}")
+    found = check_ranks(NAME, ranks, "lora_a", sum(ranks) if rows_of_a is None else rows_of_a)
     if isinstance(dropout_p, Sequence):
         if len(dropout_p) != len(ranks):
             raise ValueError(f"{NAME}: dropout_p must be one number, or {len(ranks)}, got {len(dropout_p)}")
         limits = tuple([dropout.threshold(p, NAME) for p in dropout_p])
     else:
         limits = (dropout.threshold(dropout_p, NAME),) * len(ranks)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return _table(tuple(ranks), limits, device)
-    return _kept_table(tuple(ranks), limits, device)
-
-
-def _table(ranks: tuple[int, ...], limits: tuple[int, ...], device: torch.device) -> Table:
-    firsts = [sum(ranks[:slot]) for slot in range(len(ranks))]
-    host = torch.tensor([firsts, list(ranks), list(limits)], dtype=torch.int32, device="cpu")
-    return Table(host.to(device), host, max(ranks, default=0), any(limits))
-
-
-@lru_cache(maxsize=4096)
-def _kept_table(ranks: tuple[int, ...], limits: tuple[int, ...], device: torch.device) -> Table:
-    # What inference mode makes, no backward pass may keep.
-    with torch.inference_mode(False):
-        return _table(ranks, limits, device)
-
-
-def _scales(scales: Scales, slots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(scales, Tensor):
-        if scales.dim() == 0:
-            scales = scales.expand(slots)
-        if scales.shape != (slots,) or not scales.is_floating_point():
-            got = f"{scales.dtype} {tuple(scales.shape)}"
-            raise ValueError(f"{NAME}: scale must be a float, or a floating one for each slot, ({slots},), got {got}")
-        return scales.detach().to(device, dtype)
-    if isinstance(scales, (list, tuple)):
-        if len(scales) != slots:
-            raise ValueError(f"{NAME}: scale must be a float, or one for each slot, ({slots},), got {len(scales)}")
-        values = tuple([float(scale) for scale in scales])
-    else:
-        checks.scalar(NAME, "scale", scales)
-        values = (float(scales),) * slots  # type: ignore[arg-type]
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return torch.tensor(values, dtype=dtype, device=device)
-    return _kept_scales(values, dtype, device)
-
-
-@lru_cache(maxsize=4096)
-def _kept_scales(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+    values = firsts_of(found), found, limits
+    there, host = (tensor_of(values, torch.int32, place) for place in (device, torch.device("cpu")))
+    return Table(there, host, max(found, default=0), any(limits))
 
 
 def _autocast(
