@@ -125,6 +125,7 @@ class LoraRowsProblem:
         adapter_dtypes: of each update's factors.
         has_dropout: whether some slot may drop something.
         device: of all tensors but host_tables and runs.
+        row_invariant: whether a row's bits may depend on no other row.
     """
 
     m: int
@@ -139,6 +140,7 @@ class LoraRowsProblem:
     adapter_dtypes: tuple[torch.dtype, ...]
     has_dropout: bool
     device: torch.device
+    row_invariant: bool = False
 
     @property
     def is_empty(self) -> bool:
