@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -139,6 +140,16 @@ class LoraLinearProblem:
 def row_invariant(problem: _Problem) -> _Problem:
     """The same problem where a row's bits may depend on no other row."""
     return replace(problem, row_invariant=True)
+
+
+def of_row_invariant(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A pass, whose first argument is the problem, on the same problem with ``row_invariant``."""
+
+    @wraps(run)
+    def pinned(problem: Any, *arguments: Any) -> Any:
+        return run(row_invariant(problem), *arguments)
+
+    return pinned
 
 
 def make_problem(call: Inputs) -> LoraLinearProblem:

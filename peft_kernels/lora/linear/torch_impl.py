@@ -11,7 +11,6 @@ Refused   nothing; with rows that have the same bits in any batch, whatever is n
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 from peft_kernels._core.dispatch import ROW_INVARIANT, Implementation
 from peft_kernels._core.row_products import NOT_ON_A_CPU
 from peft_kernels.lora.linear import torch_steps as steps
-from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs, row_invariant
+from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs, of_row_invariant
 
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -48,16 +47,6 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
         lora_b=db,
         bias=dy.sum(0) if needs.bias else None,
     )
-
-
-def of_row_invariant(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A pass, whose first argument is the problem, on the same problem with ``row_invariant``."""
-
-    @wraps(run)
-    def pinned(problem: Any, *arguments: Any) -> Any:
-        return run(row_invariant(problem), *arguments)
-
-    return pinned
 
 
 def row_invariant_form(forward: Callable[..., Any], backward: Callable[..., Any]) -> Implementation:
