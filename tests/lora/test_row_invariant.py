@@ -88,7 +88,7 @@ def _linear(layer: Layer, backend: str, **options: Any) -> Run:
 @each_pair
 def test_linear(backend: str, dtype: torch.dtype, adapter: torch.dtype, k: int, n: int, r: int) -> None:
     x, dy = _draw(ROWS_OF_X, k, dtype=dtype, seed=11), _draw(ROWS_OF_X, n, dtype=dtype, seed=12)
-    if backend == "triton" and k == 512:
+    if backend == "triton":
         x, dy = x[:70], dy[:70]
     run = _linear(Layer(k, n, r, dtype, adapter), backend)
     _assert_rows_keep_their_bits(run, x, (dy,), _counts(backend))
