@@ -264,6 +264,12 @@ class TestBlocksOfRows:
             # Of 512 terms of up to 2^8 each.
             assert left.gt(0).float().mean() > 0.5 and left.max() < 512 * 2**10 * eps
 
+    def test_behind_the_columns_are_zeros(self) -> None:
+        """oneDNN may read them."""
+        block = row_products._zeros(torch.empty(3, 5), 16)
+        memory = block.as_strided((16, 16), (16, 1))
+        assert block.shape == (16, 5) and block.stride() == (16, 1) and memory.eq(0).all()
+
     def test_aligned(self) -> None:
         stack = torch.randn(9, 64)
         assert aligned(stack) is stack
