@@ -1,4 +1,4 @@
-"""What of compiled kernels decides in which order a row is summed, for several numbers of rows; Triton must not interpret:
+"""What decides in which order a compiled kernel sums a row, for several numbers of rows; Triton must not interpret:
 
 python tests/codegen/row_invariant.py 90        prints a JSON object: for each kernel of a launch, its products by M
 """

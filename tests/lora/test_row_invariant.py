@@ -196,6 +196,26 @@ def test_a_slot_is_the_layer_of_its_adapter(dtype: torch.dtype, adapter: torch.d
             testing.assert_bitwise_equal(f"{name} of slot {slot}", got, expected)
 
 
+def test_the_kernel_that_leaves_ds_in_parts_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch adds the parts up in an order by the number of rows; on a CPU it does not."""
+    from peft_kernels.lora.kernels import triton_bwd
+
+    asked: list[bool] = []
+    launch = triton_bwd.narrow_and_reduce
+
+    def noted(dy: Tensor, s: Tensor, b: Tensor, factor: float, needs: tuple[bool, bool, bool], *rest: Any) -> Any:
+        asked.append(needs[0])
+        return launch(dy, s, b, factor, needs, *rest)
+
+    monkeypatch.setattr(triton_bwd, "narrow_and_reduce", noted)
+    x, dy, layer = _draw(3, 80, dtype=FP32, seed=1), _draw(3, 96, dtype=FP32, seed=2), Layer(80, 96, 8, FP32, FP32)
+    for enabled, expected in ((False, [True]), (True, [])):
+        with pk.use_row_invariant(enabled):
+            _rows(_linear(layer, "triton"), x, (dy,), torch.arange(3))
+        assert asked == expected
+        asked.clear()
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_without_the_mode_bits_differ(backend: str) -> None:
     """Else nothing above could fail on this machine."""
