@@ -10,6 +10,7 @@ try:
     from peft_kernels._core.dispatch import use_backend
     from peft_kernels._core.errors import UnsupportedError
     from peft_kernels._core.explain import explain
+    from peft_kernels._core.invariance import use_row_invariant
     from peft_kernels._core.rows import Rows
     from peft_kernels.adapter import ParallelAdapter, SerialAdapter, bottleneck_adapter, insert_adapters
     from peft_kernels.integrations import apply, mixed_batch, revert
@@ -71,6 +72,7 @@ __all__ = [
     "set_adapter",
     "set_scale",
     "use_backend",
+    "use_row_invariant",
 ]
 
 

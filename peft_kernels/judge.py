@@ -279,9 +279,7 @@ def _answers(wanted: Wanted, device: torch.device) -> Iterator[tuple[str, dict[s
     try:
         importlib.import_module(wanted.module)
         operator = OPERATORS[wanted.operator]
-        implementation = next(
-            each for each in (*operator.implementations, *operator.checked) if each.name == wanted.implementation
-        )
+        implementation = next(each for each in operator.to_check if each.name == wanted.implementation)
     except (ImportError, LookupError, StopIteration) as error:
         yield "none", {"reason": f"{wanted.module} does not declare it ({_text(error)})"}
         return

@@ -8,7 +8,8 @@ graph.py         what torch does around a call: transforms, tracers, modes; batc
 checks.py        what arguments must be: a table of tensors whose letters bind sizes
 arguments.py     what modules may be made of
 encoder_layer.py torch's fused encoder layer, which calls no submodule
-dispatch.py      which backend runs, and why not another; use_backend
+dispatch.py      which backend runs, and why not another; use_backend; block.py, what it returns
+invariance.py    use_row_invariant: a row has the same bits in any batch
 candidates.py    what may run a call, made into something to time; timing.py, which of it is fastest here
 qualification.py what a family gives for a machine to check its kernels
 verdicts.py      which kernels are right on this machine, and when to find it out; child.py, the processes that do
@@ -17,6 +18,7 @@ explain.py       what a call does, in words
 autocast.py      what F.linear does under autocast
 rows.py          which adapter each row of a batch uses; row_parts.py, the rows of one slot; slots.py, numbers of each
 torch_products.py  products of the torch backends, where BLAS would lose bits
+row_products.py  products on a CPU whose rows have the same bits in any batch
 errors.py        UnsupportedError
 device.py        facts of a device that configs are chosen from
 triton_tools.py, triton_math.py  host-side questions about Triton; device functions that several families share

@@ -6,7 +6,6 @@ never falls back, and ``auto`` that ends on torch on a CUDA tensor says once why
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import re
@@ -14,16 +13,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ContextDecorator, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from peft_kernels._core import records, verdicts
+from peft_kernels._core.block import Block
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.qualification import Qualification
 
@@ -31,17 +29,18 @@ BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
 _ENCODED = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
+ROW_INVARIANT = " row-invariant"
+"""Stands behind the name of the backend in force, and of what runs, where ``use_row_invariant`` is in force."""
+
 generation = 0
 """Grows when what ``auto`` chooses may have changed: a choice that was remembered before is made again."""
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 _log = logging.getLogger("peft_kernels")
 _said: set[tuple[str, ...]] = set()
 
 _forced: ContextVar[str | None] = ContextVar("peft_kernels_backend", default=None)
-# The open use_backend blocks of all threads, the innermost last: the threads that were there before, and the backend.
+# The open blocks of all threads, the innermost last: the threads that were there before, and what is in force inside.
 _blocks: list[tuple[frozenset[threading.Thread], str]] = []
 
 
@@ -90,6 +89,7 @@ class Implementation:
         paths: names of the ways in which it can run a problem that it can run, its own choice first; ``forward`` and
             ``backward`` then take a ``path``.
         path: the one that ``forward`` and ``backward`` are bound to, if they are.
+        row_invariant: the form of it that ``use_row_invariant`` takes, if it has one.
     """
 
     name: str
@@ -102,6 +102,7 @@ class Implementation:
     borrows: tuple[str, ...] = ()
     paths: Callable[[Any], tuple[str, ...]] = _no_paths
     path: str | None = None
+    row_invariant: Implementation | None = None
 
     @property
     def title(self) -> str:
@@ -127,54 +128,7 @@ def _bound(implementation: Implementation, path: str) -> Implementation:
     return replace(implementation, forward=forward, backward=backward, path=path)
 
 
-class BackendBlock(ContextDecorator):
-    """What ``use_backend`` returns; warns, with the line that made it, where it goes without having been used.
-
-    A block can be entered again after it was left. As a decorator it opens one for each call.
-    """
-
-    # Of one whose __init__ never ran, as copies and compilers make them.
-    _used = True
-
-    def __init__(self, backend: str, line: tuple[str, int]) -> None:
-        self._backend, self._line = backend, line
-        self._open: AbstractContextManager[None] | None = None
-        self._used = False
-
-    def __enter__(self) -> None:
-        if self._open is not None:
-            raise RuntimeError("use_backend: this block is open already; call use_backend again for one inside it")
-        self._open, self._used = _forcing(self._backend), True
-        self._open.__enter__()
-
-    def __exit__(self, *raised: Any) -> None:
-        opened, self._open = self._open, None
-        if opened is not None:
-            opened.__exit__(*raised)
-
-    def __call__(self, function: _Function) -> _Function:
-        self._used = True
-        if _is_left_at_once(function):
-            raise ValueError(
-                f"use_backend: what it decorates must run when it is called, got {function!r}; "
-                f"open the block inside: with use_backend({self._backend!r}): ..."
-            )
-        return super().__call__(function)
-
-    def _recreate_cm(self) -> BackendBlock:
-        return BackendBlock(self._backend, self._line)
-
-    def __repr__(self) -> str:
-        return f"<forces nothing by itself; with use_backend({self._backend!r}): ...>"
-
-    # The default stays when a module's names are gone, at the end of a process.
-    def __del__(self, warn: Callable[..., None] = warnings.warn_explicit) -> None:
-        if not self._used:
-            text = f"use_backend({self._backend!r}) forced nothing; with use_backend({self._backend!r}): ... does"
-            warn(text, UserWarning, *self._line)
-
-
-def use_backend(backend: str) -> BackendBlock:
+def use_backend(backend: str) -> Block:
     """Force a backend inside a ``with`` block, or in a function that this decorates.
 
     It holds in this thread or task, and in threads that are started while the block is open and open none of their own.
@@ -195,25 +149,18 @@ def use_backend(backend: str) -> BackendBlock:
         torch.Size([2, 3])
     """
     _checked(backend, "use_backend")
-    if torch.compiler.is_compiling():
-        # Where frames cannot be read, and nothing is ever finalized.
-        return BackendBlock(backend, ("<compiled>", 0))
-    frame = sys._getframe(1)
-    return BackendBlock(backend, (frame.f_code.co_filename, frame.f_lineno))
-
-
-def _is_left_at_once(function: object) -> bool:
-    """Whether a call of it returns before its body has run, or, for a class, before its methods do."""
-    kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isclass)
-    return any(is_one(function) for is_one in kinds)
+    inside = partial(forcing, lambda outer: backend + _mode_of(outer))
+    return Block(f"use_backend({backend!r})", inside, Block.line_of_the_caller())
 
 
 @contextmanager
-def _forcing(backend: str) -> Iterator[None]:
-    block = (frozenset(threading.enumerate()), backend)
-    token, outer = _forced.set(backend), _traced.block
+def forcing(change: Callable[[str], str]) -> Iterator[None]:
+    """A block in which something else is in force: ``change`` is given what is outside, "" for nothing."""
+    inside = change(_in_force() or "")
+    block = (frozenset(threading.enumerate()), inside)
+    token, outer = _forced.set(inside), _traced.block
     _blocks.append(block)
-    _note_blocks(backend)
+    _note_blocks(inside)
     try:
         yield
     finally:
@@ -227,19 +174,38 @@ def _note_blocks(inside: str | None) -> None:
     _traced.block, _open_blocks = inside, tuple(name for _, name in _blocks)
 
 
-def requested_backend(backend: str | None) -> str:
-    """The backend in force: the call's argument, else the ``use_backend`` block, else the environment, else "auto"."""
-    if backend is not None:
-        return _checked(backend, "backend")
+def _in_force() -> str | None:
+    """What the blocks around have in force."""
     inside = _forced.get()
     if inside is None and _blocks:
         thread = threading.current_thread()
-        inside = next((name for before, name in reversed(_blocks) if thread not in before), None)
-    if inside is not None:
+        return next((name for before, name in reversed(_blocks) if thread not in before), None)
+    return inside
+
+
+def _mode_of(inside: str) -> str:
+    return ROW_INVARIANT if inside.endswith(ROW_INVARIANT) else ""
+
+
+def requested_backend(backend: str | None) -> str:
+    """The backend in force: the call's argument, else the ``use_backend`` block, else the environment, else "auto".
+
+    ``ROW_INVARIANT`` stands behind it where that is in force too.
+    """
+    inside = _forced.get()
+    if inside is None and _blocks:
+        inside = _in_force()
+    if backend is not None:
+        return _checked(backend, "backend") + (_mode_of(inside) if inside else "")
+    if inside and not inside.startswith(ROW_INVARIANT):
         return inside
     # A tenth of the time that get takes, in every call.
     if _ENCODED not in os.environ._data:  # type: ignore[attr-defined]
-        return "auto"
+        return "auto" + (inside or "")
+    return _of_environment() + (inside or "")
+
+
+def _of_environment() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
@@ -270,7 +236,9 @@ def select_backend(
     Raises:
         UnsupportedError: a forced backend cannot run the problem.
     """
-    if backend != "auto":
+    if backend.endswith(ROW_INVARIANT):
+        implementations = row_invariant_forms(tuple(implementations))
+    if not backend.startswith("auto"):
         return _select_forced(operator, implementations, problem, backend)
     refusals: list[str] = []
     chosen = next(_able(implementations, problem, refusals), None)
@@ -290,6 +258,26 @@ def able_backends(implementations: Sequence[Implementation], problem: Any) -> tu
     return tuple(bound for implementation in able for bound in implementation.bound(problem))
 
 
+@lru_cache(maxsize=64)
+def row_invariant_forms(implementations: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
+    """Of each implementation the form that ``use_row_invariant`` takes; one that has none refuses everything."""
+    return tuple(each.row_invariant or _refusing(each) for each in implementations)
+
+
+def _refusing(implementation: Implementation) -> Implementation:
+    reason = "the order of its sums depends on the number of rows"
+    return replace(
+        implementation, name=implementation.name + ROW_INVARIANT, why_not=lambda problem: reason, qualification=None
+    )
+
+
+def way_out(backend: str) -> str:
+    """What to do where a backend in force cannot run something."""
+    return (
+        "outside of use_row_invariant() it may" if backend.endswith(ROW_INVARIANT) else "backend='torch' or 'auto' can"
+    )
+
+
 def _able(implementations: Sequence[Implementation], problem: Any, refusals: list[str]) -> Iterator[Implementation]:
     """Those that ``auto`` may take; the reasons why it passes over others are added to ``refusals``."""
     for implementation in implementations:
@@ -305,6 +293,10 @@ def explain_backend(
 ) -> str:
     """Describe a choice, and why it passed over the others; a line each."""
     lines = [f"{operator}: {chosen.title}"]
+    if backend.endswith(ROW_INVARIANT):
+        implementations = row_invariant_forms(tuple(implementations))
+        lines.append("  use_row_invariant() is in force: a row's bits depend on no other row")
+        backend = backend.removesuffix(ROW_INVARIANT)
     if backend != "auto":
         lines.append(f"  backend={backend!r} is forced")
         return "\n".join(lines)
@@ -328,7 +320,7 @@ def _select_forced(
             if reason is None:
                 return implementation
             raise UnsupportedError(
-                f"{operator}: backend '{backend}' cannot run this problem: {reason}; backend='torch' or 'auto' can"
+                f"{operator}: backend '{backend}' cannot run this problem: {reason}; {way_out(backend)}"
             )
     has = ", ".join(implementation.name for implementation in implementations)
     raise UnsupportedError(f"{operator}: there is no '{backend}' implementation of it; it has: {has}")

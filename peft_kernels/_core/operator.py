@@ -22,11 +22,14 @@ from peft_kernels._core.autocast import is_any_autocast, without_autocast
 from peft_kernels._core.batched import is_batched, one_by_one
 from peft_kernels._core.cuda_tools import is_capturing
 from peft_kernels._core.dispatch import (
+    ROW_INVARIANT,
     Implementation,
     backend_of_graph,
     explain_backend,
     requested_backend,
+    row_invariant_forms,
     select_backend,
+    way_out,
 )
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.explain import is_heard, note
@@ -109,6 +112,7 @@ class Operator:
         )
         self.signature = Signature.of(self.call)
         self.key = Keys(self.signature, self.addressed)
+        self._has_rows_to_keep = any(each.row_invariant for each in self.implementations)
         self.asked = lru_cache(maxsize=1024)(self._asked)
         self._eager = _eager(self)
         self._operator = registration.register(self)
@@ -117,13 +121,14 @@ class Operator:
     @property
     def to_check(self) -> tuple[Implementation, ...]:
         """All that a machine checks by problems of this operator; what another's problems check is not among it."""
-        every = (*self.implementations, *self.checked)
+        forms = (each.row_invariant for each in self.implementations if each.row_invariant is not None)
+        every = (*self.implementations, *forms, *self.checked)
         return tuple(each for each in every if each.qualification and each.qualification.family.operator == self.name)
 
     def __call__(self, call: Any, backend: str | None) -> Any:
         """Run a call on a backend; None is the one in force."""
         if torch.compiler.is_compiling():
-            return self._traced(call, backend_of_graph(backend))
+            return self._traced(call, self._understood(backend_of_graph(backend)))
         asked = requested_backend(backend)
         key = self.key(call, asked)
         plan = None if key is None else self.plans.get(key)
@@ -151,6 +156,7 @@ class Operator:
 
     def _plan(self, problem: Any, call: Any, backend: str, key: Key | None) -> Plan:
         """Decide what a call does, and remember it under its key, if it has one."""
+        backend = self._understood(backend)
         generation, records = dispatch.generation, torch.is_grad_enabled()
         implementation = self.select(problem, backend)
         is_timed = backend == "auto" and not problem.is_empty and timing.may_decide(problem.device)
@@ -170,6 +176,11 @@ class Operator:
     def _traced(self, call: Any, backend: str) -> Any:
         tensors = (x for x in self.signature.spread(call) if isinstance(x, Tensor))
         if is_transformed() or any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
+            if backend.endswith(ROW_INVARIANT):
+                raise UnsupportedError(
+                    f"{self.name}: backend {backend!r} cannot run this call: torch has to see what is inside of it; "
+                    + way_out(backend)
+                )
             return self.composite(self.make_problem(call), call)
         # Not by _fields and _replace, which torch 2.8 does not trace.
         is_scalar, named = self.signature.is_scalar, zip(self.signature.types, call, strict=True)
@@ -178,15 +189,18 @@ class Operator:
 
     def _composed(self, problem: Any, call: Any, backend: str, reason: str) -> Any:
         """Run a call that may not be opaque. A forced backend has kernels alone, which a mode sees as one operator."""
+        backend = self._understood(backend)
         if backend in ("auto", "torch"):
             note(lambda: f"{self.name}: torch's own operations\n  {reason}")
             with without_autocast(problem.device.type):
                 return self.composite(problem, call)
         if reason == DISPATCH_MODE:
             return self.visible(self._operator(*self.signature.flat(call), backend))
-        raise UnsupportedError(
-            f"{self.name}: backend {backend!r} cannot run this call: {reason}; backend='torch' or 'auto' can"
-        )
+        raise UnsupportedError(f"{self.name}: backend {backend!r} cannot run this call: {reason}; {way_out(backend)}")
+
+    def _understood(self, backend: str) -> str:
+        """The backend in force, without a mode that this operator does not know."""
+        return backend if self._has_rows_to_keep else backend.removesuffix(ROW_INVARIANT)
 
     def fresh(self, problem: Any, call: Any, implementation: Implementation) -> tuple[Any, ...]:
         """``forward``'s results, none of them a view: what was a view in here, nobody may change in place."""
@@ -211,7 +225,10 @@ class Operator:
         Compiled calls stay with it: their forward and their backward pass choose apart, and must choose alike.
         """
         chosen = select_backend(self.name, self.implementations, problem, backend)
-        return self.implementations[-1] if problem.is_empty else chosen
+        if not problem.is_empty:
+            return chosen
+        is_row_invariant = backend.endswith(ROW_INVARIANT)
+        return (row_invariant_forms(self.implementations) if is_row_invariant else self.implementations)[-1]
 
     def note(self, problem: Any, backend: str, plan: Plan | None = None) -> None:
         """Tell ``explain`` of a call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -30,13 +30,22 @@ def is_slow(dtype: torch.dtype, device_type: str) -> bool:
     return dtype == torch.float16 and device_type == "cpu" and _casts_float16()
 
 
-def product_in_float32(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left right + bias of float16 matrices, rounded once; a block of each factor is cast at a time."""
+def product_in_float32(
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
+    """left right + bias of float16 matrices, rounded once; a block of each factor is cast at a time.
+
+    Args:
+        multiply: makes the products of float32 matrices.
+    """
     out = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype, device=left.device)
     for rows in _ranges(*left.shape):
         wide = left[rows].float()
         for cols in _ranges(right.shape[1], right.shape[0]):
-            product = wide @ right[:, cols].float()
+            product = multiply(wide, right[:, cols].float())
             out[rows, cols] = product if bias is None else product.add_(bias[cols])
     return out
 

@@ -100,7 +100,7 @@ def why_not(implementation: str, qualification: Qualification, problem: Any) -> 
     """Reason why ``auto`` does not take an implementation for a problem, or None; may start a check and wait for it."""
     device = problem.device
     if device.type != "cuda":
-        where = "Triton's interpreter" if implementation == "triton" else "an emulator"
+        where = "Triton's interpreter" if implementation.startswith("triton") else "an emulator"
         return f"on a CPU it runs in {where}, which is for tests"
     machine, parts = records.signature(device), qualification.touched(problem)
     return why_not_parts(machine, [wanted_of(implementation, qualification, part) for part in parts], device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -54,6 +55,10 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, ranks, members in ((BF16, (16,) * 16, 3), (FP32, (16,) * 16, 2), (BF16, (64,) * 8, 4)):
         yield _rows_case(dtype, FP32, ranks, 0.1, members=members)
     yield _rows_case(BF16, BF16, (16,) * 16, 0.1, members=3)
+    for dtype, adapter in ((BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)):
+        yield _row_invariant_case(dtype, adapter, 16, 0.1, 4096)
+    yield _row_invariant_case(BF16, FP32, 64, 0.0, 4095)
+    yield _row_invariant_case(BF16, BF16, 512, 0.0, 4096)
 
 
 def _name(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> str:
@@ -63,6 +68,14 @@ def _name(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) ->
 
 def _case(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> tuple[str, Callable[[], None]]:
     return _name(dtype, adapter, r, p, k), functools.partial(_launch, dtype, adapter, r, p, k)
+
+
+def _row_invariant_case(
+    dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int
+) -> tuple[str, Callable[[], None]]:
+    """Where a row's bits depend on no other row: base products by a kernel, nothing split for few rows."""
+    name = _name(dtype, adapter, r, p, k) + "/row-invariant"
+    return name, functools.partial(_launch, dtype, adapter, r, p, k, row_invariant=True)
 
 
 def _group_case(
@@ -95,8 +108,10 @@ def _launch_mask(dtype: torch.dtype, adapter: torch.dtype, k: int) -> None:
     mask.add_dropped(make(8192, k, dtype=dtype), make(8192, k, dtype=adapter), 1.25)
 
 
-def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> None:
-    m, n = 8192, k
+def _launch(
+    dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int, m: int = 8192, row_invariant: bool = False
+) -> None:
+    n = k
     make = functools.partial(torch.empty, device="meta")
     inputs = Inputs(
         x=make(m, k, dtype=dtype),
@@ -108,7 +123,7 @@ def _launch(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) 
         dropout_p=p,
         seed=make((), dtype=torch.int64) if p else None,
     )
-    problem = make_problem(inputs)
+    problem = dataclasses.replace(make_problem(inputs), row_invariant=row_invariant)
     _, s = triton_impl.forward(problem, inputs)
     dy = make(m, n, dtype=dtype)
     triton_impl.backward(problem, inputs, s, dy, Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=True))

@@ -113,6 +113,7 @@ class LoraGroupProblem:
         lanes: of each update.
         device: of all tensors.
         rows_aligned: of each update, on a CUDA device, whether x, weight and lora_a can be read 16 bytes at a time.
+        row_invariant: whether a row's bits may depend on no other row.
     """
 
     m: int
@@ -126,6 +127,7 @@ class LoraGroupProblem:
     lanes: tuple[int, ...]
     device: torch.device
     rows_aligned: tuple[bool, ...]
+    row_invariant: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -158,6 +160,7 @@ class LoraGroupProblem:
                 dropout_threshold=self.thresholds[index],
                 rows_aligned=self.rows_aligned[index],
                 lane=self.lanes[index],
+                row_invariant=self.row_invariant,
             )
             for index, rank in enumerate(self.r)
         )

@@ -22,6 +22,7 @@ from peft_kernels.lora.linear import torch_steps as steps
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
 from peft_kernels.lora.linear.problem import LoraLinearProblem
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
+from peft_kernels.lora.linear.torch_impl import row_invariant_form
 
 
 def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -33,7 +34,7 @@ def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     for member, weight in enumerate(inputs.weights):
         first, *others = problem.of_members[member] or (None,)
         if first is None:
-            ys.append(steps.base(inputs.x, weight, inputs.biases[member]))
+            ys.append(steps.base(inputs.x, weight, inputs.biases[member], problem.row_invariant))
             continue
         y = steps.up(problem.linears[first], inputs.update(first), parts[first])
         for index in others:
@@ -162,12 +163,12 @@ def _masked(
             mask = steps.mask_of_rows(linear, call, rows)
             assert mask is not None
             if needs.x:
-                product = wide[index][0][rows] @ wide[index][1]
                 if total is None:
-                    total = mask.drop(product, dtype, linear.keep_scale)
+                    total = mask.drop(
+                        steps.product(linear, wide[index][0][rows], wide[index][1]), dtype, linear.keep_scale
+                    )
                 else:
-                    mask.add_dropped(total, product, linear.keep_scale)
-                del product
+                    steps.add_dropped(linear, mask, total, wide[index][0][rows], wide[index][1])
             if needs.lora_a[index]:
                 found = (narrow[index][rows].t() @ steps.dropped(linear, call, rows, mask)).to(dtype)
                 sums[index] = found if index not in sums else sums[index].add_(found)
@@ -179,4 +180,4 @@ def _masked(
     return made
 
 
-IMPLEMENTATION = Implementation("torch", forward, backward)
+IMPLEMENTATION = Implementation("torch", forward, backward, row_invariant=row_invariant_form(forward, backward))

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core import triton_tools
-from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product
+from peft_kernels._core.dispatch import ROW_INVARIANT, Implementation
 from peft_kernels.lora import qualification
 from peft_kernels.lora.group.problem import Gradients, Inputs, LoraGroupProblem, Needs
 from peft_kernels.lora.kernels import config
 from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Lanes
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
-from peft_kernels.lora.linear.triton_impl import Launches
+from peft_kernels.lora.linear.problem import of_row_invariant
+from peft_kernels.lora.linear.triton_impl import Launches, add_base, base, base_gradient
 
 Run = tuple[int, ...]
 Term = tuple[Tensor, Tensor, float | Tensor]
@@ -40,15 +39,15 @@ def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     for member, (weight, bias) in enumerate(zip(inputs.weights, inputs.biases, strict=True)):
         updates = problem.of_members[member]
         if not updates:
-            ys.append(F.linear(x, weight, bias))
+            ys.append(base(x, weight, bias, problem.row_invariant))
             continue
         launches, _ = _launches(problem, inputs, updates[:1])
         term, adapter = _term(problem, inputs, s, updates), problem.adapter_dtypes[updates[0]]
         if config.writes_update_first(problem.dtype, adapter, bias is not None):
             y = launches.rank_product(problem.dtype, term, bias, NO_DROPOUT)
-            add_product(y, x, weight.t())
+            add_base(y, x, weight.t(), problem.row_invariant)
         else:
-            y = F.linear(x, weight, bias)
+            y = base(x, weight, bias, problem.row_invariant)
             launches.add_rank_product(y, term)
         ys.append(y)
     return *ys, s
@@ -99,7 +98,7 @@ def backward(
                     # A view would keep the others' gradients alive.
                     da[index] = part.to(problem.adapter_dtypes[index], copy=len(run) > 1)
     return Gradients(
-        x=_with_bases(inputs, dys, dx) if needs.x else None,
+        x=_with_bases(problem, inputs, dys, dx) if needs.x else None,
         weights=tuple(
             dy.t() @ inputs.x if need and dy is not None else None for dy, need in zip(dys, needs.weights, strict=True)
         ),
@@ -160,12 +159,15 @@ def _add_updates(problem: LoraGroupProblem, inputs: Inputs, run: Run, ds: Tensor
     return dx
 
 
-def _with_bases(inputs: Inputs, dys: Sequence[Tensor | None], dx: Tensor | None) -> Tensor:
+def _with_bases(problem: LoraGroupProblem, inputs: Inputs, dys: Sequence[Tensor | None], dx: Tensor | None) -> Tensor:
     """The updates' part of dX, and dY_j W_j of all members: each sum is rounded, so the small ones come first."""
     there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
     there.sort(key=lambda pair: pair[0].shape[1])
     for dy, weight in there:
-        dx = dy @ weight if dx is None else add_product(dx, dy, weight)
+        if dx is None:
+            dx = base_gradient(dy, weight, problem.row_invariant)
+        else:
+            add_base(dx, dy, weight, problem.row_invariant)
     assert dx is not None
     return dx
 
@@ -174,6 +176,15 @@ def _bias_gradient(problem: LoraGroupProblem, dy: Tensor, made: Tensor | None) -
     return dy.sum(0) if made is None else made.to(problem.dtype)
 
 
+ROW_INVARIANT_FORM = Implementation(
+    name="triton" + ROW_INVARIANT,
+    why_not_environment=triton_tools.why_not_environment,
+    why_not=why_not,
+    qualification=qualification.GROUP,
+    forward=of_row_invariant(triton_tools.on_device(forward)),
+    backward=of_row_invariant(triton_tools.on_device(backward)),
+)
+
 IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
@@ -181,4 +192,5 @@ IMPLEMENTATION = Implementation(
     qualification=qualification.GROUP,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
+    row_invariant=ROW_INVARIANT_FORM,
 )

@@ -40,6 +40,18 @@ class RankProductConfig:
 
 
 @dataclass(frozen=True)
+class ProductConfig:
+    """A base product by tiles; GROUP_M tiles of rows share the columns that they read."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class NarrowAndReduceConfig:
     """dS = dY B, dB = dY^T S and dbias in one pass over dY, whose rows are in ``splits`` ranges."""
 
@@ -126,16 +138,26 @@ def _blocks_of_ranks(r: int, lanes: Lanes | None, most: int) -> tuple[int, int]:
 
 
 def narrow_product_config(
-    m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware, lanes: Lanes | None = None
+    m: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    exact: bool,
+    hardware: Hardware,
+    lanes: Lanes | None = None,
+    row_invariant: bool = False,
 ) -> NarrowProductConfig:
     """A tile per multiprocessor: rows are halved, then K split, until there is one (assumed: bandwidth needs all).
 
     Lanes are more programs for each tile of rows, of which they need fewer; a taller one reads A's tiles less often.
+    With ``row_invariant`` nothing depends on the rows: K is one range, in which each sum has one order.
     """
     block_r, blocks = _blocks_of_ranks(r, lanes, 128)
     per_tile = 1 if lanes is None else blocks
     block_m = 64
-    while block_m > 16 and cdiv(m, block_m) * per_tile < hardware.sm_count:
+    if row_invariant:
+        block_m = 32  # the tile of 8192 rows on 132 multiprocessors
+    while not row_invariant and block_m > 16 and cdiv(m, block_m) * per_tile < hardware.sm_count:
         block_m //= 2
     # 32 KiB of a float32 operand's tile and its pieces in registers is what 255 registers a thread hold.
     block_k = 128 if block_r <= 32 else 64
@@ -151,7 +173,26 @@ def narrow_product_config(
         BLOCK_R=block_r,
         num_warps=8 if takes_eight_warps else 4,
         num_stages=3,
-        splits=split_count(cdiv(k, block_k) // 4, cdiv(m, block_m) * blocks, hardware),
+        splits=1 if row_invariant else split_count(cdiv(k, block_k) // 4, cdiv(m, block_m) * blocks, hardware),
+    )
+
+
+def product_config(n: int, k: int, dtype: torch.dtype, hardware: Hardware) -> ProductConfig:
+    """One tile for all numbers of rows: another one may sum in another order.
+
+    Float32 has no tensor cores unless torch allows TF32: a thread then holds whole operands, and larger tiles spill. So
+    do those of half precision where rows are no multiple of 16 bytes, and come in pieces of two. Before sm_90 a stage
+    is half as long, since sm_89 has 99 KiB of shared memory.
+    """
+    if dtype == torch.float32 or n % 8 or k % 8:
+        return ProductConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=3)
+    return ProductConfig(
+        BLOCK_M=128,
+        BLOCK_N=128,
+        BLOCK_K=64 if hardware.arch >= 90 else 32,
+        GROUP_M=8,
+        num_warps=8,
+        num_stages=4 if hardware.arch >= 90 else 3,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from peft_kernels._core import checks, cuda_tools
 from peft_kernels.lora.kernels import dropout
 
 NAME = "lora_linear"
+
+_Problem = TypeVar("_Problem", bound=Any)
 
 FACTORS = (
     checks.Row(
@@ -96,6 +100,7 @@ class LoraLinearProblem:
         rows_aligned: on a CUDA device, whether rows of x, weight and lora_a can be read 16 bytes at a time.
         lane: fourth word of the mask's counter; other than 0 as a part of other operators alone.
         runs: (first row, count) of neighbours among the mask's rows; () where they are rows 0 ... m - 1.
+        row_invariant: whether a row's bits may depend on no other row.
     """
 
     m: int
@@ -109,6 +114,7 @@ class LoraLinearProblem:
     rows_aligned: bool = False
     lane: int = 0
     runs: tuple[tuple[int, int], ...] = ()
+    row_invariant: bool = False
 
     @property
     def has_dropout(self) -> bool:
@@ -128,6 +134,22 @@ class LoraLinearProblem:
     def keep_scale(self) -> float:
         """What kept elements are multiplied with: one over the exact keep probability."""
         return dropout.keep_scale(self.dropout_threshold)
+
+
+@lru_cache(maxsize=4096)
+def row_invariant(problem: _Problem) -> _Problem:
+    """The same problem where a row's bits may depend on no other row."""
+    return replace(problem, row_invariant=True)
+
+
+def of_row_invariant(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A pass, whose first argument is the problem, on the same problem with ``row_invariant``."""
+
+    @wraps(run)
+    def pinned(problem: Any, *arguments: Any) -> Any:
+        return run(row_invariant(problem), *arguments)
+
+    return pinned
 
 
 def make_problem(call: Inputs) -> LoraLinearProblem:

@@ -5,16 +5,20 @@ Backward  dS = scale dY B;  dB = scale dY^T S;  dX = drop'(dS A) + dY W likewise
 Tensors   as problem.Inputs; S (M, r) float32, or float64 with x
 Saved     x, S and the seed; never a mask, never a dropped or cast copy of x
 Temporary as torch_steps.py, which has the steps
-Refused   nothing
+Refused   nothing; with rows that have the same bits in any batch, whatever is not on a CPU
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
-from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.dispatch import ROW_INVARIANT, Implementation
+from peft_kernels._core.row_products import NOT_ON_A_CPU
 from peft_kernels.lora.linear import torch_steps as steps
-from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
+from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs, of_row_invariant
 
 
 def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -34,7 +38,7 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
             da = steps.grad_down(problem, inputs, ds, None, needs)
         elif ds is not None:
             if needs.x:
-                dx = steps.base_gradient(dy, inputs.weight)
+                dx = steps.base_gradient(dy, inputs.weight, problem.row_invariant)
             da = steps.grad_down(problem, inputs, ds, dx, needs)
     return Gradients(
         x=dx,
@@ -45,4 +49,16 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
     )
 
 
-IMPLEMENTATION = Implementation("torch", forward, backward)
+def row_invariant_form(forward: Callable[..., Any], backward: Callable[..., Any]) -> Implementation:
+    """A torch backend of this family with rows that have the same bits in any batch."""
+    return Implementation(
+        "torch" + ROW_INVARIANT,
+        of_row_invariant(forward),
+        of_row_invariant(backward),
+        why_not=lambda problem: (
+            None if problem.device.type == "cpu" else f"{NOT_ON_A_CPU}; the Triton kernels keep one"
+        ),
+    )
+
+
+IMPLEMENTATION = Implementation("torch", forward, backward, row_invariant=row_invariant_form(forward, backward))

@@ -3,6 +3,8 @@
 Tensors   as problem.Inputs; S and dS (M, r) in the widest dtype whose bits they have
 Temporary what dropout or float32 adapters on a half-precision x need is made for a block of rows at a time; on a CPU
           without products of float16, blocks of the base product's factors are cast
+Bits      with ``problem.row_invariant`` products are those of row_products.py, and what follows them is one operation
+          on each element at a time: torch adds ``alpha`` times something with one rounding in a vector and two behind
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_kernels._core.row_products import aligned, row_product
 from peft_kernels._core.torch_products import add_product, has_bfloat16_products, is_slow, product_in_float32
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.config import torch_rows_per_block, writes_update_first
@@ -25,6 +28,10 @@ _FEW_ROWS = 16  # up to here, torch reads a float16 W once, as it is, and may su
 def up(problem: LoraLinearProblem, inputs: Inputs, s: Tensor) -> Tensor:
     """y = x W^T + bias + scale S B^T."""
     b, bias = inputs.lora_b.t(), inputs.bias
+    if problem.row_invariant:
+        y = row_product(inputs.x, inputs.weight.t(), bias)
+        add_update(problem, y, s, b, inputs.scale)
+        return y
     if adds_base_last(problem) and writes_update_first(problem.dtype, problem.adapter_dtype, bias is not None):
         return update_of(problem, s, b, inputs.scale, bias).addmm_(inputs.x, inputs.weight.t())
     y = base(inputs.x, inputs.weight, bias)
@@ -32,15 +39,19 @@ def up(problem: LoraLinearProblem, inputs: Inputs, s: Tensor) -> Tensor:
     return y
 
 
-def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def base(x: Tensor, weight: Tensor, bias: Tensor | None, row_invariant: bool = False) -> Tensor:
     """x W^T + bias."""
+    if row_invariant:
+        return row_product(x, weight.t(), bias)
     if is_slow(x.dtype, x.device.type) and x.shape[0] > _FEW_ROWS:
         return product_in_float32(x, weight.t(), bias)
     return F.linear(x, weight, bias)
 
 
-def base_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+def base_gradient(dy: Tensor, weight: Tensor, row_invariant: bool = False) -> Tensor:
     """dY W."""
+    if row_invariant:
+        return row_product(dy, weight)
     return product_in_float32(dy, weight) if is_slow(dy.dtype, dy.device.type) else dy @ weight
 
 
@@ -59,11 +70,11 @@ def sum_of_base_gradients(
         assert dx is not None
         return dx
     (dy, weight), *others = there
-    total = base_gradient(dy, weight)
+    total = base_gradient(dy, weight, problem.row_invariant)
     if others:
         total = total.to(problem.wide_dtype)
     for dy, weight in others:
-        total.add_(base_gradient(dy, weight))
+        total.add_(base_gradient(dy, weight, problem.row_invariant))
     return (total if updates is None else total.add_(updates)).to(problem.dtype)
 
 
@@ -79,6 +90,8 @@ def adds_base_last(problem: LoraLinearProblem) -> bool:
 
 def adds_in_float32(problem: LoraLinearProblem) -> bool:
     """Whether a product that is added to a result is rounded with it, once."""
+    if problem.row_invariant:
+        return False
     if problem.device.type != "cpu":
         return True
     sums_in_float32 = problem.dtype != torch.float16 and (problem.dtype != torch.bfloat16 or has_bfloat16_products())
@@ -89,6 +102,8 @@ def update_of(
     problem: LoraLinearProblem, left: Tensor, right: Tensor, scale: float | Tensor, bias: Tensor | None
 ) -> Tensor:
     """scale left right + bias in x's dtype."""
+    if problem.row_invariant and bias is None:
+        return _same_bits(problem, left, right, scale).to(problem.dtype)
     if isinstance(scale, Tensor):
         if problem.dtype == torch.float16 and _is_uniform(problem):
             return (left.to(right.dtype) @ right).mul_(scale)  # in eager's order, which keeps eager's range
@@ -111,6 +126,15 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, bias: Tensor | No
         return torch.addmm(bias, left, right, alpha=scale)
     out = torch.empty(left.shape[0], right.shape[1], dtype=right.dtype, device=right.device)
     return out.addmm_(left, right, beta=0, alpha=scale)
+
+
+def _same_bits(problem: LoraLinearProblem, left: Tensor, right: Tensor, scale: float | Tensor) -> Tensor:
+    """scale left right in the adapters' dtype, each step rounded as eager torch rounds it."""
+    # Strides of a single row or column say nothing.
+    is_stored = right.shape[0] == 1 if 1 in right.shape else right.stride(1) == 1
+    factor = aligned(right) if is_stored else aligned(right.t()).t()
+    product = row_product(left.to(right.dtype), factor)
+    return product if isinstance(scale, float) and scale == 1.0 else product.mul_(scale)
 
 
 def _is_uniform(problem: LoraLinearProblem) -> bool:
@@ -171,11 +195,13 @@ def late_factor(problem: LoraLinearProblem) -> float:
 def down(problem: LoraLinearProblem, inputs: Inputs) -> Tensor:
     """S = drop(x) A^T, in the widest dtype whose bits it has."""
     a = inputs.lora_a.t()
+    if problem.row_invariant:
+        a = aligned(inputs.lora_a).t()
     if _is_uniform(problem) and not problem.has_dropout:
-        return _narrow_product(inputs.x, a)
+        return _narrow_product(problem, inputs.x, a)
     s = torch.empty(problem.m, problem.r, dtype=problem.wide_dtype, device=problem.device)
     for rows in blocks(problem, problem.k):
-        s[rows] = _narrow_product(dropped(problem, inputs, rows, mask_of_rows(problem, inputs, rows)), a)
+        s[rows] = _narrow_product(problem, dropped(problem, inputs, rows, mask_of_rows(problem, inputs, rows)), a)
     factor = late_factor(problem)
     return s if factor == 1.0 else s.mul_(factor)
 
@@ -186,11 +212,13 @@ def grad_up(
     """dS = scale dY B, as wide as its bits, where x or lora_a needs it, and dB = scale dY^T S, which alone reads S."""
     needs_ds = needs.x or needs.lora_a
     b, scale, wide = inputs.lora_b, inputs.scale, problem.wide_dtype
+    if problem.row_invariant and needs_ds:
+        b = aligned(b)
     if _is_uniform(problem):
         if problem.dtype == torch.float16 and (needs_ds or needs.lora_b):
             # As eager does: between other factors the scale would meet what has left float16's range.
             dy, scale = dy * scale, 1.0
-        ds = _narrow_product(dy, b) if needs_ds else None
+        ds = _narrow_product(problem, dy, b) if needs_ds else None
         if ds is not None:
             # torch would first round a tensor of a wider dtype to ds's.
             ds = (ds.to(wide) if isinstance(scale, Tensor) else ds).mul_(scale)
@@ -201,14 +229,16 @@ def grad_up(
     for rows in blocks(problem, problem.n):
         block = dy[rows].to(wide)
         if ds is not None:
-            torch.mm(block, b, out=ds[rows])
+            ds[rows] = _narrow_product(problem, block, b)
         if db is not None and s is not None:
             db += _tall_product(block, s[rows])
     return None if ds is None else ds.mul_(scale), None if db is None else db.mul_(scale)
 
 
-def _narrow_product(wide: Tensor, factor: Tensor) -> Tensor:
+def _narrow_product(problem: LoraLinearProblem, wide: Tensor, factor: Tensor) -> Tensor:
     """wide factor, (M, r) of (M, K) and (K, r)."""
+    if problem.row_invariant:
+        return row_product(wide, factor)
     if wide.device.type == "cpu" and wide.dtype == torch.bfloat16:
         # Measured on a CPU with instructions for it: two thirds of the time.
         return (factor.t() @ wide.t()).t()
@@ -237,15 +267,32 @@ def grad_down(problem: LoraLinearProblem, inputs: Inputs, ds: Tensor, dx: Tensor
     for rows in blocks(problem, problem.k):
         mask = mask_of_rows(problem, inputs, rows)
         if dx is not None and mask is not None:
-            mask.add_dropped(dx[rows], narrow[rows] @ inputs.lora_a, problem.keep_scale)
+            add_dropped(problem, mask, dx[rows], narrow[rows], inputs.lora_a)
         if needs.lora_a:
             product = narrow[rows].t() @ dropped(problem, inputs, rows, mask)
             da = product.to(problem.wide_dtype) if da is None else da.add_(product)
     return None if da is None else da.mul_(late_factor(problem)).to(problem.adapter_dtype)
 
 
+def add_dropped(problem: LoraLinearProblem, mask: masks.Mask, out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += drop'(left right), in place, for matrices of one dtype."""
+    made = product(problem, left, right)
+    if problem.row_invariant:
+        out.add_(mask.drop(made, made.dtype, problem.keep_scale))
+    else:
+        mask.add_dropped(out, made, problem.keep_scale)
+
+
+def product(problem: LoraLinearProblem, left: Tensor, right: Tensor) -> Tensor:
+    """left right for S or dS and a factor as it is stored, of one dtype."""
+    return row_product(left, aligned(right)) if problem.row_invariant else left @ right
+
+
 def add_update(problem: LoraLinearProblem, out: Tensor, left: Tensor, right: Tensor, scale: float | Tensor) -> None:
     """out += scale left right, in place; float32 adapters keep their bits beside an out in half precision."""
+    if problem.row_invariant:
+        out.add_(_same_bits(problem, left, right, scale))
+        return
     if isinstance(scale, Tensor):
         if out.dtype == torch.float16 and _is_uniform(problem):
             out.add_((left.to(out.dtype) @ right).mul_(scale))  # in eager's order, which keeps eager's range

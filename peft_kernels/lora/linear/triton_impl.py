@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from peft_kernels._core import triton_tools
 from peft_kernels._core.device import Hardware, hardware
-from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.dispatch import ROW_INVARIANT, Implementation
 from peft_kernels._core.torch_products import add_product
 from peft_kernels.lora import qualification
 from peft_kernels.lora.kernels import config
 from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Dropout, Lanes
-from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs
+from peft_kernels.lora.linear.problem import Gradients, Inputs, LoraLinearProblem, Needs, of_row_invariant
 
 
 def why_not(problem: LoraLinearProblem) -> str | None:
@@ -32,9 +32,9 @@ def forward(problem: LoraLinearProblem, inputs: Inputs) -> tuple[Tensor, Tensor]
     s = launches.narrow_product(x, lora_a, problem.keep_scale, launches.dropout)
     if config.writes_update_first(problem.dtype, problem.adapter_dtype, bias is not None):
         y = launches.rank_product(problem.dtype, (s, lora_b, scale), bias, NO_DROPOUT)
-        add_product(y, x, weight.t())
+        add_base(y, x, weight.t(), problem.row_invariant)
     else:
-        y = F.linear(x, weight, bias)
+        y = base(x, weight, bias, problem.row_invariant)
         launches.add_rank_product(y, (s, lora_b, scale))
     return y, s
 
@@ -47,7 +47,7 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
     dx = da = None
     if ds is not None and needs.x:
         dx = launches.rank_product(problem.dtype, (ds, lora_a.t(), 1.0), None, launches.dropout)
-        add_product(dx, dy, weight)
+        add_base(dx, dy, weight, problem.row_invariant)
     if ds is not None and needs.lora_a:
         da = launches.reduce_rows(x, ds, problem.keep_scale, launches.dropout)
     return Gradients(
@@ -57,6 +57,39 @@ def backward(problem: LoraLinearProblem, inputs: Inputs, s: Tensor, dy: Tensor, 
         lora_b=None if db is None else db.to(problem.adapter_dtype),
         bias=None if dbias is None else dbias.to(problem.dtype),
     )
+
+
+def base(x: Tensor, weight: Tensor, bias: Tensor | None, row_invariant: bool) -> Tensor:
+    """x W^T + bias: cuBLAS's, but where a row's bits may depend on no other row."""
+    if not row_invariant:
+        return F.linear(x, weight, bias)
+    return _product_kernel().product(x, weight.t(), bias, _product_config(x, weight.shape[0]))
+
+
+def base_gradient(dy: Tensor, weight: Tensor, row_invariant: bool) -> Tensor:
+    """dY W, likewise."""
+    if not row_invariant:
+        return dy @ weight
+    return _product_kernel().product(dy, weight, None, _product_config(dy, weight.shape[1]))
+
+
+def add_base(out: Tensor, left: Tensor, right: Tensor, row_invariant: bool) -> None:
+    """out += left right, in place, likewise."""
+    if not row_invariant:
+        add_product(out, left, right)
+        return
+    _product_kernel().add_product(out, left, right, _product_config(left, out.shape[1]))
+
+
+def _product_config(left: Tensor, n: int) -> config.ProductConfig:
+    return triton_tools.chosen(config.product_config, n, left.shape[1], left.dtype, hardware(left.device))
+
+
+@cache
+def _product_kernel() -> Any:
+    from peft_kernels.lora.kernels import triton_product
+
+    return triton_product
 
 
 @cache
@@ -75,6 +108,7 @@ class Launches(NamedTuple):
     dropout: Dropout
     exact: bool
     r: int
+    row_invariant: bool
 
     @staticmethod
     def of(problem: LoraLinearProblem, inputs: Inputs) -> Launches:
@@ -88,6 +122,7 @@ class Launches(NamedTuple):
             else Dropout(inputs.seed, problem.dropout_threshold, problem.keep_scale, problem.lane),
             exact=problem.adapter_dtype != problem.dtype,
             r=problem.r,
+            row_invariant=problem.row_invariant,
         )
 
     def narrow_product(
@@ -101,7 +136,9 @@ class Launches(NamedTuple):
     ) -> Tensor:
         """factor * drop(x) a^T, float32."""
         (m, k), r = x.shape, a.shape[0]
-        chosen = triton_tools.chosen(config.narrow_product_config, m, k, r, x.dtype, self.exact, self.hardware, lanes)
+        rows = 0 if self.row_invariant else m
+        facts = rows, k, r, x.dtype, self.exact, self.hardware, lanes, self.row_invariant
+        chosen = triton_tools.chosen(config.narrow_product_config, *facts)
         return self.fwd.narrow_product(x, a, factor, dropout, self.exact, chosen, out, lanes)
 
     def rank_product(
@@ -137,11 +174,11 @@ class Launches(NamedTuple):
         out: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dS, in ``out`` if there is one, dB and dbias, float32: in one pass over dy, or in one for each where the rank
-        makes that cheaper.
+        makes that cheaper, or torch's sum of the parts of dS would have an order by the number of rows.
         """
         (m, n), needs_ds = dy.shape, needs.x or needs.lora_a
         asked = needs_ds, needs.lora_b, needs.bias
-        if config.reads_dy_once(self.r) and any(asked):
+        if config.reads_dy_once(self.r) and any(asked) and not (self.row_invariant and needs_ds):
             facts = m, n, self.r, dy.dtype, self.exact, self.hardware
             chosen = triton_tools.chosen(config.narrow_and_reduce_config, *facts)
             return self.bwd.narrow_and_reduce(dy, s, b, scale, asked, self.r, self.exact, chosen, out)
@@ -158,6 +195,15 @@ class Launches(NamedTuple):
         return self.bwd.reduce_rows(x, s, factor, dropout, self.exact, chosen, lanes)
 
 
+ROW_INVARIANT_FORM = Implementation(
+    name="triton" + ROW_INVARIANT,
+    why_not_environment=triton_tools.why_not_environment,
+    why_not=why_not,
+    qualification=qualification.TRITON,
+    forward=of_row_invariant(triton_tools.on_device(forward)),
+    backward=of_row_invariant(triton_tools.on_device(backward)),
+)
+
 IMPLEMENTATION = Implementation(
     name="triton",
     why_not_environment=triton_tools.why_not_environment,
@@ -165,4 +211,5 @@ IMPLEMENTATION = Implementation(
     qualification=qualification.TRITON,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
+    row_invariant=ROW_INVARIANT_FORM,
 )

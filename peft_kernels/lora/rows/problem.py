@@ -126,6 +126,7 @@ class LoraRowsProblem:
         has_dropout: whether some slot may drop something.
         device: of all tensors but host_tables and runs.
         rows_aligned: of each update, on a CUDA device, whether x, weight and lora_a can be read 16 bytes at a time.
+        row_invariant: whether a row's bits may depend on no other row.
     """
 
     m: int
@@ -141,6 +142,7 @@ class LoraRowsProblem:
     has_dropout: bool
     device: torch.device
     rows_aligned: tuple[bool, ...] = ()
+    row_invariant: bool = False
 
     @property
     def is_empty(self) -> bool:

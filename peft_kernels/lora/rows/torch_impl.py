@@ -22,6 +22,7 @@ from peft_kernels.lora.linear import torch_steps as steps
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
 from peft_kernels.lora.linear.problem import LoraLinearProblem
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
+from peft_kernels.lora.linear.torch_impl import row_invariant_form
 from peft_kernels.lora.rows.problem import Gradients, Inputs, LoraRowsProblem, Needs
 
 
@@ -94,7 +95,8 @@ class _Update:
 def forward(problem: LoraRowsProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (M, N_j) of each member, and S (M, sum of widths)."""
     x = inputs.x
-    ys = [steps.base(x, weight, bias) for weight, bias in zip(inputs.weights, inputs.biases, strict=True)]
+    pinned = problem.row_invariant
+    ys = [steps.base(x, weight, bias, pinned) for weight, bias in zip(inputs.weights, inputs.biases, strict=True)]
     # Zeros, because what is in no slot's columns would be different each time.
     s = torch.zeros(problem.m, sum(problem.widths), dtype=problem.wide_dtype, device=problem.device)
     facts = _Facts(problem, inputs)
@@ -237,6 +239,7 @@ class _Facts:
                 dropout_threshold=threshold,
                 lane=problem.lanes[index],
                 runs=part.runs,
+                row_invariant=problem.row_invariant,
             )
             call = LinearInputs(
                 rows,  # type: ignore[arg-type]
@@ -256,7 +259,17 @@ class _Facts:
 
 def _any_linear(problem: LoraRowsProblem) -> LoraLinearProblem:
     """What base products of a call depend on."""
-    return LoraLinearProblem(problem.m, 0, problem.k, 0, problem.dtype, problem.dtype, problem.device, 0)
+    return LoraLinearProblem(
+        problem.m,
+        0,
+        problem.k,
+        0,
+        problem.dtype,
+        problem.dtype,
+        problem.device,
+        0,
+        row_invariant=problem.row_invariant,
+    )
 
 
-IMPLEMENTATION = Implementation("torch", forward, backward)
+IMPLEMENTATION = Implementation("torch", forward, backward, row_invariant=row_invariant_form(forward, backward))
