@@ -300,7 +300,9 @@ class TestCheckpointing:
         holders = [module for module in fused.modules() if "_gradient_checkpointing_func" in vars(module)]
         before = [module._gradient_checkpointing_func for module in holders]
         mixed(fused)
-        assert all(module._gradient_checkpointing_func is not each for module, each in zip(holders, before, strict=True))
+        assert all(
+            module._gradient_checkpointing_func is not each for module, each in zip(holders, before, strict=True)
+        )
         assert b"peft_kernels" not in pickle.dumps(fused.base_model.model.model.layers[0])
         mixed(copy.deepcopy(fused))
         pk.revert(fused)

@@ -148,25 +148,26 @@ def _stacked(dtype: torch.dtype, adapter: torch.dtype, k: int, n: int) -> tuple[
     return a, _draw(n, sum(ADAPTERS), dtype=adapter, seed=22), [0.7, 1.0, 2.0, 0.3]
 
 
-@pytest.mark.parametrize("dtype, adapter", PAIRS, ids=IDS)
-def test_mixed_batch(dtype: torch.dtype, adapter: torch.dtype) -> None:
+@each_pair
+def test_mixed_batch(backend: str, dtype: torch.dtype, adapter: torch.dtype) -> None:
     """A row with its adapter, alone and among rows of others; other slots' adapters and rows do not matter."""
-    k, n = 80, 96
-    layer, x = Layer(k, n, 1, dtype, adapter), _draw(ROWS_OF_X, k, dtype=dtype, seed=11)
-    dy, (a, b, scales) = _draw(ROWS_OF_X, n, dtype=dtype, seed=12), _stacked(dtype, adapter, k, n)
-    slots = torch.randint(-1, len(ADAPTERS), (ROWS_OF_X,), generator=torch.Generator().manual_seed(5)).tolist()
+    k, n, count = 80, 96, ROWS_OF_X if backend == "torch" else 70
+    layer, x = Layer(k, n, 1, dtype, adapter), _draw(count, k, dtype=dtype, seed=11)
+    dy, (a, b, scales) = _draw(count, n, dtype=dtype, seed=12), _stacked(dtype, adapter, k, n)
+    slots = torch.randint(-1, len(ADAPTERS), (count,), generator=torch.Generator().manual_seed(5)).tolist()
 
     def run(x: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         plan = pk.Rows.of([slots[int(row)] for row in rows], known=len(ADAPTERS))
-        return (pk.lora_linear(x, layer.weight, a, b, scales, layer.bias, rows=plan, ranks=ADAPTERS),)
+        arguments = layer.weight, a, b, scales, layer.bias
+        return (pk.lora_linear(x, *arguments, rows=plan, ranks=ADAPTERS, backend=backend),)
 
-    _assert_rows_keep_their_bits(run, x, (dy,), COUNTS)
+    _assert_rows_keep_their_bits(run, x, (dy,), _counts(backend))
     with pk.use_row_invariant():
-        every = _rows(run, x, (dy,), torch.arange(ROWS_OF_X))
+        every = _rows(run, x, (dy,), torch.arange(count))
         mine = torch.tensor([slot == 2 for slot in slots]).nonzero().squeeze(1)
         a[: ADAPTERS[0]], b[:, : ADAPTERS[0]] = 3.0, float("nan")
-        _assert_same("beside another adapter", tuple(y[mine] for y in _rows(run, x, (dy,), torch.arange(ROWS_OF_X))),
-                     every, mine)  # fmt: skip
+        beside = _rows(run, x, (dy,), torch.arange(count))
+        _assert_same("beside another adapter", tuple(y[mine] for y in beside), every, mine)
 
 
 @pytest.mark.parametrize("dtype, adapter", PAIRS, ids=IDS)

@@ -250,6 +250,9 @@ def reduce_rows_config(
     )
 
 
+_RANKS_OF_ANY = 64  # a block of ranks where those of a batch's adapters may decide nothing
+
+
 def _rows_of_tile(m: int, slots: int, most: int) -> int:
     """Rows of a tile of one slot: a slot of average size fills it.
 
@@ -267,12 +270,18 @@ def rows_narrow_product_config(
     exact: bool,
     hardware: Hardware,
     lanes: Lanes | None = None,
+    row_invariant: bool = False,
 ) -> NarrowProductConfig:
     """As ``narrow_product_config``, but for slots of few rows; ``r`` is the greatest rank.
 
-    A third stage of operands in pieces spills on sm_100.
+    A third stage of operands in pieces spills on sm_100. With ``row_invariant`` nothing depends on other slots' ranks
+    either, from which blocks of K follow.
     """
-    chosen = narrow_product_config(m, k, r, dtype, exact, hardware, lanes)
+    if row_invariant:
+        r, lanes = _RANKS_OF_ANY, None if lanes is None else lanes._replace(ranks=(_RANKS_OF_ANY,) * len(lanes.ranks))
+    chosen = narrow_product_config(m, k, r, dtype, exact, hardware, lanes, row_invariant)
+    if row_invariant:
+        return replace(chosen, num_stages=2 if exact and hardware.arch >= 100 else chosen.num_stages)
     block_m = _rows_of_tile(m, slots, chosen.BLOCK_M)
     _, blocks = _blocks_of_ranks(r, lanes, chosen.BLOCK_R)
     splits = split_count(cdiv(k, chosen.BLOCK_K) // 4, cdiv(m, block_m) * blocks, hardware)
@@ -281,14 +290,22 @@ def rows_narrow_product_config(
 
 
 def rows_rank_product_config(
-    m: int, slots: int, dtype: torch.dtype, hardware: Hardware, lanes: Lanes | None = None
+    m: int,
+    slots: int,
+    dtype: torch.dtype,
+    hardware: Hardware,
+    lanes: Lanes | None = None,
+    row_invariant: bool = False,
 ) -> RankProductConfig:
     """As ``rank_product_config``; tiles of fewer rows have as many elements for each thread.
+
+    With ``row_invariant`` all have as many rows as those of a slot that has many.
 
     Of float32 64 rows spill from sm_90 on, into the 80 registers that let three blocks be resident.
     """
     chosen = rank_product_config(dtype, hardware, lanes)
-    block_m = _rows_of_tile(m, slots, 32 if dtype == torch.float32 else chosen.BLOCK_M)
+    most = 32 if dtype == torch.float32 else chosen.BLOCK_M
+    block_m = most if row_invariant else _rows_of_tile(m, slots, most)
     return replace(chosen, BLOCK_M=block_m, num_warps=max(2, chosen.num_warps * block_m // chosen.BLOCK_M))
 
 

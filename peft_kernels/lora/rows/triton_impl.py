@@ -11,16 +11,16 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels._core import triton_tools
 from peft_kernels._core.device import Hardware, hardware
-from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.torch_products import add_product
+from peft_kernels._core.dispatch import ROW_INVARIANT, Implementation
 from peft_kernels.lora import qualification
 from peft_kernels.lora.kernels import config
 from peft_kernels.lora.kernels.dropout import Lanes
+from peft_kernels.lora.linear.problem import of_row_invariant
+from peft_kernels.lora.linear.triton_impl import add_base, base, base_gradient
 from peft_kernels.lora.rows.problem import FIRST, RANK, Gradients, Inputs, LoraRowsProblem, Needs
 
 Run = tuple[int, ...]
@@ -44,7 +44,8 @@ def forward(problem: LoraRowsProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     s = torch.empty(problem.m, sum(problem.widths), dtype=torch.float32, device=problem.device)
     for run in launches.runs(range(len(problem.members)), launches.kind_of_a):
         launches.narrow_product(x, run, s[:, _between(problem.columns, run)])
-    ys = [F.linear(x, weight, bias) for weight, bias in zip(inputs.weights, inputs.biases, strict=True)]
+    pinned = problem.row_invariant
+    ys = [base(x, weight, bias, pinned) for weight, bias in zip(inputs.weights, inputs.biases, strict=True)]
     for index, member in enumerate(problem.members):
         launches.add_update(ys[member], index, s[:, problem.columns[index]])
     return *ys, s
@@ -68,7 +69,7 @@ def backward(
             db[index] = launches.zeros(index, problem.n[problem.members[index]], problem.r[index])
         dy, out = dys[problem.members[index]], ds[:, columns[index]] if needs_ds else None
         launches.narrow_and_reduce(dy, index, s, out, db.get(index))
-    dx = _sum_of_bases(inputs, dys) if needs.x else None
+    dx = _sum_of_bases(inputs, dys, problem.row_invariant) if needs.x else None
     if dx is not None:
         for run in launches.runs(live, launches.kind_of_a):
             launches.add_input_gradient(dx, run, ds[:, _between(columns, run)])
@@ -174,7 +175,8 @@ class _Launches(NamedTuple):
             return
         part = None if db is None or s is None else s[:, problem.columns[index]]
         exact = self._exact(index)
-        if config.reads_dy_once(width):
+        # Partial sums of dS would be added by torch, in an order that may depend on how many rows there are.
+        if config.reads_dy_once(width) and not (problem.row_invariant and ds is not None):
             chosen = self._chosen(config.rows_narrow_and_reduce_config, dy.dtype, exact, sizes=(dy.shape[1], width))
             lane = self._lane(index, b)
             self.bwd.narrow_and_reduce(dy, part, lane, self.plan, scales, exact, chosen, ds, db)
@@ -222,10 +224,12 @@ class _Launches(NamedTuple):
         return self.problem.adapter_dtypes[index] != self.problem.dtype
 
     def _chosen(self, choose: Callable[..., Any], *kind: Any, sizes: Run = (), lanes: Lanes | None = None) -> Any:
-        facts = (self.problem.m, *sizes, self.problem.slots, *kind, self.hardware)
-        return triton_tools.chosen(
-            choose, *facts, *(() if choose is config.rows_narrow_and_reduce_config else (lanes,))
-        )
+        """A config; one on which the bits of a row depend knows nothing of the other rows where these may not count."""
+        makes_rows = choose in (config.rows_narrow_product_config, config.rows_rank_product_config)
+        pinned = makes_rows and self.problem.row_invariant
+        rows = (0, *sizes, 1) if pinned else (self.problem.m, *sizes, self.problem.slots)
+        rest = () if choose is config.rows_narrow_and_reduce_config else (lanes,)
+        return triton_tools.chosen(choose, *rows, *kind, self.hardware, *rest, *((True,) if pinned else ()))
 
 
 def _multiple(host_table: Tensor) -> int:
@@ -248,15 +252,24 @@ def _between(columns: dict[int, slice] | tuple[slice, ...], run: Run) -> slice:
     return slice(columns[run[0]].start, columns[run[-1]].stop)
 
 
-def _sum_of_bases(inputs: Inputs, dys: Sequence[Tensor | None]) -> Tensor:
+def _sum_of_bases(inputs: Inputs, dys: Sequence[Tensor | None], row_invariant: bool) -> Tensor:
     """dY_j W_j of all members: each sum is rounded, so the small ones come first."""
     there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
     there.sort(key=lambda pair: pair[0].shape[1])
-    dx = there[0][0] @ there[0][1]
+    dx = base_gradient(*there[0], row_invariant)
     for dy, weight in there[1:]:
-        add_product(dx, dy, weight)
+        add_base(dx, dy, weight, row_invariant)
     return dx
 
+
+ROW_INVARIANT_FORM = Implementation(
+    name="triton" + ROW_INVARIANT,
+    why_not_environment=triton_tools.why_not_environment,
+    why_not=why_not,
+    qualification=qualification.ROWS,
+    forward=of_row_invariant(triton_tools.on_device(forward)),
+    backward=of_row_invariant(triton_tools.on_device(backward)),
+)
 
 IMPLEMENTATION = Implementation(
     name="triton",
@@ -265,4 +278,5 @@ IMPLEMENTATION = Implementation(
     qualification=qualification.ROWS,
     forward=triton_tools.on_device(forward),
     backward=triton_tools.on_device(backward),
+    row_invariant=ROW_INVARIANT_FORM,
 )
