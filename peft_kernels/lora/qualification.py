@@ -375,7 +375,7 @@ def _rows_cases(part: str, hardware: Hardware) -> Sequence[RowsCase]:
     dtype, adapter = dtypes_of(pair)
     whole, some, ragged, few = _ROWS_RANKS[block]
     m, p = 64 * hardware.sm_count + 12, _P * has_dropout
-    tall = (m // 2, 70, 0, 1, m // 4), (whole, some, some, whole, 0), (p, 0.0, p, p, p)
+    tall = (m // 2, 40, 0, 1, m // 4), (whole, some, some, whole, 0), (p, 0.0, p, p, p)
     many = (33, 0, 17, *[1] * 15), (ragged, few, ragged, *[few, 0, ragged] * 5), (p, p, 3 * p, *[p, p, 0.0] * 5)
     return RowsCase(m, (136, 72), 136, *tall, dtype, adapter), RowsCase(80, (151,), 603, *many, dtype, adapter)
 

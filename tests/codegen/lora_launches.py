@@ -59,6 +59,8 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         yield _row_invariant_case(dtype, adapter, 16, 0.1, 4096)
     yield _row_invariant_case(BF16, FP32, 64, 0.0, 4095)
     yield _row_invariant_case(BF16, BF16, 512, 0.0, 4096)
+    for dtype, adapter, members in ((BF16, BF16, 3), (BF16, FP32, 1), (FP16, FP32, 1), (FP32, FP32, 1)):
+        yield _rows_case(dtype, adapter, (16,) * 16, 0.1, members=members, row_invariant=True)
 
 
 def _name(dtype: torch.dtype, adapter: torch.dtype, r: int, p: float, k: int) -> str:
@@ -87,12 +89,18 @@ def _group_case(
 
 
 def _rows_case(
-    dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ...], p: float, m: int = 8192, members: int = 1
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    ranks: tuple[int, ...],
+    p: float,
+    m: int = 8192,
+    members: int = 1,
+    row_invariant: bool = False,
 ) -> tuple[str, Callable[[], None]]:
     """Slots of these ranks on members that share x."""
     name = _name(dtype, adapter, max(ranks), p, 4096)
-    name += f"/T{len(ranks)}/M{m}/x{members}{'/odd' * any(rank % 8 for rank in ranks)}"
-    return name, functools.partial(_launch_rows, dtype, adapter, ranks, p, m, members)
+    name += f"/T{len(ranks)}/M{m}/x{members}{'/odd' * any(rank % 8 for rank in ranks)}{'/row-invariant' * row_invariant}"
+    return name, functools.partial(_launch_rows, dtype, adapter, ranks, p, m, members, row_invariant)
 
 
 def _mask_case(dtype: torch.dtype, adapter: torch.dtype, k: int) -> tuple[str, Callable[[], None]]:
@@ -152,7 +160,13 @@ def _launch_group(dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ..
 
 
 def _launch_rows(
-    dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ...], p: float, m: int, members: int
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    ranks: tuple[int, ...],
+    p: float,
+    m: int,
+    members: int,
+    row_invariant: bool,
 ) -> None:
     n = k = 4096
     make, slots = functools.partial(torch.empty, device="meta"), len(ranks)
@@ -175,7 +189,7 @@ def _launch_rows(
         runs=None,
         seed=make((), dtype=torch.int64) if p else None,
     )
-    problem = rows_problem.make_problem(inputs)
+    problem = dataclasses.replace(rows_problem.make_problem(inputs), row_invariant=row_invariant)
     *ys, s = rows_impl.forward(problem, inputs)
     every, none = (True,) * members, (False,) * members
     needs = rows_problem.Needs(x=True, weights=none, biases=none, lora_a=every, lora_b=every)

@@ -297,16 +297,15 @@ def rows_rank_product_config(
     lanes: Lanes | None = None,
     row_invariant: bool = False,
 ) -> RankProductConfig:
-    """As ``rank_product_config``; tiles of fewer rows have as many elements for each thread.
+    """As ``rank_product_config``; tiles of fewer rows have fewer threads.
 
-    With ``row_invariant`` all have as many rows as those of a slot that has many.
-
-    Of float32 64 rows spill from sm_90 on, into the 80 registers that let three blocks be resident.
+    With ``row_invariant`` all have as many rows as those of a slot that has many. Of float32 64 rows spill from sm_90
+    on, into the 80 registers that let three blocks be resident, and on sm_89 32 rows of four warps with lanes.
     """
     chosen = rank_product_config(dtype, hardware, lanes)
     most = 32 if dtype == torch.float32 else chosen.BLOCK_M
     block_m = most if row_invariant else _rows_of_tile(m, slots, most)
-    return replace(chosen, BLOCK_M=block_m, num_warps=max(2, chosen.num_warps * block_m // chosen.BLOCK_M))
+    return replace(chosen, BLOCK_M=block_m, num_warps=max(2, chosen.num_warps * block_m // most))
 
 
 def rows_narrow_and_reduce_config(
