@@ -17,6 +17,7 @@ from peft_kernels._core.rows import Rows
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.rows import torch_impl
 from peft_kernels.lora.rows.composite import composite
+from peft_kernels.lora.rows.native import native
 from peft_kernels.lora.rows.problem import NAME, Gradients, Inputs, LoraRowsProblem, Needs, make_problem
 
 Scales = float | Sequence[float] | Tensor
@@ -321,6 +322,7 @@ OPERATOR = Operator(
     results=_results,
     composite=composite,
     reads=_reads,
+    native=native,
     reached=_reached,
     varying=("m",),
     kept=("s",),
