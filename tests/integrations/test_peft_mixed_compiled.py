@@ -80,7 +80,7 @@ def test_compiled_layers_of_a_checkpointed_model(reentrant: bool) -> None:
         with pk.mixed_batch(fused, names):
             found.append(fused(**inputs(fused, seed=seed)).logits)
     for seed, (logits, names) in enumerate(zip(found, (NAMES, others), strict=True)):
-        with pk.mixed_batch(fused, ["fr"] * ROWS):
+        with pk.mixed_batch(fused, ["ar"] * ROWS):
             (logits * weights(logits)).sum().backward()
         assert_same((logits.detach(), gradients(fused)), alone(plain, names, seed))
 
@@ -106,7 +106,7 @@ def test_groups() -> None:
 
 
 def test_dropout_in_a_graph() -> None:
-    """Each adapter's own p: rows of fr, which drops nothing, are those without dropout."""
+    """Each adapter's own p: rows of ar, which drops nothing, are those without dropout."""
     fused, _, _ = pair(p=0.5)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     with torch.no_grad(), pk.mixed_batch(fused, NAMES):
