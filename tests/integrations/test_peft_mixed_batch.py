@@ -25,6 +25,7 @@ from peft_kernels.lora.kernels import dropout
 from tests.integrations.mixed import (
     ADAPTERS,
     BASE,
+    LAST_BITS,
     LENGTH,
     NAMES,
     ROWS,
@@ -97,7 +98,7 @@ def assert_same(got: Outcome, expected: Outcome, bound: float = ALONE) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("names", [NAMES, ["de"] * 3 + [BASE] * 5, [BASE, "fr"]], ids=["all", "one", "two rows"])
+@pytest.mark.parametrize("names", [NAMES, ["de"] * 3 + [BASE] * 5, [BASE, "ar"]], ids=["all", "one", "two rows"])
 def test_each_adapter_as_if_alone(architecture: str, names: list[str]) -> None:
     fused, plain, report = pair(architecture)
     assert_same(mixed(fused, names), alone(plain, names))
@@ -121,7 +122,7 @@ def test_generate_within_a_block() -> None:
 
 def test_which_adapters_are_active_does_not_matter() -> None:
     fused, plain, _ = pair()
-    fused.set_adapter("fr")
+    fused.set_adapter("ar")
     fused.set_requires_grad(list(ADAPTERS))
     assert_same(mixed(fused), alone(plain))
 
@@ -131,21 +132,21 @@ class TestNoRow:
 
     def test_gradients_are_none(self) -> None:
         fused, _, _ = pair()
-        _, found = mixed(fused, ["en", BASE, "fr", "fr"])
+        _, found = mixed(fused, ["en", BASE, "ar", "ar"])
         assert found and not any(".de." in name for name in found)
 
     def test_adamw_leaves_it_alone_to_the_bit(self) -> None:
         fused, _, _ = pair()
         before = {name: p.detach().clone() for name, p in fused.named_parameters()}
         optimizer = torch.optim.AdamW([p for p in fused.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
-        for names in (["en", BASE, "fr", "fr"], ["fr", "en", "fr", "en"]):
+        for names in (["en", BASE, "ar", "ar"], ["ar", "en", "ar", "en"]):
             with pk.mixed_batch(fused, names):
                 logits = fused(tokens(4)).logits
             logits.square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         for name, p in fused.named_parameters():
-            is_used = ".en." in name or ".fr." in name
+            is_used = ".en." in name or ".ar." in name
             assert torch.equal(p, before[name]) != is_used, name
 
 
@@ -165,7 +166,7 @@ def _masks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 class TestDropout:
     def test_each_adapter_with_its_own_p(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Against autograd with the masks taken out: en drops 0.4, de 0.2, fr nothing."""
+        """Against autograd with the masks taken out: en drops 0.4, de 0.2, ar nothing."""
         fused, _, report = pair(p=0.4)
         drawn = _masks(monkeypatch)
         layer = layer_of(fused)
@@ -179,7 +180,7 @@ class TestDropout:
         (seed,) = drawn
         expected = layer.base_layer(x)
         for name in ADAPTERS:
-            p, mine = {"en": 0.4, "de": 0.2, "fr": 0.0}[name], torch.tensor([each == name for each in NAMES])
+            p, mine = {"en": 0.4, "de": 0.2, "ar": 0.0}[name], torch.tensor([each == name for each in NAMES])
             kept = x
             if p:
                 mask = pk.lora_linear_dropout_mask(seed, ROWS * 3, 32, p).view(x.shape)
@@ -226,7 +227,7 @@ class TestCheckpointing:
                 found.append(fused(**inputs(fused, seed=seed)).logits)
         for seed, (logits, names) in enumerate(zip(found, (NAMES, others), strict=True)):
             # Another batch's block is open, and the last one to be forwarded was the other.
-            with pk.mixed_batch(fused, ["fr"] * ROWS):
+            with pk.mixed_batch(fused, ["ar"] * ROWS):
                 (logits * weights(logits)).sum().backward()
             assert_same((logits.detach(), gradients(fused)), alone(plain, names, seed))
         assert not report.fallback_calls
@@ -259,7 +260,8 @@ class TestCheckpointing:
             found.append((y.detach(), {"x": x.grad, **gradients(fused)}))
             x.grad = None
         assert len(found[0][1]) == 7
-        assert_same(*found, bound=0.0)
+        # Reentrance makes y without a graph, by other products of the same numbers.
+        assert_same(*found, bound=LAST_BITS)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_own_calls_that_are_not_bound_are_an_error(self, reentrant: bool) -> None:
@@ -346,20 +348,20 @@ class TestBatch:
 
     def test_rows_without_a_length(self) -> None:
         fused, _, _ = pair()
-        with pk.mixed_batch(fused, ["fr", BASE, "de"]) as batch:
-            assert batch.rows().slot.tolist() == [1, -1, 0]
+        with pk.mixed_batch(fused, ["ar", BASE, "de"]) as batch:
+            assert batch.rows().slot.tolist() == [0, -1, 1]
 
     def test_blocks_nest_and_end(self) -> None:
         fused, plain, _ = pair()
         with torch.no_grad():
             with pk.mixed_batch(fused, NAMES):
-                with pk.mixed_batch(fused, ["fr"] * ROWS):
+                with pk.mixed_batch(fused, ["ar"] * ROWS):
                     inner = fused(tokens()).logits
                 outer = fused(tokens()).logits
             with pytest.raises(RuntimeError, match="out"), pk.mixed_batch(fused, NAMES):
                 raise RuntimeError("out")
             after = fused(tokens()).logits
-            assert_close(inner, plain(tokens(), adapter_names=["fr"] * ROWS).logits)
+            assert_close(inner, plain(tokens(), adapter_names=["ar"] * ROWS).logits)
             assert_close(outer, plain(tokens(), adapter_names=NAMES).logits)
             assert_close(after, plain(tokens()).logits)
 
@@ -392,9 +394,9 @@ class TestBatch:
 class TestWrongInput:
     def test_an_unknown_name(self) -> None:
         fused, _, _ = pair()
-        with pytest.raises(KeyError, match="no adapter 'nobody'; known are 'de', 'en', 'fr' and '__base__'"):
-            with pk.mixed_batch(fused, ["nobody", "en"]):
-                pass
+        message = "no adapter 'nobody'; known are 'ar', 'de', 'en' and '__base__'"
+        with pytest.raises(KeyError, match=message), pk.mixed_batch(fused, ["nobody", "en"]):
+            pass
 
     def test_another_number_of_rows(self) -> None:
         fused, _, _ = pair()
@@ -409,18 +411,18 @@ class TestWrongInput:
 
     def test_not_applied(self) -> None:
         _, plain, _ = pair()
-        with pytest.raises(ValueError, match="call peft_kernels.apply first"), pk.mixed_batch(plain, NAMES):
+        with pytest.raises(ValueError, match=r"call peft_kernels\.apply first"), pk.mixed_batch(plain, NAMES):
             pass
-        with pytest.raises(ValueError, match="must be a torch.nn.Module"), pk.mixed_batch([], NAMES):
+        with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module"), pk.mixed_batch([], NAMES):
             pass
 
     @pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}])
     def test_modules_that_are_not_on_these_kernels(self, options: dict[str, Any]) -> None:
         fused, _, _ = pair()
         fused.add_adapter("more", peft.LoraConfig(r=2, **{"target_modules": ["q_proj"], **options}))
-        with pytest.raises(pk.UnsupportedError, match="1 modules of these or of active"):
-            with pk.mixed_batch(fused, ["more", *NAMES[1:]]):
-                pass
+        names = ["more", *NAMES[1:]]
+        with pytest.raises(pk.UnsupportedError, match="1 modules of these or of"), pk.mixed_batch(fused, names):
+            pass
         with pk.mixed_batch(fused, NAMES):  # no row uses it, and it is not active
             fused(tokens())
         fused.set_adapter("more")
@@ -451,7 +453,7 @@ class TestFrozen:
         with pytest.warns(UserWarning) as caught, pk.mixed_batch(fused, NAMES):
             pass
         assert [str(each.message).partition(",")[0] for each in caught] == [
-            f"mixed_batch: no parameter of adapter {name!r} requires grad" for name in ("de", "fr")
+            f"mixed_batch: no parameter of adapter {name!r} requires grad" for name in ("ar", "de")
         ]
         assert Path(caught[0].filename) == Path(__file__)
         with warnings.catch_warnings():
@@ -532,9 +534,9 @@ class TestAlora:
             pass
         with pk.mixed_batch(fused, ["plain", BASE]):
             pass
-        with pytest.raises(ValueError, match="one for each name, got 1 and 2"):
-            with pk.mixed_batch(fused, ["default", "plain"], alora_offsets=[1]):
-                pass
+        block = pk.mixed_batch(fused, ["default", "plain"], alora_offsets=[1])
+        with pytest.raises(ValueError, match="one for each name, got 1 and 2"), block:
+            pass
 
 
 def test_every_layer_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_the_documentation_is_up_to_date() -> None:
 def test_the_documentation_s_python_runs() -> None:
     names: dict[str, object] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     for block in blocks:
         exec(compile(block, str(DOCUMENT), "exec"), names)
 

@@ -17,6 +17,7 @@ from peft_kernels._core.slots import Scales, check_ranks, firsts_of, scales_of, 
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.rows import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.rows.composite import composite
+from peft_kernels.lora.rows.native import native
 from peft_kernels.lora.rows.problem import NAME, Gradients, Inputs, LoraRowsProblem, Needs, make_problem
 
 Probabilities = float | Sequence[float]
@@ -278,6 +279,7 @@ OPERATOR = Operator(
     results=_results,
     composite=composite,
     reads=_reads,
+    native=native,
     reached=_reached,
     varying=("m",),
     kept=("s",),
