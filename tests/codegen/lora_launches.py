@@ -99,7 +99,8 @@ def _rows_case(
 ) -> tuple[str, Callable[[], None]]:
     """Slots of these ranks on members that share x."""
     name = _name(dtype, adapter, max(ranks), p, 4096)
-    name += f"/T{len(ranks)}/M{m}/x{members}{'/odd' * any(rank % 8 for rank in ranks)}{'/row-invariant' * row_invariant}"
+    name += f"/T{len(ranks)}/M{m}/x{members}{'/odd' * any(rank % 8 for rank in ranks)}"
+    name += "/row-invariant" * row_invariant
     return name, functools.partial(_launch_rows, dtype, adapter, ranks, p, m, members, row_invariant)
 
 

@@ -55,22 +55,22 @@ def _unrecorded(problem: LoraRowsProblem, call: Inputs) -> tuple[Tensor, ...]:
 
 def _update(problem: LoraRowsProblem, call: Inputs, index: int, rows: tuple[Tensor, ...], total: int) -> Tensor:
     """An update of all slots' rows, in their order."""
-    _, ranks, _ = call.host_tables[index].tolist()
-    downs, ups = call.lora_a[index].split(ranks), call.lora_b[index].split(ranks, dim=1)
-    n, scales = problem.n[problem.members[index]], call.scales[index].tolist()
-    update = torch.empty(total, n, dtype=problem.dtype, device=problem.device)
+    firsts, ranks, _ = call.host_tables[index].tolist()
+    lora_a, lora_b, scales = call.lora_a[index], call.lora_b[index], call.scales[index].tolist()
+    update = torch.empty(total, problem.n[problem.members[index]], dtype=problem.dtype, device=problem.device)
     parts = update.split([x.shape[0] for x in rows])
-    for x, down, up, scale, part in zip(rows, downs, ups, scales, parts, strict=True):
+    for x, part, first, rank, scale in zip(rows, parts, firsts, ranks, scales, strict=True):
         if not x.shape[0]:
             continue
-        if not down.shape[0]:
-            part.zero_()
+        if not rank:
+            part.fill_(-0.0)  # the only number that changes no bit of what it is added to
             continue
-        s = torch.mm(x, down.t())
+        s = torch.mm(x, lora_a[first : first + rank].t())
+        up = lora_b[:, first : first + rank].t()
         if problem.dtype in (torch.float32, torch.float64):
-            torch.addmm(part, s, up.t(), beta=0, alpha=scale, out=part)
+            torch.addmm(part, s, up, beta=0, alpha=scale, out=part)
         else:
             # BLAS may round each term of a product in half precision that it adds to something.
-            torch.mm(s, up.t(), out=part)
+            torch.mm(s, up, out=part)
             part.mul_(scale)
     return update
