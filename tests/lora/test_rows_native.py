@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -16,7 +18,16 @@ SLOTS = {
 }
 
 
+@pytest.fixture
+def memory_of_nan() -> Iterator[None]:
+    """What nobody has written is nan, which deterministic algorithms see to."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.cpu_only
+@pytest.mark.usefixtures("memory_of_nan")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [1, 9])
 @pytest.mark.parametrize("name", SLOTS)
