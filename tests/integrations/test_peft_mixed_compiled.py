@@ -88,6 +88,7 @@ def test_compiled_layers_of_a_checkpointed_model(reentrant: bool) -> None:
 def test_checkpointing_in_a_graph() -> None:
     fused, plain, _ = pair()
     fused.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    fused.base_model.model.disable_input_require_grads()  # which no graph traces
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     with pk.mixed_batch(fused, NAMES):
         logits = compiled(tokens(), use_cache=False).logits

@@ -1,34 +1,45 @@
 """LoRA by rows by torch's own operators, without a graph, where the host's time is most of a call's: decoding.
 
-    y = x W^T + bias;  x' = x[order];  u_t = scale_t (x'_t A_t^T) B_t^T of each slot;  y[order] += u
+    y = x W^T + bias;  x' = x[order];  y[order] += scale_t (x'_t A_t^T) B_t^T, slot by slot
 
-Two products for each slot, and three operations for all of them: rows are gathered and added once.
+The torch implementation's products, whose bits these are, on rows that are gathered and written once for all slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels._core.torch_products import FEW_ROWS, is_slow
+from peft_kernels._core.torch_products import FEW_ROWS, add_product
 from peft_kernels.lora.linear.native import is_host_bound
 from peft_kernels.lora.rows.problem import Inputs, LoraRowsProblem
+
+
+class _Slot(NamedTuple):
+    """Its rows, their place among all that are gathered, and its factors."""
+
+    x: Tensor
+    begin: int
+    end: int
+    down: Tensor
+    up: Tensor
+    scale: float
 
 
 def native(problem: LoraRowsProblem, call: Inputs, records: bool) -> Callable[[Inputs], tuple[Tensor, ...]] | None:
     """The form for calls like this, or None where the torch implementation is as fast, rounds less or keeps less.
 
-    Refused are what a GPU runs, whose scales the host may not read; graphs, dropout, float32 adapters beside half
-    precision, and plans of which the host knows nothing.
+    Refused are what a GPU runs, whose scales the host may not read; graphs, dropout, half precision, and plans of which
+    the host knows nothing.
     """
     if records or problem.has_dropout or problem.device.type != "cpu" or call.runs is None:
         return None
-    if any(dtype != problem.dtype for dtype in problem.adapter_dtypes):
-        return None
-    if is_slow(problem.dtype, problem.device.type) and problem.m > FEW_ROWS:
+    if problem.dtype not in (torch.float32, torch.float64) or any(d != problem.dtype for d in problem.adapter_dtypes):
         return None
     if not all(is_host_bound(problem.m, n, problem.k) for n in problem.n):
         return None
@@ -41,36 +52,52 @@ def _unrecorded(problem: LoraRowsProblem, call: Inputs) -> tuple[Tensor, ...]:
     counts = [0] * problem.slots
     for slot, _, count in call.runs.tolist():
         counts[slot] += count
-    total = sum(counts)
-    if total:
+    if any(counts):
         # The rows of no slot come first.
-        order = call.order[problem.m - total :]
-        rows = call.x.reshape(problem.m, problem.k).index_select(0, order).split(counts)
+        order = call.order[problem.m - sum(counts) :]
+        rows = call.x.reshape(problem.m, problem.k).index_select(0, order)
         for index, member in enumerate(problem.members):
-            update = _update(problem, call, index, rows, total)
-            ys[member].view(problem.m, problem.n[member]).index_add_(0, order, update)
+            slots = _slots(call, index, rows, counts)
+            add = _add_few if max(counts) <= FEW_ROWS else _add_many
+            add(ys[member].view(problem.m, problem.n[member]), order, slots)
     # Of an x with several leading dimensions they are views, which could not be changed in place within a graph.
     return tuple([y.data if y._is_view() else y for y in ys])
 
 
-def _update(problem: LoraRowsProblem, call: Inputs, index: int, rows: tuple[Tensor, ...], total: int) -> Tensor:
-    """An update of all slots' rows, in their order."""
+def _slots(call: Inputs, index: int, rows: Tensor, counts: list[int]) -> list[_Slot]:
+    """Those of an update that have rows and ranks."""
     firsts, ranks, _ = call.host_tables[index].tolist()
     lora_a, lora_b, scales = call.lora_a[index], call.lora_b[index], call.scales[index].tolist()
-    update = torch.empty(total, problem.n[problem.members[index]], dtype=problem.dtype, device=problem.device)
-    parts = update.split([x.shape[0] for x in rows])
-    for x, part, first, rank, scale in zip(rows, parts, firsts, ranks, scales, strict=True):
-        if not x.shape[0]:
-            continue
-        if not rank:
-            part.fill_(-0.0)  # the only number that changes no bit of what it is added to
-            continue
-        s = torch.mm(x, lora_a[first : first + rank].t())
-        up = lora_b[:, first : first + rank].t()
-        if problem.dtype in (torch.float32, torch.float64):
-            torch.addmm(part, s, up, beta=0, alpha=scale, out=part)
-        else:
-            # BLAS may round each term of a product in half precision that it adds to something.
-            torch.mm(s, up, out=part)
-            part.mul_(scale)
-    return update
+    found, begin = [], 0
+    for x, first, rank, scale in zip(rows.split(counts), firsts, ranks, scales, strict=True):
+        end = begin + x.shape[0]
+        if end > begin and rank:
+            of_slot = slice(first, first + rank)
+            found.append(_Slot(x, begin, end, lora_a[of_slot].t(), lora_b[:, of_slot].t(), scale))
+        begin = end
+    return found
+
+
+def _add_few(y: Tensor, order: Tensor, slots: list[_Slot]) -> None:
+    """As ``add_product`` adds a few rows: a sum after the product; one for neighbours of one scale."""
+    update = torch.empty(order.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
+    for slot in slots:
+        torch.mm(slot.x @ slot.down, slot.up, out=update[slot.begin : slot.end])
+    # A slot without ranks here leaves a gap, and what lies in it is nobody's.
+    gap = 0
+    ends = [0, *[slot.end for slot in slots]]
+    keys = []
+    for slot, before in zip(slots, ends, strict=False):
+        gap += slot.begin != before
+        keys.append((gap, slot.scale))
+    for (_, scale), group in groupby(zip(keys, slots, strict=True), key=lambda each: each[0]):
+        some = [slot for _, slot in group]
+        mine = slice(some[0].begin, some[-1].end)
+        y.index_add_(0, order[mine], update[mine], alpha=scale)
+
+
+def _add_many(y: Tensor, order: Tensor, slots: list[_Slot]) -> None:
+    some = y.index_select(0, order)
+    for slot in slots:
+        add_product(some[slot.begin : slot.end], slot.x @ slot.down, slot.up, slot.scale)
+    y.index_copy_(0, order.long(), some)
