@@ -180,12 +180,14 @@ def narrow_product_config(
 def product_config(n: int, k: int, dtype: torch.dtype, hardware: Hardware) -> ProductConfig:
     """One tile for all numbers of rows: another one may sum in another order.
 
-    Float32 has no tensor cores unless torch allows TF32: a thread then holds whole operands, and larger tiles spill. So
-    do those of half precision where rows are no multiple of 16 bytes, and come in pieces of two. Before sm_90 a stage
-    is half as long, since sm_89 has 99 KiB of shared memory.
+    Float32 has no tensor cores unless torch allows TF32: a thread then holds whole operands, and larger tiles spill, as
+    this one does with four warps where there is no bias. So do larger ones of half precision where rows are no multiple
+    of 16 bytes, and come in pieces of two. Before sm_90 a stage is half as long, since sm_89 has 99 KiB of shared
+    memory.
     """
     if dtype == torch.float32 or n % 8 or k % 8:
-        return ProductConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=3)
+        warps = 8 if dtype == torch.float32 else 4
+        return ProductConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=warps, num_stages=3)
     return ProductConfig(
         BLOCK_M=128,
         BLOCK_N=128,
