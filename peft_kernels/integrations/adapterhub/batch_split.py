@@ -79,7 +79,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
     """AdapterHub's layers of bottlenecks, which report nothing: their adapters are sites of their own."""
     for name, module in model.named_modules():
         if isinstance(module, BottleneckLayer) and getattr(module, "adapters", None):
-            cls = library_class(module)
+            cls: Any = library_class(module)
             yield Site({name: module}, {cls: _class_for(cls)}, why_not=lambda: None, is_part=True)
 
 
