@@ -22,7 +22,7 @@ FAMILIES = sorted(
     if folder.is_dir() and folder.name not in NO_FAMILIES and any(folder.glob("*.py"))
 )
 
-# A family's only operator may stand in the family's own folder; else each has a folder.
+# A family's first operator may stand in the family's own folder; further ones have a folder each.
 OPERATORS = sorted(path.parent.relative_to(ROOT) for name in FAMILIES for path in (PACKAGE / name).rglob("problem.py"))
 
 OF_A_FAMILY = (

@@ -75,7 +75,11 @@ def tensor_of(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device:
 
 def _is_traced() -> bool:
     # What is made there is a part of the trace, or a mode's own tensor.
-    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
+    return (
+        torch.compiler.is_compiling()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _tensor(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ Map, bottom to top:
         triton_products.py     the two products as device functions: into the bottleneck and out of it
         triton_fwd.py          `bottleneck`, `narrow_product`, `wide_product`                   (z, y; also dz, dx)
         triton_bwd.py          `bottleneck_grad`, `reduce_rows`                                 (dz, dx; dW, db)
-        triton_rows.py         `bottleneck_by_slot`, `bottleneck_grad_by_slot`, `reduce_by_slot`, `copy_others`  (by row)
+        triton_rows.py         `bottleneck_by_slot`, `bottleneck_grad_by_slot`, `reduce_by_slot`, `copy_others`  (rows)
         cuda_bottleneck.py     the launch of csrc/adapter/forward_sm90.cuh                      (z, y)
     problem.py                 the arguments of a call, the facts that backends decide on, every check
     torch_wide.py              torch's products in a wider dtype than x's

@@ -8,7 +8,7 @@ pytest.importorskip("adapters", reason="AdapterHub needs an older transformers; 
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import adapters
 import torch
@@ -32,6 +32,13 @@ def _assert_near(name: str, got: Tensor, expected: Tensor) -> None:
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BottleneckLayer) and module.adapters]
+
+
+@pytest.fixture(autouse=True)
+def forced() -> Iterator[None]:
+    """On a CPU the operation runs where a backend is forced."""
+    with pk.use_backend("torch"):
+        yield
 
 
 @pytest.fixture
@@ -247,9 +254,18 @@ def test_layers_are_swapped_and_not_reported() -> None:
     assert all(isinstance(layer, batch_split.FusedBatchSplit) for layer in _layers(model))
     assert [layer._get_name() for layer in _layers(model)] == [cls.__name__ for cls in classes]
     assert all(isinstance(layer, batch_split.FusedBatchSplit) for layer in _layers(copy.deepcopy(model)))
-    assert [type(layer) for layer in _layers(pickle.loads(pickle.dumps(model)))] == classes
+    assert [type(pickle.loads(pickle.dumps(layer))) for layer in _layers(model)] == classes
     pk.revert(model)
     assert [type(layer) for layer in _layers(model)] == classes
+
+
+def test_on_a_cpu_each_adapter_runs_by_itself(made: list[tuple[int, ...]]) -> None:
+    fused, plain, report = pair("bert", "seq", "ab")
+    for model in (fused, plain):
+        activate(model, BatchSplit("a", "b", batch_sizes=[3, 1]))
+    with pk.use_backend("auto"):
+        assert_same(fused, plain)
+    assert not made and not report.fallback_calls
 
 
 def test_compiled() -> None:

@@ -13,7 +13,8 @@ SUPPORT = Support(
         "`SeqBnConfig`, `DoubleSeqBnConfig`, `ParBnConfig`, and others with the same parts wherever they are placed",
         "relu, all forms of gelu, swish, tanh, sigmoid, leakyrelu, linear; any `reduction_factor`; constant `scaling`",
         "Stack, Parallel, BatchSplit, Split, Average and Fuse, nested too; gradient checkpointing; autocast",
-        "BatchSplit of adapters with one placement and activation, in eager mode: one operation for all of them",
+        "BatchSplit of adapters with one placement and activation, in eager mode: one operation for all of them, "
+        "on a GPU where the clock finds it faster, on a CPU where a backend is forced",
     ),
 )
 OTHER_METHOD = SUPPORT.rule(
