@@ -7,6 +7,26 @@ import triton.language as tl
 
 
 @triton.jit
+def tiles_of_slots(first_ptr, T, rows, SLOTS: tl.constexpr):
+    """How many tiles of at most ``rows`` rows each slot has; SLOTS is a power of two, at least T."""
+    t = tl.arange(0, SLOTS)
+    begin = tl.load(first_ptr + t, mask=t < T, other=0)
+    end = tl.load(first_ptr + t + 1, mask=t < T, other=0)
+    return tl.where(end > begin, (end - begin - 1) // rows + 1, 0)  # (SLOTS,)
+
+
+@triton.jit
+def owner(index, counts):
+    """Where each slot has ``counts`` things: which slot the index-th of all belongs to, and its number there.
+
+    Of what is beyond the last one the slot is as large as the vector.
+    """
+    ends = tl.cumsum(counts, 0)
+    is_before = ends <= index
+    return tl.sum(is_before.to(tl.int32), 0), index - tl.max(tl.where(is_before, ends, 0), 0)
+
+
+@triton.jit
 def tile_of_plan(first_ptr, index, T, BLOCK_M: tl.constexpr, SLOTS: tl.constexpr):
     """Slot, start and end of a tile: at most BLOCK_M places in ``order``, all of one slot.
 
@@ -16,14 +36,7 @@ def tile_of_plan(first_ptr, index, T, BLOCK_M: tl.constexpr, SLOTS: tl.constexpr
     Args:
         first_ptr: (T + 1,) int32, the plan's. index: of the tile. SLOTS: a power of two, at least T.
     """
-    slots = tl.arange(0, SLOTS)
-    begin = tl.load(first_ptr + slots, mask=slots < T, other=0)
-    end = tl.load(first_ptr + slots + 1, mask=slots < T, other=0)
-    # Tiles up to each slot and with it; slots beyond T repeat the last.
-    upto = tl.cumsum((end - begin + BLOCK_M - 1) // BLOCK_M, axis=0)
-    is_before = upto <= index
-    slot = tl.sum(is_before.to(tl.int32), axis=0)
-    before = tl.max(tl.where(is_before, upto, 0), axis=0)
-    start = tl.load(first_ptr + slot, mask=slot < T, other=0) + (index - before) * BLOCK_M
+    slot, tile = owner(index, tiles_of_slots(first_ptr, T, BLOCK_M, SLOTS))
+    start = tl.load(first_ptr + slot, mask=slot < T, other=0) + tile * BLOCK_M
     last = tl.load(first_ptr + slot + 1, mask=slot < T, other=0)
     return slot, start, tl.minimum(start + BLOCK_M, last)

@@ -49,9 +49,16 @@ def mixed_batch(
             its batch.
 
     Example:
-        >>> with pk.mixed_batch(model, ["en", "de", "__base__", "de"]) as batch:  # doctest: +SKIP
-        ...     loss = per_token_loss(model(ids).logits, ids)
-        >>> batch.rows(loss.shape[1]).mean(loss).sum().backward()  # doctest: +SKIP
+        >>> import peft, torch, peft_kernels as pk
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> model = peft.get_peft_model(layers, peft.LoraConfig(r=2, target_modules=["0"]), adapter_name="en")
+        >>> report = pk.apply(model)
+        >>> with pk.mixed_batch(model, ["en", "__base__", "en"]) as batch:
+        ...     y = model(torch.ones(3, 4))
+        >>> losses = batch.rows().mean(y.square().mean(dim=1))
+        >>> losses.sum().backward()
+        >>> batch.adapters, losses.shape
+        (('en',), torch.Size([1]))
     """
     if "peft" not in sys.modules:
         raise ValueError("mixed_batch: the model has no LoRA layers of PEFT's, which was not imported")

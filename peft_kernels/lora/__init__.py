@@ -23,6 +23,8 @@ Map, bottom to top:
         config.py          tile sizes and orders, chosen by pure functions
         triton_fwd.py      `narrow_product`, `rank_product`, `add_rank_product`            (S, update of y; dS, of dX)
         triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                              (dS, dB, dbias; dA)
+        triton_rows.py     `narrow_product`, `add_rank_product` where a row has an adapter of its own
+        triton_rows_bwd.py `narrow_and_reduce`, `reduce_rows` likewise
         triton_product.py  `product`, `add_product`: base products under use_row_invariant (y, dX)
         triton_dropout.py  the mask, recomputed in a kernel's registers; `drop` and `add_dropped` alone
         cuda_workspace.py  memory and nonces of launches whose blocks hand each other results

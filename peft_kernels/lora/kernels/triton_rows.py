@@ -25,6 +25,7 @@ from torch import Tensor
 
 from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot, split_range
+from peft_kernels._core.triton_rows import owner, tiles_of_slots
 from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision, next_power_of_2
 from peft_kernels.lora.kernels.config import MOST_LANES, NarrowProductConfig, RankProductConfig
 from peft_kernels.lora.kernels.triton_dropout import as_int32, columns_of_lane, keep_tile
@@ -76,26 +77,6 @@ class Lane(NamedTuple):
     width: int
     number: int = 0
     multiple: int = 1
-
-
-@triton.jit
-def tiles_of_slots(first_ptr, T, rows, SLOTS: tl.constexpr):
-    """How many tiles of at most ``rows`` rows each slot has."""
-    t = tl.arange(0, SLOTS)
-    begin = tl.load(first_ptr + t, mask=t < T, other=0)
-    end = tl.load(first_ptr + t + 1, mask=t < T, other=0)
-    return tl.where(end > begin, (end - begin - 1) // rows + 1, 0)  # (SLOTS,)
-
-
-@triton.jit
-def owner(index, counts):
-    """Where each slot has ``counts`` things: which slot the index-th of all belongs to, and its number there.
-
-    Of what is beyond the last one the slot is as large as the vector.
-    """
-    ends = tl.cumsum(counts, 0)
-    is_before = ends <= index
-    return tl.sum(is_before.to(tl.int32), 0), index - tl.max(tl.where(is_before, ends, 0), 0)
 
 
 @triton.jit

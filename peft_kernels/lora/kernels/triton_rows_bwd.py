@@ -25,6 +25,7 @@ from torch import Tensor
 
 from peft_kernels._core.launch import Launcher
 from peft_kernels._core.triton_math import dot
+from peft_kernels._core.triton_rows import owner, tiles_of_slots
 from peft_kernels._core.triton_tools import blocks_of_range, cdiv, dot_precision
 from peft_kernels.lora.kernels.config import NarrowAndReduceConfig, ReduceRowsConfig, SumSpansConfig
 from peft_kernels.lora.kernels.triton_dropout import columns_of_lane, keep_tile
@@ -37,10 +38,8 @@ from peft_kernels.lora.kernels.triton_rows import (
     lane_flags,
     lane_of_block,
     of_lane,
-    owner,
     pointers_of_lanes,
     ranks_of_slot,
-    tiles_of_slots,
 )
 
 
