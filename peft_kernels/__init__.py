@@ -3,6 +3,7 @@
 import sys as _sys
 
 try:
+    from peft_kernels import four_bit_weight as four_bit
     from peft_kernels._core.dispatch import use_backend
     from peft_kernels._core.errors import UnsupportedError
     from peft_kernels._core.explain import explain
@@ -52,6 +53,7 @@ __all__ = [
     "disable_adapters",
     "enable_adapters",
     "explain",
+    "four_bit",
     "inject_lora",
     "insert_adapters",
     "lora_group",
