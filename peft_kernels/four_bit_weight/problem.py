@@ -147,15 +147,16 @@ def _check_scales(call: Inputs, blocks: int) -> None:
 
 
 def _check_nested(call: Inputs, blocks: int) -> None:
-    if call.code is None or call.nested_scales is None or FORMATS[call.kind].scale != "float32":
+    if FORMATS[call.kind].scale != "float32":
         raise ValueError(f"{NAME}: nested must be None for {call.kind}, got a second level")
     size = call.nested_block_size
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"{NAME}: nested's block_size must be an int of at least 1, got {size!r}")
-    for name, tensor, count, what in (
+    second: tuple[tuple[str, Any, int, str], ...] = (
         ("nested's code", call.code, 256, "a value for each uint8"),
         ("nested's absmax", call.nested_scales, -(-blocks // size), f"one for each {size} of the {blocks} scales"),
-    ):
+    )
+    for name, tensor, count, what in second:
         _check_dense(name, tensor, call)
         if tensor.dtype != torch.float32:
             raise ValueError(f"{NAME}: {name} must be float32, got {tensor.dtype}")

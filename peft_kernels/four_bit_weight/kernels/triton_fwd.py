@@ -28,7 +28,7 @@ FP4 = tl.constexpr(formats.FP4)
 
 @triton.jit
 def _look_up(codes, VALUES: tl.constexpr):
-    """A table that lies in a warp's shared memory: a load an element, where selects would be twenty instructions."""
+    """A table in shared memory, where its 16 values lie in 16 banks: a load an element instead of some 15 selects."""
     offs = tl.arange(0, 16)
     table = tl.full((16,), VALUES[0], tl.float32)
     for i in tl.static_range(1, 16):
