@@ -78,7 +78,7 @@ def dequantize(
         tensor([[ 0.,  2.],
                 [-2.,  2.]])
     """
-    if isinstance(scales, Tensor) and scales.dtype == _BYTES.get(kind, torch.uint8):
+    if isinstance(scales, Tensor) and scales.dtype == _BYTES.get(kind):
         scales = scales.view(torch.uint8)
     if block_size is None and kind in FORMATS:
         block_size = FORMATS[kind].block_size

@@ -2,7 +2,7 @@
 
 Equation  W[i] = table[nibble i] * scale[i // block], in float32, rounded once to W's dtype
 Tensors   packed, scales and what they are made of: any strides, one that is not contiguous is copied first; W contiguous
-Memory    beside W 12 bytes for each two elements of a piece, in pieces of whole blocks
+Memory    beside W an index and two values for each byte of a piece, 6 bytes an element; pieces are whole blocks
 Refused   nothing
 """
 
@@ -14,31 +14,37 @@ from torch import Tensor
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels.four_bit_weight.problem import DequantizeProblem, Inputs
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 """Elements that are decoded at a time, at least; a block that is longer is a piece."""
 
 
 @torch.no_grad()
 def forward(problem: DequantizeProblem, inputs: Inputs) -> Tensor:
     """Return W in the call's shape and dtype."""
-    n, block = problem.n, problem.block_size
     w = torch.empty(inputs.shape, dtype=problem.dtype, device=problem.device)
     packed, flat, pairs = inputs.packed.reshape(-1), w.view(-1), _pairs(problem)
-    step = max(block, PIECE // block * block)
-    for first in range(0, n, step):
-        count = min(step, n - first)
-        values = pairs.index_select(0, packed[first // 2 : (first + count + 1) // 2].int()).view(-1)[:count]
-        scale = _scales(problem, inputs, first // block, -(-count // block))
-        whole = count // block
-        values[: whole * block].view(whole, block).mul_(scale[:whole, None])
-        if whole < len(scale):
-            values[whole * block :].mul_(scale[whole])
-        flat[first : first + count].copy_(values)
+    step = max(problem.block_size, PIECE // problem.block_size * problem.block_size)
+    for first in range(0, problem.n, step):
+        last = min(first + step, problem.n)
+        values = pairs.index_select(0, packed[first // 2 : (last + 1) // 2].int()).view(problem.wide_dtype)
+        _write_scaled(problem, inputs, first, values, flat[first:last])
+        # Before the next piece has its own.
+        del values
     return w
 
 
+def _write_scaled(problem: DequantizeProblem, inputs: Inputs, first: int, values: Tensor, out: Tensor) -> None:
+    """Write values from the element ``first`` on, which begins a block, times their scales; values are changed."""
+    block, count = problem.block_size, len(out)
+    scale, whole = _scales(problem, inputs, first // block, -(-count // block)), count // block
+    values[: whole * block].view(whole, block).mul_(scale[:whole, None])
+    if whole < len(scale):
+        values[whole * block :].mul_(scale[whole])
+    out.copy_(values[:count])
+
+
 def _pairs(problem: DequantizeProblem) -> Tensor:
-    """The two values of each byte, (256, 2)."""
+    """The two values of each byte as one complex number, (256,): one lookup, which takes a third of a row's time."""
     known, wide, device = problem.format, problem.wide_dtype, problem.device
     if device.type == "cpu":
         table = torch.tensor(known.values, dtype=wide, device=device)
@@ -48,7 +54,7 @@ def _pairs(problem: DequantizeProblem) -> Tensor:
         for code, value in enumerate(known.values):
             table[code].fill_(value)
     low, high = table.repeat(16), table.repeat_interleave(16)
-    return torch.stack((low, high) if known.low_first else (high, low), 1)
+    return torch.complex(low, high) if known.low_first else torch.complex(high, low)
 
 
 def _scales(problem: DequantizeProblem, inputs: Inputs, first: int, count: int) -> Tensor:

@@ -24,7 +24,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _call(case: Case, tensors: Any, backend: str) -> Tensor:

@@ -174,10 +174,10 @@ def test_triton_leaves_the_cpu_to_torch() -> None:
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("case", [Case(shape=(1024, 2048), dtype=torch.bfloat16, second=256)], ids=str)
 def test_peak_memory_is_the_results_and_a_piece(case: Case) -> None:
-    """Of two elements an index, and two float32 values; scales of a piece; the values of each byte."""
+    """Of two elements an index and two float32 values; of a block its scale, an index and what they are made of."""
     tensors = make(case, CPU)
     result = case.n * case.dtype.itemsize
     OPERATOR.call(case, tensors, "torch")
     peak = peak_bytes(lambda: OPERATOR.call(case, tensors, "torch"), CPU)
-    assert result <= peak <= result + 8 * torch_impl.PIECE
+    assert result <= peak <= result + (6 + 16 / case.block) * torch_impl.PIECE + 8192
     assert peak_bytes(lambda: eager(case, tensors), CPU) > 4 * result
