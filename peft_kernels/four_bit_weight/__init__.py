@@ -2,11 +2,11 @@
 
     W[i] = table[nibble i] * scale[i // block]                        i in the flattened weight
 
-| backend | runs where            | dtypes                 | status                                                    |
-| torch   | any device            | fp32, bf16, fp16, fp64 | tested on CPU                                             |
-| triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | tested in Triton's interpreter and compiled for sm_80, 89, |
-|         |                       |                        | 90, 100; in `auto` where a machine's own check finds it   |
-|         |                       |                        | right                                                     |
+| backend | runs where            | dtypes                 | status                                                   |
+| torch   | any device            | fp32, bf16, fp16, fp64 | tested on CPU                                            |
+| triton  | CUDA, sm_80 and newer | fp32, bf16, fp16       | tested in Triton's interpreter and compiled for sm_80,   |
+|         |                       |                        | 89, 90, 100; in `auto` where a machine's own check finds |
+|         |                       |                        | it right                                                 |
 
 Map, bottom to top:
     kernels/            tensors and a config in, tensors out

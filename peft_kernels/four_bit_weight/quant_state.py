@@ -53,7 +53,9 @@ def from_quant_state(packed: Any, quant_state: Any = None) -> QuantizedWeight:
         quant_state = getattr(packed, "quant_state", None)
     if quant_state is None:
         raise _refusal("it has no quant_state; bitsandbytes quantizes a weight where it is moved to its device")
-    missing = [name for name in ("absmax", "shape", "dtype", "blocksize", "quant_type") if not hasattr(quant_state, name)]
+    missing = [
+        name for name in ("absmax", "shape", "dtype", "blocksize", "quant_type") if not hasattr(quant_state, name)
+    ]
     if missing:
         raise _refusal(f"its quant_state has no {', '.join(missing)}")
     kind = quant_state.quant_type
@@ -61,6 +63,8 @@ def from_quant_state(packed: Any, quant_state: Any = None) -> QuantizedWeight:
         raise _refusal(f"its quant_type is none of {', '.join(_KINDS)}, got {kind!r}")
     if quant_state.shape is None:
         raise _refusal("its quant_state has no shape")
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        raise _refusal("bitsandbytes has packed it anew for its own product on a CPU")
     _check_table(kind, getattr(quant_state, "code", None))
     scales, nested = _statistics(quant_state)
     block, dtype = quant_state.blocksize, quant_state.dtype
@@ -87,7 +91,9 @@ def _statistics(state: Any) -> tuple[Tensor, tuple[Tensor, Tensor, int, float | 
 def _bytes_of(packed: Any) -> Tensor:
     packed = _plain("weight", packed)
     if packed.dim() == 2 and packed.shape[0] == 1:
-        raise _refusal(f"it is packed as a row, {tuple(packed.shape)}, which bitsandbytes decodes to a transposed weight")
+        raise _refusal(
+            f"it is packed as a row, {tuple(packed.shape)}, which bitsandbytes decodes to a transposed weight"
+        )
     return packed if packed.dtype == torch.uint8 else packed.contiguous().view(torch.uint8)
 
 

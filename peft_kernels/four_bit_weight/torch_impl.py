@@ -1,7 +1,7 @@
 """4-bit weights with torch alone, in pieces that lie in a cache: a byte is looked up as its pair of values.
 
 Equation  W[i] = table[nibble i] * scale[i // block], in float32, rounded once to W's dtype
-Tensors   packed, scales and what they are made of: any strides, one that is not contiguous is copied first; W contiguous
+Tensors   packed, scales and what they are made of: any strides, copied first if not contiguous; W contiguous
 Memory    beside W an index and two values for each byte of a piece, 6 bytes an element; pieces are whole blocks
 Refused   nothing
 """

@@ -1,4 +1,4 @@
-"""The launches of the 4-bit decoder that are compiled ahead of time: kinds, dtypes, blocks, statistics of both levels."""
+"""The launches of the 4-bit decoder that are compiled ahead of time: kinds, dtypes, blocks, scales of both levels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 
 from peft_kernels.four_bit_weight import triton_impl
 from peft_kernels.four_bit_weight.problem import Inputs, make_problem
+
+# A fused multiply-add would leave out the rounding of a nested scale's product.
+FORBIDDEN_OPCODES = ("FFMA",)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -34,7 +34,15 @@ def test_json_names_every_family_and_backend() -> None:
     result = _run("-m", "peft_kernels.info", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    names = {"bottleneck_adapter", "four_bit_dequantize", "lora_group", "lora_linear", "lora_rows", "prefix_attention", "prompt_tuning"}
+    names = {
+        "bottleneck_adapter",
+        "four_bit_dequantize",
+        "lora_group",
+        "lora_linear",
+        "lora_rows",
+        "prefix_attention",
+        "prompt_tuning",
+    }
     assert set(report["operators"]) == names
     for backends in report["operators"].values():
         assert backends["torch"] == info.AVAILABLE

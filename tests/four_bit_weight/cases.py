@@ -78,7 +78,12 @@ def fixed(kind: str, *shape: int, **rest: Any) -> Case:
 
 
 GRID = (
-    *(Case(kind, dtype=dtype, second=second) for kind in ("nf4", "fp4") for dtype in HALF_AND_FLOAT for second in (0, 2)),
+    *(
+        Case(kind, dtype=dtype, second=second)
+        for kind in ("nf4", "fp4")
+        for dtype in HALF_AND_FLOAT
+        for second in (0, 2)
+    ),
     *(fixed(kind, 3, 5, 3, dtype=dtype) for kind in BLOCKS for dtype in HALF_AND_FLOAT),
     # A program of Triton's decodes 4096 elements: whole ones and a part of one, and blocks that are longer.
     Case(shape=(2, 4096), dtype=torch.bfloat16),
@@ -235,7 +240,10 @@ OPERATOR = Operator(
         ({"scales": None}, "scales must be a torch.Tensor, got NoneType"),
         ({"scales": torch.ones(2)}, r"scales must have 3 elements, one for each of the 3 blocks of 64, got \(2,\)"),
         ({"block_size": 128}, r"scales must have 2 elements, .*got \(3,\)"),
-        ({"scales": torch.ones(3).double()}, "scales of nf4 must be float32, or uint8 beside nested, got torch.float64"),
+        (
+            {"scales": torch.ones(3).double()},
+            "scales of nf4 must be float32, or uint8 beside nested, got torch.float64",
+        ),
         ({"scales": torch.ones(3).bfloat16()}, "scales of nf4 must be float32"),
         ({"scales": torch.ones(3, device="meta")}, r"scales must be on the device of packed \(cpu\), got meta"),
         ({"scales": torch.ones(3, dtype=torch.uint8)}, "nested must be given where scales are torch.uint8, got None"),

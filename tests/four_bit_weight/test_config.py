@@ -11,7 +11,7 @@ from python_ref import four_bit_weight as oracle
 
 def test_a_thread_reads_sixteen_bytes() -> None:
     chosen = config.decode_config()
-    assert chosen.BLOCK_BYTES == 16 * 32 * chosen.num_warps
+    assert 16 * 32 * chosen.num_warps == chosen.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("kind", oracle.TABLES)

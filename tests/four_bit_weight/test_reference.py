@@ -17,7 +17,11 @@ BYTES = torch.arange(256, dtype=torch.uint8)
 def test_e4m3_is_torch_s() -> None:
     values = BYTES.view(torch.float8_e4m3fn).double()
     torch.testing.assert_close(
-        torch.tensor([oracle.e4m3(byte) for byte in range(256)], dtype=torch.float64), values, rtol=0, atol=0, equal_nan=True
+        torch.tensor([oracle.e4m3(byte) for byte in range(256)], dtype=torch.float64),
+        values,
+        rtol=0,
+        atol=0,
+        equal_nan=True,
     )
 
 
