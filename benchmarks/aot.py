@@ -19,6 +19,8 @@ from typing import Any
 from peft_kernels._core import device
 
 OPCODES = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG", "UTCHMMA", "UTCQMMA", "LDGSTS", "LDG", "STG", "LDL", "STL")
+# Loads and stores of 16 bytes a thread, which are counted among LDG and STG too.
+WIDE = ("LDG.E.128", "STG.E.128")
 _OPCODE = re.compile(rf"\b(?:{'|'.join(OPCODES)})\b")
 
 # Multiprocessors of A100, L40S, H100 SXM and B200.
@@ -85,6 +87,7 @@ def inspect(kernel: Any) -> dict[str, Any]:
         "tensor_memory": kernel.metadata.tmem_size or 0,
         "warps": kernel.metadata.num_warps,
         **{opcode: counts[opcode] for opcode in OPCODES},
+        **{opcode: len(re.findall(rf"\b{re.escape(opcode)}\b", sass)) for opcode in WIDE},
     }
 
 

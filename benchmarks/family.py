@@ -37,7 +37,7 @@ class Call:
 
     Attributes:
         apply: computes the output, or all of several; records a graph where gradients are enabled.
-        wrt: the tensors whose gradients a training step needs.
+        wrt: the tensors whose gradients a training step needs; none where there is no other mode than "forward".
         dy: gradient of the output, or of each.
     """
 

@@ -193,7 +193,7 @@ def _forward(call: Call) -> torch.Tensor:
 
 def _both(call: Call) -> tuple[torch.Tensor, ...]:
     y = call.apply()
-    return (y, *torch.autograd.grad(y, call.wrt, call.dy))
+    return (y, *torch.autograd.grad(y, call.wrt, call.dy)) if call.wrt else (y,)
 
 
 def _examine_all(family: Family, problem: Any, inputs: Any, session: Session) -> dict[str, Verdict]:

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-import peft_kernels as pk
 from benchmarks import aot, candidates, harness, record, tables, timing
 from benchmarks.candidates import Candidate
 from benchmarks.family import Family, Grid, Provider, discover
 from peft_kernels._core import triton_tools
 from peft_kernels._core.device import hardware
+from peft_kernels._core.operator import OPERATORS
 
 PROVIDER = "ours_triton"
 FOLDER = "tuning"
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def config_of(family: Family) -> ModuleType:
     """The config.py of the kernels that an operator runs, which stand in the folder of its function's family."""
-    _, folder, *_ = getattr(pk, family.name).__module__.split(".")
+    _, folder, *_ = OPERATORS[family.name].make_problem.__module__.split(".")
     return importlib.import_module(f"peft_kernels.{folder}.kernels.config")
 
 

@@ -7,7 +7,8 @@ if _TYPE_CHECKING:
     from peft_kernels.integrations.peft.bank import AdapterBank
 
 try:
-    from peft_kernels._core.dispatch import use_backend
+    # In order, but that _core is the first, which says so where torch is too old.
+    from peft_kernels._core.dispatch import use_backend  # noqa: I001
     from peft_kernels._core.errors import UnsupportedError
     from peft_kernels._core.explain import explain
     from peft_kernels._core.invariance import use_row_invariant
@@ -32,6 +33,7 @@ try:
     )
     from peft_kernels.prefix import PrefixEncoder, prefix_attention
     from peft_kernels.prompt import PromptEmbedding, PromptEnsemble, prompt_tuning
+    from peft_kernels import four_bit_weight as four_bit
 except Exception as error:
     # `python -m peft_kernels.info` imports this file first, and is there to say what is broken.
     if _sys.argv[:1] != ["-m"] or "peft_kernels.info" not in (each.removeprefix("-m") for each in _sys.orig_argv):
@@ -58,6 +60,7 @@ __all__ = [
     "disable_adapters",
     "enable_adapters",
     "explain",
+    "four_bit",
     "inject_lora",
     "insert_adapters",
     "lora_group",

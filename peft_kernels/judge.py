@@ -119,10 +119,12 @@ def _expected(operator: Operator, family: Family, call: Any, dy: Any, ours: Resu
     differentiable = {name: _leaves(getattr(call, name)) for name in operator.needs._fields}
     y = family.eager(call._replace(**differentiable))
     wanted = _each({f"d{name}": value for name, value in differentiable.items()})
+    gradients: Sequence[Tensor] = ()
     # At y it is dy. Handing dy over would make torch import its compiler, which takes longer than the problems.
-    pairs = zip(y, dy, strict=True) if operator.several else [(y, dy)]
-    loss = torch.stack([(each.double() * incoming.double()).sum() for each, incoming in pairs]).sum()
-    gradients = torch.autograd.grad(loss, list(wanted.values()))
+    if wanted:
+        pairs = zip(y, dy, strict=True) if operator.several else [(y, dy)]
+        loss = torch.stack([(each.double() * incoming.double()).sum() for each, incoming in pairs]).sum()
+        gradients = torch.autograd.grad(loss, list(wanted.values()))
     reference = operator.implementations[-1]
     # What is kept may have elements that nobody writes: the same ones in every run.
     with _poisoned():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import peft_kernels as pk
+from peft_kernels._core.operator import OPERATORS as DECLARED
+from peft_kernels.four_bit_weight import problem as four_bit_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "peft_kernels"
@@ -30,7 +32,6 @@ OF_A_FAMILY = (
     "peft_kernels/{family}/__init__.py",
     "peft_kernels/{family}/kernels/config.py",
     "peft_kernels/{family}/kernels/triton_fwd.py",
-    "peft_kernels/{family}/kernels/triton_bwd.py",
     "peft_kernels/{family}/qualification.py",
     "tests/{family}/cases.py",
     "tests/{family}/test_reference.py",
@@ -40,6 +41,8 @@ OF_A_FAMILY = (
     "benchmarks/{family}.py",
     "docs/design/{family}.md",
 )
+# None of a family whose operators have no gradients.
+OF_A_BACKWARD_PASS = ("peft_kernels/{family}/kernels/triton_bwd.py",)
 OF_AN_OPERATOR = ("problem.py", "torch_impl.py", "composite.py", "triton_impl.py", "op.py")
 
 
@@ -54,6 +57,16 @@ def test_family_stands_on(floor: str, family: str) -> None:
     path = ROOT / floor.format(family=family)
     assert path.is_file()
     assert path.read_text().strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("floor", OF_A_BACKWARD_PASS)
+def test_family_with_gradients_stands_on(floor: str, family: str) -> None:
+    prefix = f"peft_kernels.{family}."
+    declared = [each for each in DECLARED.values() if each.make_problem.__module__.startswith(prefix)]
+    assert declared
+    path = ROOT / floor.format(family=family)
+    assert path.is_file() == any(each.has_gradients for each in declared)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
@@ -109,4 +122,4 @@ def test_every_file_stands_on_its_package_s_map(package: str) -> None:
 def test_records_bear_operators_names() -> None:
     """A record outlives the folders of its day, so it is named after the public function that it timed."""
     names = {path.stem for path in ROOT.glob("benchmarks/results/*/*.jsonl")}
-    assert all(callable(getattr(pk, name, None)) for name in names)
+    assert all(callable(getattr(pk, name, None)) or name == four_bit_weight.NAME for name in names)

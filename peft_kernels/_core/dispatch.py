@@ -67,6 +67,10 @@ def _never(problem: Any = None) -> None:
     return None
 
 
+def _no_gradients(*arguments: Any) -> tuple[()]:
+    return ()
+
+
 def _no_paths(problem: Any) -> tuple[str, ...]:
     return ()
 
@@ -77,7 +81,8 @@ class Implementation:
 
     Attributes:
         name: "torch", "triton" or "cuda".
-        forward, backward: the operator's own signature, the same for all its implementations.
+        forward, backward: the operator's own signature, the same for all its implementations; no ``backward`` where
+            nothing has a gradient.
         why_not_environment: reason why it cannot run in this process at all, or None.
         why_not: reason why it cannot run this problem, or None; implies the environment's reason. A value of the
             problem stands at the end of a reason, after ", got", so that a warning can leave it out.
@@ -94,7 +99,7 @@ class Implementation:
 
     name: str
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] = _no_gradients
     why_not_environment: Callable[[], str | None] = _never
     why_not: Callable[[Any], str | None] = _never
     slower: Callable[[Any], str | None] = _never

@@ -12,7 +12,7 @@ from torch._C import _functorch, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 
 DISPATCH_MODE = "a TorchDispatchMode sees every operation (selective checkpointing, fake tensors, FLOP counters)"
-_OPAQUE_TYPES = frozenset({Tensor, nn.Parameter, float, int, bool, str, NoneType})
+_OPAQUE_TYPES = frozenset({Tensor, nn.Parameter, float, int, bool, str, torch.dtype, NoneType})
 
 
 def why_not_opaque(values: Iterable[Any]) -> str | None:

@@ -51,12 +51,13 @@ class Operator:
         name: of the public function, and of the registered operator.
         call: NamedTuple of the arguments, in the order of the schema; signature.py has the types that it may have.
         needs: NamedTuple of a bool for each argument that can have a gradient, under the argument's name; of a tuple of
-            bools where the argument is a tuple of tensors.
+            bools where the argument is a tuple of tensors. One without fields says that results have no graph.
         implementations: in the order that ``auto`` tries them; the last one runs everything, and all that is empty.
         make_problem: checks a call and returns its problem, which has ``device`` and ``is_empty``.
         forward: (problem, call, implementation) -> results: y, or all of several, and then what ``kept`` names.
         backward: (problem, call, kept, dy, needs, implementation) -> a gradient, or None, for each of ``needs``; those
-            of a tuple of tensors are a tuple. What it does not read of ``call`` and kept may be None.
+            of a tuple of tensors are a tuple. What it does not read of ``call`` and kept may be None. It and ``reads``
+            may be left out where nothing has a gradient.
         results: (problem, call, implementation) -> empty tensors like ``forward``'s.
         composite: (problem, call) -> what the caller sees, by torch's differentiable operations, none of them in place.
         reads: needs -> names of the tensors, among arguments and kept results, that ``backward`` reads for them.
@@ -86,10 +87,10 @@ class Operator:
     implementations: tuple[Implementation, ...]
     make_problem: Callable[[Any], Any]
     forward: Callable[..., tuple[Any, ...]]
-    backward: Callable[..., Sequence[Any]]
     results: Callable[..., tuple[Any, ...]]
     composite: Callable[[Any, Any], Any]
-    reads: Callable[[Any], Iterable[str]]
+    backward: Callable[..., Sequence[Any]] = lambda problem, call, kept, dy, needs, implementation: ()
+    reads: Callable[[Any], Iterable[str]] = lambda needs: ()
     kept: tuple[str, ...] = ()
     keep: Callable[..., tuple[Tensor | None, ...]] = lambda y, *kept: kept
     activations: tuple[str, ...] = ()
@@ -117,6 +118,11 @@ class Operator:
         self._eager = _eager(self)
         self._operator = registration.register(self)
         OPERATORS[self.name] = self
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any argument can have one."""
+        return bool(self.needs._fields)
 
     @property
     def to_check(self) -> tuple[Implementation, ...]:
@@ -157,7 +163,7 @@ class Operator:
     def _plan(self, problem: Any, call: Any, backend: str, key: Key | None) -> Plan:
         """Decide what a call does, and remember it under its key, if it has one."""
         backend = self._understood(backend)
-        generation, records = dispatch.generation, torch.is_grad_enabled()
+        generation, records = dispatch.generation, torch.is_grad_enabled() and self.has_gradients
         implementation = self.select(problem, backend)
         is_timed = backend == "auto" and not problem.is_empty and timing.may_decide(problem.device)
         if key is not None and is_timed:
@@ -185,7 +191,7 @@ class Operator:
         # Not by _fields and _replace, which torch 2.8 does not trace.
         is_scalar, named = self.signature.is_scalar, zip(self.signature.types, call, strict=True)
         values = [_as_symbols(value, call[0]) if is_scalar(name) else value for name, value in named]
-        return self.visible(self._operator(*self.signature.flat(values), backend))
+        return self.visible(self._operator(*self._flat(values), backend))
 
     def _composed(self, problem: Any, call: Any, backend: str, reason: str) -> Any:
         """Run a call that may not be opaque. A forced backend has kernels alone, which a mode sees as one operator."""
@@ -195,12 +201,17 @@ class Operator:
             with without_autocast(problem.device.type):
                 return self.composite(problem, call)
         if reason == DISPATCH_MODE:
-            return self.visible(self._operator(*self.signature.flat(call), backend))
+            return self.visible(self._operator(*self._flat(call), backend))
         raise UnsupportedError(f"{self.name}: backend {backend!r} cannot run this call: {reason}; {way_out(backend)}")
 
     def _understood(self, backend: str) -> str:
         """The backend in force, without a mode that this operator does not know."""
         return backend if self._has_rows_to_keep else backend.removesuffix(ROW_INVARIANT)
+
+    def _flat(self, call: Any) -> list[Any]:
+        """A call as the registered operator takes it, which has no formula where nothing has a gradient."""
+        flat = self.signature.flat(call)
+        return flat if self.has_gradients else [x.detach() if isinstance(x, Tensor) else x for x in flat]
 
     def fresh(self, problem: Any, call: Any, implementation: Implementation) -> tuple[Any, ...]:
         """``forward``'s results, none of them a view: what was a view in here, nobody may change in place."""

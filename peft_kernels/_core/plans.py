@@ -42,7 +42,7 @@ SIZE = 2048
 ALIGNMENT = 16
 """Bytes; what a kernel asks of an address is whether it is a multiple of this."""
 
-_PLAIN = frozenset({Tensor, nn.Parameter, float, int, bool, str, NoneType})
+_PLAIN = frozenset({Tensor, nn.Parameter, float, int, bool, str, torch.dtype, NoneType})
 _facts = attrgetter("shape", "dtype", "device", "layout", "__class__")
 _DEVICE = 2
 

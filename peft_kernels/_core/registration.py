@@ -43,8 +43,8 @@ def register(operator: Any) -> Callable[..., list[Tensor]]:
         return list(operator.results(problem, call, operator.select(problem, backend)))
 
     forward = _define(f"{name}({signature.text()}, {_BACKEND_AND_REVISION}) -> Tensor[]", kernel, fake)
-    backward = _define_backward(operator)
-    _register_autograd(operator, forward, backward)
+    if operator.has_gradients:
+        _register_autograd(operator, forward, _define_backward(operator))
     dispatched = _dispatched(forward)
     return lambda *values: dispatched(*values, revision())
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor
 
 _SCALAR = "scalar"
@@ -27,11 +28,12 @@ _TYPES: dict[Any, str] = {
     int: "SymInt",
     float: "float",
     str: "str",
+    torch.dtype: "ScalarType",
     tuple[int, ...]: "SymInt[]",
     tuple[float, ...]: "float[]",
 }
 _TUPLES = ("Tensor[]", _OPTIONALS, _SCALARS, "SymInt[]", "float[]")
-_VALUES = ("bool", "SymInt", "float", "str", "SymInt[]", "float[]")
+_VALUES = ("bool", "SymInt", "float", "str", "ScalarType", "SymInt[]", "float[]")
 
 Place = int | slice
 

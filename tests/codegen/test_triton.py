@@ -44,12 +44,14 @@ pytestmark = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_machine_code(family: str, arch: int) -> None:
     rows = _compile(family, arch)
-    required = importlib.import_module(f"tests.codegen.{family}_launches").required_opcodes
+    launches = importlib.import_module(f"tests.codegen.{family}_launches")
+    required, forbidden = launches.required_opcodes, getattr(launches, "FORBIDDEN_OPCODES", ())
     version = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
     wrong = []
     for row in rows:
         spilled = _spilled_by(version, row["kernel"], row["launch"])
         wrong += _complaints(row, required(row["kernel"], row["launch"], arch), spilled)
+        wrong += [f"{row['kernel']} ({row['launch']}) on sm_{arch}: {name}" for name in forbidden if row[name]]
     assert not wrong, "\n".join(wrong)
 
 

@@ -30,7 +30,7 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64) * std
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64) * std
 
     def integers(self, largest: int, *shape: int) -> Tensor:
         return torch.randint(-largest, largest + 1, shape, generator=self.generator, dtype=torch.float64)

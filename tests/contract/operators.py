@@ -39,7 +39,7 @@ class Operator:
     Attributes:
         function: the public one; it takes tensors by name and has ``backend``.
         op: the module that holds its implementations.
-        differentiable: fields of its tensors that have gradients.
+        differentiable: fields of its tensors that have gradients; there may be none.
         variants: backends, each with what ``pin`` pins after a dash.
         pin: variant -> a context in which the problem takes that path; yields the backend's name.
         make: (case, device, seed) -> random tensors.
@@ -58,7 +58,7 @@ class Operator:
         typical: with every tensor, in float32.
         kinds: of calls, small, for the ways through autograd and the compiler; the first is in float32.
         gradcheck: tiny cases in float64.
-        far: a case, and its tensors whose first dimension can have any stride.
+        far: a case, and its tensors whose first dimension can have any stride; None where all are contiguous.
         empty: cases with a size of zero.
         rows: cases, and their tensors whose first dimension m may be several.
         scaled: cases whose scale may be a tensor.
@@ -87,7 +87,7 @@ class Operator:
     typical: Case
     kinds: tuple[Case, ...]
     gradcheck: tuple[Case, ...]
-    far: tuple[Case, tuple[str, ...]]
+    far: tuple[Case, tuple[str, ...]] | None
     empty: tuple[Case, ...]
     wrong_case: Case
     wrong: tuple[tuple[dict[str, Any], str], ...]
@@ -107,7 +107,7 @@ class Operator:
 
     @property
     def name(self) -> str:
-        return self.function.__name__
+        return self.op.OPERATOR.name
 
     def __str__(self) -> str:
         return self.name
@@ -142,7 +142,7 @@ class Operator:
         leaves = self.leaves(tensors)
         y = call(leaves)
         wanted = self.wanted(leaves)
-        gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+        gradients = torch.autograd.grad(y, list(wanted.values()), dy) if wanted else ()
         return Results(y=y.detach(), **dict(zip(wanted, gradients, strict=True)))
 
     def run_ours(self, case: Case, tensors: Tensors, dy: Tensor, variant: str) -> Results:
@@ -213,11 +213,14 @@ def discover() -> tuple[Operator, ...]:
     return tuple(value for module in modules for value in vars(module).values() if isinstance(value, Operator))
 
 
-def over(names: str, rows: Callable[[Operator], Iterable[tuple[Any, ...]]]) -> pytest.MarkDecorator:
-    """Parametrise a test over the operators, and over rows of each."""
+def over(
+    names: str, rows: Callable[[Operator], Iterable[tuple[Any, ...]]], gradients: bool = False
+) -> pytest.MarkDecorator:
+    """Parametrise a test over the operators, or those that have ``gradients``, and over rows of each."""
     parameters = [
         pytest.param(operator, *row, id="-".join(_id(value) for value in (operator, *row)))
         for operator in discover()
+        if operator.differentiable or not gradients
         for row in rows(operator)
     ]
     return pytest.mark.parametrize(f"operator, {names}" if names else ["operator"], parameters)

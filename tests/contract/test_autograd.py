@@ -18,8 +18,8 @@ from python_ref import compare
 from tests.contract import observe
 from tests.contract.operators import CPU, Operator, over
 
-each_operator = over("", lambda operator: [()])
-each_kind = over("case", lambda operator: itertools.product(operator.kinds))
+each_operator = over("", lambda operator: [()], gradients=True)
+each_kind = over("case", lambda operator: itertools.product(operator.kinds), gradients=True)
 
 
 def _leaves(operator: Operator, case: Any) -> tuple[Any, list[Tensor]]:
@@ -102,7 +102,7 @@ def _subsets(operator: Operator) -> list[tuple[tuple[str, ...]]]:
     return [(names,), *((together,) for together in operator.together or [(name,) for name in names])]
 
 
-@over("names", _subsets)
+@over("names", _subsets, gradients=True)
 def test_saves_no_more_than_eager(operator: Operator, names: tuple[str, ...]) -> None:
     """Whatever alone wants a gradient; parameters exist anyway, activations do not. Eager is what users run today."""
     case, asked = operator.typical, replace(operator, differentiable=names)
@@ -233,7 +233,7 @@ def test_checkpointing(operator: Operator, case: Any, use_reentrant: bool) -> No
         compare.assert_bitwise_equal("gradient", tensor.grad, gradient)
 
 
-@each_operator
+@over("", lambda operator: [()])
 def test_inference_saves_nothing(operator: Operator) -> None:
     tensors = operator.make(operator.typical, CPU)
     with observe.saved(()) as (added, _), torch.no_grad():

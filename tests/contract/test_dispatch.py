@@ -33,7 +33,7 @@ def test_forced_backend_never_falls_back(operator: Operator, backend: str, case:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@over("backend", lambda operator: [("torch",), ("triton",)])
+@over("backend", lambda operator: [("torch",), ("triton",)], gradients=True)
 def test_backward_runs_where_forward_ran(
     operator: Operator, backend: str, compiled: bool, device: torch.device
 ) -> None:

@@ -22,6 +22,7 @@ from tests.contract.operators import Operator, assert_bitwise_equal, assert_clos
 pytestmark = pytest.mark.usefixtures("poison")
 
 each_variant = over("variant", lambda operator: itertools.product(operator.variants))
+each_variant_with_gradients = over("variant", lambda operator: itertools.product(operator.variants), gradients=True)
 
 
 @over("case, variant", lambda operator: operator.budget)
@@ -34,7 +35,7 @@ def _smallest_in_float32(operator: Operator) -> list[tuple[Any]]:
     return [(case,) for case in sorted(cases, key=lambda case: math.prod(case.y_shape))[:6]]
 
 
-@over("case", _smallest_in_float32)
+@over("case", _smallest_in_float32, gradients=True)
 @pytest.mark.parametrize("layout", ["columns", "strided"])
 def test_error_budget_of_other_strides(operator: Operator, case: Any, layout: str, device: torch.device) -> None:
     """Of parameters: BLAS has other loops for them, which may add to a result what should be added to each other."""
@@ -70,7 +71,7 @@ def test_exact_in_every_shape_stride_and_dtype(operator: Operator, variant: str,
     check()
 
 
-@each_variant
+@each_variant_with_gradients
 def test_gradient_of_a_sum(operator: Operator, variant: str, device: torch.device) -> None:
     """sum() hands over an expanded gradient, whose strides are all zero."""
     case = operator.exact_examples[0]
@@ -107,7 +108,11 @@ def test_default_device_plays_no_part(operator: Operator, case: Any, device: tor
     assert_bitwise_equal(got, expected)
 
 
-@over("case, variant", lambda operator: itertools.product((operator.typical, operator.kinds[0]), operator.variants))
+@over(
+    "case, variant",
+    lambda operator: itertools.product((operator.typical, operator.kinds[0]), operator.variants),
+    gradients=True,
+)
 def test_each_gradient_alone(operator: Operator, case: Any, variant: str, device: torch.device) -> None:
     """A gradient does not depend on which others are asked for, and nothing else gets one."""
     tensors, dy = operator.make(case, device), operator.output_gradient(case, device)
@@ -122,7 +127,7 @@ def test_each_gradient_alone(operator: Operator, case: Any, variant: str, device
         assert_bitwise_equal(type(together)(**got), type(together)(**{name: getattr(together, name)}))
 
 
-@each_variant
+@over("variant", lambda operator: itertools.product(operator.variants if operator.far else ()))
 def test_tensors_beyond_two_to_the_31_elements(operator: Operator, variant: str, device: torch.device) -> None:
     """Offsets are 64-bit: first dimensions have strides of 2^30, and nothing between what they hold is touched."""
     case, names = operator.far
@@ -189,7 +194,7 @@ def test_whole_numbers_and_bools_are_scales(
     assert_bitwise_equal(got, operator.run_ours(replace(case, scale=float(scale)), *given, variant))
 
 
-@each_variant
+@each_variant_with_gradients
 def test_a_negative_bit_is_read(operator: Operator, variant: str, device: torch.device) -> None:
     """Of the imaginary part of a conjugate: its memory holds the other sign."""
     case = operator.typical

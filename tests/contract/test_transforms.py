@@ -17,8 +17,8 @@ import peft_kernels as pk
 from tests.contract import observe
 from tests.contract.operators import CPU, Operator, over
 
-each_kind = over("case", lambda operator: itertools.product(operator.kinds))
-first_kind = over("case", lambda operator: itertools.product(operator.kinds[:1]))
+each_kind = over("case", lambda operator: itertools.product(operator.kinds), gradients=True)
+first_kind = over("case", lambda operator: itertools.product(operator.kinds[:1]), gradients=True)
 
 Function = Callable[..., Tensor]
 

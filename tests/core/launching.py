@@ -34,7 +34,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks import host_time
 from peft_kernels._core import launch
 from peft_kernels._core.launch import Launcher, descriptor
-from tests.codegen import adapter_launches, lora_launches, prefix_launches, prompt_launches
+from tests.codegen import (
+    adapter_launches,
+    four_bit_weight_launches,
+    lora_launches,
+    prefix_launches,
+    prompt_launches,
+)
 
 
 @triton.jit(do_not_specialize=("count",))
@@ -345,6 +351,8 @@ def every_family_s_launches_become_direct() -> None:
         prefix_launches._launch(bf16, bf16, 64, True, True, 16, 16, 20, None)
         prefix_launches._launch(bf16, bf16, 64, True, False, 1, 1024, 20, None)
         prompt_launches._launch(bf16, fp32, 2, 64)
+        four_bit_weight_launches._launch("nf4", bf16, 64, 256, (64, 64))
+        four_bit_weight_launches._launch("nvfp4", bf16, 16, 0, (64, 64))
     modules = {module for module, _ in kernels}
     defined = {
         (module, name)

@@ -320,6 +320,7 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
         ("bottleneck_adapter", "triton", "bfloat16 wide r16"),
         ("prefix_attention", "triton", "bfloat16+float32 d16"),
         ("prompt_tuning", "triton", "bfloat16+float32"),
+        ("four_bit_dequantize", "triton", "nf4 bfloat16"),
     ],
 )
 def test_triton_qualifies(name: str, implementation: str, part: str, device: torch.device) -> None:
