@@ -191,12 +191,20 @@ def rows_backward(
 def eager_rows(
     x: Tensor, slots: Sequence[Slot], slot: Sequence[int], residual: Tensor | None = None, activation: str = "relu"
 ) -> Tensor:
-    """AdapterHub's BatchSplit in the arguments' own dtypes: neighbours of one slot, their adapter, and all joined."""
+    """AdapterHub's MultiTask in the arguments' own dtypes: rows sorted by slot, BatchSplit, and back in their order.
+
+    BatchSplit runs each adapter on its neighbours and joins the results.
+    """
     n = slots[0].up_weight.shape[0]
     base = x.new_zeros(x.shape[0], n) if residual is None else residual
+    if not slot:
+        return base
+    places = sorted(range(len(slot)), key=lambda m: slot[m])
+    order = torch.tensor(places, device=x.device)
+    x, base = x[order], base[order]
     chunks, start = [], 0
-    for t, of_run in itertools.groupby(slot):
-        end = start + len(list(of_run))
+    for t, of_slot in itertools.groupby(slot[m] for m in places):
+        end = start + len(list(of_slot))
         chunk = base[start:end]
         if t >= 0:
             down_weight, up_weight, down_bias, up_bias, scale = slots[t]
@@ -212,7 +220,7 @@ def eager_rows(
             )
         chunks.append(chunk)
         start = end
-    return torch.cat(chunks) if chunks else base
+    return torch.cat(chunks)[order.argsort()]
 
 
 def _ones(z: Tensor) -> Tensor:

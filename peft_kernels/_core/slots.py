@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import checks
+from peft_kernels._core.plans import is_seen_into
 
 Scales = float | Sequence[float] | Tensor
 
@@ -74,12 +75,8 @@ def tensor_of(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device:
 
 
 def _is_traced() -> bool:
-    # What is made there is a part of the trace, or a mode's own tensor.
-    return (
-        torch.compiler.is_compiling()
-        or bool(torch._C._len_torch_dispatch_stack())
-        or torch._C._get_tracing_state() is not None
-    )
+    # What is made there belongs to the trace, the transform or the mode, and serves no call outside of it.
+    return torch.compiler.is_compiling() or is_seen_into()
 
 
 def _tensor(values: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -270,7 +270,7 @@ OPERATOR = Operator(
     eager=_eager,
     oracle=_oracle,
     # The narrowest bottleneck's bias, whose gradient has all other errors in it.
-    draws=lambda case: min(8, 120 // sum(case.ranks)),
+    draws=lambda case: min(8, 240 // sum(case.ranks)),
     budget=tuple(itertools.product(GRID, VARIANTS)),
     exact=st.builds(
         lambda dtypes, **rest: Case(dtype=dtypes[0], adapter_dtype=dtypes[1], scale=0.5, **rest),
