@@ -37,6 +37,10 @@ class Part:
             return torch.where(self.mine, tensor, 0.0)
         return self._neighbours(tensor) if self.rows is None else tensor.index_select(0, self.rows)
 
+    def take_apart(self, tensor: Tensor) -> Tensor:
+        """Its rows of a tensor to be changed, and given to ``put``; where only the device knows them, all rows."""
+        return tensor.clone() if self.mine is not None else self.take(tensor)
+
     def room_in(self, tensor: Tensor) -> Tensor:
         """Where its rows of a tensor may be written, to be given to ``put``."""
         if self.mine is None and self.rows is None:
@@ -44,7 +48,7 @@ class Part:
         return tensor.new_empty(self.count, tensor.shape[1])
 
     def put(self, tensor: Tensor, rows: Tensor) -> None:
-        """Write what ``room_in`` returned to its rows of a tensor."""
+        """Write what ``room_in`` or ``take_apart`` returned to its rows of a tensor."""
         if self.mine is not None:
             tensor.copy_(torch.where(self.mine, rows, tensor))
         elif self.rows is not None:
@@ -52,7 +56,10 @@ class Part:
 
     def take_ordered(self, tensor: Tensor) -> Tensor:
         """The same rows of a tensor whose rows are in the plan's order; in their own where only the device knows it."""
-        rows = tensor[self.places]
+        return self.alone(tensor[self.places])
+
+    def alone(self, rows: Tensor) -> Tensor:
+        """Rows of the part without what an adapter that is nan made of others' zeros."""
         return rows if self.mine is None else torch.where(self.mine, rows, 0.0)
 
     def put_ordered(self, tensor: Tensor, rows: Tensor) -> None:
@@ -78,11 +85,13 @@ def parts_of(slots: int, slot: Tensor, order: Tensor, runs: Tensor | None) -> It
             yield Part(t, ((0, m),), slice(0, m), mine=of_rows == t)
         return
     by_slot = _by_slot(runs)
+    # What writes to rows asks for 64 bits.
+    indices = order.long() if any(len(of_slot) > 1 for of_slot in by_slot.values()) else order
     # The rows of no slot come first.
     start = m - _count(by_slot)
     for t, of_slot in by_slot.items():
         end = start + sum(count for _, count in of_slot)
-        yield Part(t, tuple(of_slot), slice(start, end), None if len(of_slot) == 1 else order[start:end].long())
+        yield Part(t, tuple(of_slot), slice(start, end), None if len(of_slot) == 1 else indices[start:end])
         start = end
 
 

@@ -18,67 +18,13 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.row_parts import Part, parts_of
 from peft_kernels.lora.linear import torch_steps as steps
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
 from peft_kernels.lora.linear.problem import LoraLinearProblem
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
 from peft_kernels.lora.linear.torch_impl import row_invariant_form
 from peft_kernels.lora.rows.problem import Gradients, Inputs, LoraRowsProblem, Needs
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The rows of a slot.
-
-    Attributes:
-        slot: its number.
-        runs: (first row, count) of neighbours.
-        of_s: where they are in S.
-        rows: their indices, where they are not all neighbours.
-        mine: (M, 1) bool, where only the device knows them; the part is then of all rows.
-    """
-
-    slot: int
-    runs: tuple[tuple[int, int], ...]
-    of_s: slice
-    rows: Tensor | None = None
-    mine: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        return sum(count for _, count in self.runs)
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """Its rows of a tensor, to be read; a view where they are neighbours."""
-        if self.mine is not None:
-            return torch.where(self.mine, tensor, 0.0)
-        return self._neighbours(tensor) if self.rows is None else tensor.index_select(0, self.rows)
-
-    def take_apart(self, tensor: Tensor) -> Tensor:
-        """The same to be changed, and given back to ``put``."""
-        return tensor.clone() if self.mine is not None else self.take(tensor)
-
-    def put(self, tensor: Tensor, rows: Tensor) -> None:
-        """Write what ``take_apart`` returned to its rows of a tensor."""
-        if self.mine is not None:
-            tensor.copy_(torch.where(self.mine, rows, tensor))
-        elif self.rows is not None:
-            tensor.index_copy_(0, self.rows, rows)
-
-    def take_from_s(self, s: Tensor, columns: slice) -> Tensor:
-        return self.alone(s[self.of_s, columns])
-
-    def alone(self, rows: Tensor) -> Tensor:
-        """Rows of the part without what an adapter that is nan made of others' zeros."""
-        return rows if self.mine is None else torch.where(self.mine, rows, 0.0)
-
-    def put_into_s(self, s: Tensor, columns: slice, rows: Tensor) -> None:
-        part = s[self.of_s, columns]
-        part.copy_(rows if self.mine is None else torch.where(self.mine, rows, part))
-
-    def _neighbours(self, tensor: Tensor) -> Tensor:
-        ((first, count),) = self.runs
-        return tensor[first : first + count]
 
 
 @dataclass(frozen=True)
@@ -104,7 +50,7 @@ def forward(problem: LoraRowsProblem, inputs: Inputs) -> tuple[Tensor, ...]:
         rows = part.take(x)
         for update in facts.updates(part, rows):
             of_rows = steps.down(update.linear, update.call)
-            part.put_into_s(s, update.columns, of_rows)
+            part.put_ordered(s[:, update.columns], of_rows)
             y = ys[problem.members[update.index]]
             some = part.take_apart(y)
             steps.add_update(update.linear, some, of_rows, update.call.lora_b.t(), update.call.scale)
@@ -159,7 +105,7 @@ def _add_slots(
             dy, a, b = of_dys.get(problem.members[update.index]), da[update.index], db[update.index]
             if dy is None:
                 continue
-            some = None if b is None else part.take_from_s(s, update.columns)
+            some = None if b is None else part.take_ordered(s[:, update.columns])
             asked = LinearNeeds(needs_ds, False, needs_ds, b is not None, False)
             ds, of_b = steps.grad_up(update.linear, update.call, some, dy, asked)
             if b is not None and of_b is not None:
@@ -189,26 +135,8 @@ def _of_live(gradients: list[Tensor | None], live: list[int]) -> Iterator[Tensor
     return (gradient if index in live else None for index, gradient in enumerate(gradients))
 
 
-def _parts(problem: LoraRowsProblem, inputs: Inputs) -> Iterator[_Part]:
-    """Each slot that has rows."""
-    if inputs.runs is None:
-        slot = inputs.slot.unsqueeze(1)
-        for t in range(problem.slots):
-            yield _Part(t, ((0, problem.m),), slice(0, problem.m), mine=slot == t)
-        return
-    by_slot: dict[int, list[tuple[int, int]]] = {}
-    for t, first, count in inputs.runs.tolist():
-        if count:
-            by_slot.setdefault(t, []).append((first, count))
-    # The rows of no slot come first.
-    start = problem.m - sum(count for runs in by_slot.values() for _, count in runs)
-    order: Tensor | None = None
-    for t, runs in by_slot.items():
-        end = start + sum(count for _, count in runs)
-        if len(runs) > 1:
-            order = inputs.order.long() if order is None else order
-        yield _Part(t, tuple(runs), slice(start, end), None if len(runs) == 1 or order is None else order[start:end])
-        start = end
+def _parts(problem: LoraRowsProblem, inputs: Inputs) -> Iterator[Part]:
+    return parts_of(problem.slots, inputs.slot, inputs.order, inputs.runs)
 
 
 class _Facts:
@@ -221,7 +149,7 @@ class _Facts:
         is_cpu = problem.device.type == "cpu"
         self.scales = [scales.tolist() if is_cpu else list(scales.unbind()) for scales in inputs.scales]
 
-    def updates(self, part: _Part, rows: Tensor | None) -> Iterator[_Update]:
+    def updates(self, part: Part, rows: Tensor | None) -> Iterator[_Update]:
         """Those that the slot takes part in."""
         problem, inputs, t = self.problem, self.inputs, part.slot
         for index, (first, rank, threshold) in enumerate(self._of_slot(t)):
