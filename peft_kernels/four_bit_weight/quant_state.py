@@ -29,8 +29,9 @@ class QuantizedWeight(NamedTuple):
 def from_quant_state(packed: Any, quant_state: Any = None) -> QuantizedWeight:
     """Read a weight of bitsandbytes, a ``Params4bit`` or a tensor with its ``QuantState``; that is not imported.
 
-    Nothing is copied, so the arguments hold as long as the layer keeps its weight; whoever moves it reads it again.
-    It compares the state's own table with the format's, for which a GPU is waited: call it once, not in each step.
+    Nothing is copied but statistics of half precision. The arguments hold as long as the layer keeps its weight;
+    whoever moves it reads it again. The state's own table is compared with the format's, for which a GPU is waited:
+    call it once, not in each step.
 
     Args:
         packed: the weight, of any dtype of storage.

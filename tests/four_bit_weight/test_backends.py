@@ -86,7 +86,7 @@ def test_a_lazy_sign_is_read(backend: str) -> None:
         assert torch.equal(got, _call(case, tensors, backend))
 
 
-@pytest.mark.parametrize("piece", [16, 100, 4096])
+@pytest.mark.parametrize("piece", [16, 100, 256, 4096])
 @pytest.mark.parametrize("second", [0, 3])
 def test_pieces_are_joined(piece: int, second: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a piece is shorter than a block, and ends within a nested one."""
