@@ -40,7 +40,7 @@ def test_e2m1_by_hand() -> None:
 
 
 def test_nf4_is_made_of_quantiles() -> None:
-    """Of a normal distribution (QLoRA's equation 4), eight above zero and seven below, over the largest.
+    """Of a normal distribution: eight above zero and seven below, over the largest.
 
     bitsandbytes' offset from the ends is 0.9677083; its numbers are torch's quantiles to float32's last bits.
     """
