@@ -43,6 +43,7 @@ Map, bottom to top:
         op.py              the public function, and the declaration that makes it an operator
     group/                 the operator `lora_group`: several frozen weights that share x, in the same files
     rows/                  the operator `lora_rows`: adapters by row, what `rows=` of the others runs
+    members.py             what these two have in common
     slots.py               a layer with slots for adapters, and its call
     bank.py                the adapters in them: which are in a slot, who makes room, what is copied when
     qualification.py       the problems by which a machine checks the kernels

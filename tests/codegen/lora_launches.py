@@ -15,6 +15,7 @@ from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.dropout import Rows
 from peft_kernels.lora.linear import triton_impl
 from peft_kernels.lora.linear.problem import Inputs, Needs, make_problem
+from peft_kernels.lora.members import Needs as MembersNeeds
 from peft_kernels.lora.rows import op as rows_op
 from peft_kernels.lora.rows import problem as rows_problem
 from peft_kernels.lora.rows import triton_impl as rows_impl
@@ -156,7 +157,7 @@ def _launch_group(dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ..
     problem = group_problem.make_problem(inputs)
     *ys, s = group_impl.forward(problem, inputs)
     every, none = (True,) * count, (False,) * count
-    needs = group_problem.Needs(x=True, weights=none, biases=none, lora_a=every, lora_b=every)
+    needs = MembersNeeds(x=True, weights=none, biases=none, lora_a=every, lora_b=every)
     group_impl.backward(problem, inputs, s, [torch.empty_like(y) for y in ys], needs)
 
 
@@ -193,7 +194,7 @@ def _launch_rows(
     problem = dataclasses.replace(rows_problem.make_problem(inputs), row_invariant=row_invariant)
     *ys, s = rows_impl.forward(problem, inputs)
     every, none = (True,) * members, (False,) * members
-    needs = rows_problem.Needs(x=True, weights=none, biases=none, lora_a=every, lora_b=every)
+    needs = MembersNeeds(x=True, weights=none, biases=none, lora_a=every, lora_b=every)
     rows_impl.backward(problem, inputs, s, [torch.empty_like(y) for y in ys], needs)
 
 

@@ -18,9 +18,10 @@ from peft_kernels import UnsupportedError
 from peft_kernels._core.device import INTERPRETER
 from peft_kernels._core.triton_tools import why_not_environment
 from peft_kernels.lora.kernels import config
+from peft_kernels.lora.members import Needs
 from peft_kernels.lora.rows import triton_impl
 from peft_kernels.lora.rows.op import OPERATOR, rows_call, table_of
-from peft_kernels.lora.rows.problem import Inputs, Needs
+from peft_kernels.lora.rows.problem import Inputs
 from python_ref import compare
 from tests.contract.draw import MATRIX_LAYOUTS, laid_out
 from tests.lora.slot_calls import BF16, DTYPES, FP16, FP32, SEED, Call, Case, assert_exact, make, shuffled

@@ -15,10 +15,11 @@ from torch import Tensor
 from peft_kernels._core import extension
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.qualification import Qualification
-from peft_kernels.lora.group.problem import Gradients, Inputs, LoraGroupProblem, Needs
+from peft_kernels.lora.group.problem import Inputs, LoraGroupProblem
 from peft_kernels.lora.linear import cuda_impl
 from peft_kernels.lora.linear.problem import Gradients as LinearGradients
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
+from peft_kernels.lora.members import Gradients, Needs
 
 _LINEAR = cuda_impl.IMPLEMENTATION
 

@@ -78,26 +78,6 @@ class Inputs(NamedTuple):
         )
 
 
-class Needs(NamedTuple):
-    """Which gradients a backward pass is asked for."""
-
-    x: bool
-    weights: tuple[bool, ...]
-    biases: tuple[bool, ...]
-    lora_a: tuple[bool, ...]
-    lora_b: tuple[bool, ...]
-
-
-class Gradients(NamedTuple):
-    """Gradients of one call, None where not asked for; shapes and dtypes are those of ``Inputs``."""
-
-    x: Tensor | None
-    weights: tuple[Tensor | None, ...]
-    biases: tuple[Tensor | None, ...]
-    lora_a: tuple[Tensor | None, ...]
-    lora_b: tuple[Tensor | None, ...]
-
-
 @dataclass(frozen=True)
 class LoraGroupProblem:
     """The facts that choose a backend and its configs.

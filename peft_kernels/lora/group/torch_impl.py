@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels.lora.group.problem import Gradients, Inputs, LoraGroupProblem, Needs
+from peft_kernels.lora.group.problem import Inputs, LoraGroupProblem
 from peft_kernels.lora.linear import torch_steps as steps
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
 from peft_kernels.lora.linear.problem import LoraLinearProblem
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
 from peft_kernels.lora.linear.torch_impl import row_invariant_form
+from peft_kernels.lora.members import Gradients, Needs
 
 
 def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:

@@ -10,12 +10,13 @@ from torch import Tensor
 from peft_kernels._core import triton_tools
 from peft_kernels._core.dispatch import ROW_INVARIANT, Implementation
 from peft_kernels.lora import qualification
-from peft_kernels.lora.group.problem import Gradients, Inputs, LoraGroupProblem, Needs
+from peft_kernels.lora.group.problem import Inputs, LoraGroupProblem
 from peft_kernels.lora.kernels import config
 from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Lanes
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
 from peft_kernels.lora.linear.problem import of_row_invariant
 from peft_kernels.lora.linear.triton_impl import Launches, add_base, base, base_gradient
+from peft_kernels.lora.members import Gradients, Needs
 
 Run = tuple[int, ...]
 Term = tuple[Tensor, Tensor, float | Tensor]

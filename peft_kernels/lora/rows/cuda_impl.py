@@ -18,9 +18,10 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.qualification import Qualification, dtype_name, dtypes_of
 from peft_kernels.lora.kernels import cuda_decode
 from peft_kernels.lora.kernels.config import decode_config
+from peft_kernels.lora.members import Gradients, Needs
 from peft_kernels.lora.qualification import ROWS, RowsCase
 from peft_kernels.lora.rows import torch_impl
-from peft_kernels.lora.rows.problem import Gradients, Inputs, LoraRowsProblem, Needs
+from peft_kernels.lora.rows.problem import Inputs, LoraRowsProblem
 
 HALVES = (torch.bfloat16, torch.float16)
 VECTOR = 8  # half-precision elements in 16 bytes

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import checks
-from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
 from peft_kernels._core.slots import Scales, check_ranks, firsts_of, scales_of, tensor_of
+from peft_kernels.lora import members
 from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.members import Needs
 from peft_kernels.lora.rows import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.rows.composite import composite
 from peft_kernels.lora.rows.native import native
-from peft_kernels.lora.rows.problem import NAME, Gradients, Inputs, LoraRowsProblem, Needs, make_problem
+from peft_kernels.lora.rows.problem import NAME, Inputs, LoraRowsProblem, make_problem
 
 Probabilities = float | Sequence[float]
 
@@ -88,7 +89,7 @@ def rows_call(
     if not isinstance(rows, Rows):
         raise ValueError(f"{NAME}: rows must be a Rows, as Rows.of makes it, got {type(rows).__name__}")
     if isinstance(x, Tensor):
-        x, weights, biases, updates = _autocast(x, weights, biases, updates)
+        x, weights, biases, updates = members.cast_for_autocast(x, weights, biases, updates)
     seed_tensor: Tensor | None = None
     if any(update.table.drops for update in updates):
         seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device, NAME)
@@ -185,87 +186,14 @@ def table_of(
     return Table(there, host, max(found, default=0), any(limits))
 
 
-def _autocast(
-    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], updates: Sequence[SlotUpdate]
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], Sequence[SlotUpdate]]:
-    """Cast what F.linear would cast; float32 adapters stay."""
-    dtype = autocast_dtype(x.device.type)
-    if dtype is None or x.dtype == torch.float64:
-        return x, weights, biases, updates
-    return (
-        x.to(dtype),
-        tuple([weight.to(dtype) for weight in weights]),
-        tuple([None if bias is None else bias.to(dtype) for bias in biases]),
-        [
-            update
-            if update.lora_a.dtype == torch.float32
-            else update._replace(lora_a=update.lora_a.to(dtype), lora_b=update.lora_b.to(dtype))
-            for update in updates
-        ],
-    )
-
-
-def _forward(problem: LoraRowsProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
-    flat = call if call.x.dim() == 2 else call._replace(x=call.x.reshape(problem.m, problem.k))
-    with without_autocast(problem.device.type):
-        *ys, s = implementation.forward(problem, flat)
-    leading = call.x.shape[:-1]
-    return *(ys if flat is call else [y.view(*leading, n) for y, n in zip(ys, problem.n, strict=True)]), s
-
-
-def _backward(
-    problem: LoraRowsProblem,
-    call: Inputs,
-    kept: tuple[Tensor],
-    dys: Sequence[Tensor | None],
-    needs: Needs,
-    implementation: Implementation,
-) -> Gradients:
-    flat = call if call.x is None else call._replace(x=call.x.reshape(problem.m, problem.k))
-    rows = [None if dy is None else dy.reshape(problem.m, n) for dy, n in zip(dys, problem.n, strict=True)]
-    with without_autocast(problem.device.type):
-        gradients: Gradients = implementation.backward(problem, flat, *kept, rows, needs)
-    if gradients.x is None:
-        return gradients
-    leading = next(dy.shape[:-1] for dy in dys if dy is not None)
-    return gradients._replace(x=gradients.x.view(*leading, problem.k))
-
-
 def _results(problem: LoraRowsProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
-    ys = [call.x.new_empty((*call.x.shape[:-1], n)) for n in problem.n]
-    return *ys, call.x.new_empty((problem.m, sum(problem.widths)), dtype=problem.wide_dtype)
+    return members.results(problem, call, sum(problem.widths))
 
 
 def _reads(needs: Needs) -> Iterable[str]:
     if needs.x or any(needs.lora_a) or any(needs.lora_b):
         yield from ("tables", "host_tables", "scales", "slot", "order", "first", "runs")
-    if needs.x or any(needs.lora_a):
-        yield from ("seed", "lora_b")
-    if needs.x:
-        yield from ("weights", "lora_a")
-    if any(needs.weights) or any(needs.lora_a):
-        yield "x"
-    if any(needs.lora_b):
-        yield "s"
-
-
-def _reached(call: Inputs, needs: Needs, dys: Sequence[Tensor | None]) -> Needs:
-    """A member whose output nothing is computed from has no gradients."""
-    there = [dy is not None for dy in dys]
-    if all(there):
-        return needs
-    of_updates = [there[member] for member in call.members]
-
-    def both(needed: Sequence[bool], there: Sequence[bool]) -> tuple[bool, ...]:
-        return tuple(need and is_there for need, is_there in zip(needed, there, strict=True))
-
-    return Needs(
-        needs.x,
-        both(needs.weights, there),
-        both(needs.biases, there),
-        both(needs.lora_a, of_updates),
-        both(needs.lora_b, of_updates),
-    )
+    yield from members.reads(needs)
 
 
 OPERATOR = Operator(
@@ -274,13 +202,13 @@ OPERATOR = Operator(
     needs=Needs,
     implementations=(cuda_impl.IMPLEMENTATION, triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
-    forward=_forward,
-    backward=_backward,
+    forward=members.forward,
+    backward=members.backward,
     results=_results,
     composite=composite,
     reads=_reads,
     native=native,
-    reached=_reached,
+    reached=members.reached,
     varying=("m",),
     kept=("s",),
     activations=("x",),

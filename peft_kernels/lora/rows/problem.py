@@ -87,29 +87,6 @@ class Inputs(NamedTuple):
     seed: Tensor | None
 
 
-class Needs(NamedTuple):
-    """Which gradients a backward pass is asked for."""
-
-    x: bool
-    weights: tuple[bool, ...]
-    biases: tuple[bool, ...]
-    lora_a: tuple[bool, ...]
-    lora_b: tuple[bool, ...]
-
-
-class Gradients(NamedTuple):
-    """Gradients of one call, None where not asked for; shapes and dtypes are those of ``Inputs``.
-
-    A slot without rows has zeros in those of the factors.
-    """
-
-    x: Tensor | None
-    weights: tuple[Tensor | None, ...]
-    biases: tuple[Tensor | None, ...]
-    lora_a: tuple[Tensor | None, ...]
-    lora_b: tuple[Tensor | None, ...]
-
-
 @dataclass(frozen=True)
 class LoraRowsProblem:
     """The facts that choose a backend and its configs; ranks, scales, thresholds and rows of slots are none of them.

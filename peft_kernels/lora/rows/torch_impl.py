@@ -24,7 +24,8 @@ from peft_kernels.lora.linear.problem import Inputs as LinearInputs
 from peft_kernels.lora.linear.problem import LoraLinearProblem
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
 from peft_kernels.lora.linear.torch_impl import row_invariant_form
-from peft_kernels.lora.rows.problem import Gradients, Inputs, LoraRowsProblem, Needs
+from peft_kernels.lora.members import Gradients, Needs
+from peft_kernels.lora.rows.problem import Inputs, LoraRowsProblem
 
 
 @dataclass(frozen=True)

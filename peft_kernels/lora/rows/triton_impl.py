@@ -21,7 +21,8 @@ from peft_kernels.lora.kernels import config
 from peft_kernels.lora.kernels.dropout import Lanes
 from peft_kernels.lora.linear.problem import of_row_invariant
 from peft_kernels.lora.linear.triton_impl import add_base, base, base_gradient
-from peft_kernels.lora.rows.problem import FIRST, RANK, Gradients, Inputs, LoraRowsProblem, Needs
+from peft_kernels.lora.members import Gradients, Needs
+from peft_kernels.lora.rows.problem import FIRST, RANK, Inputs, LoraRowsProblem
 
 Run = tuple[int, ...]
 
