@@ -35,6 +35,7 @@ def test_json_names_every_family_and_backend() -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     names = {
+        "adapter_rows",
         "bottleneck_adapter",
         "four_bit_dequantize",
         "lora_group",
