@@ -193,6 +193,7 @@ def _as_group(
     x: Tensor, members: Sequence[Sequence[Tensor]], scale: float, p: float, seed: Tensor | None, dys: Sequence[Tensor]
 ) -> tuple[Passes, Callable[[Any], int]]:
     from peft_kernels.lora.group import op, problem, triton_impl
+    from peft_kernels.lora.members import Needs
 
     count = len(members)
     weights, factors_a, factors_b = (tuple([part.detach() for part in parts]) for parts in zip(*members, strict=True))
@@ -200,7 +201,7 @@ def _as_group(
     call = problem.Inputs(
         x, weights, (None,) * count, factors_a, factors_b, (scale,) * count, lanes, (p,) * count, lanes, seed
     )
-    needs = problem.Needs(True, (False,) * count, (False,) * count, (True,) * count, (True,) * count)
+    needs = Needs(True, (False,) * count, (False,) * count, (True,) * count, (True,) * count)
     here = _by_triton(triton_impl, problem, call, lambda kept: (*kept, dys, needs), outputs=count)
     return here, _keeps(op.OPERATOR, call, needs, ("x",))
 
