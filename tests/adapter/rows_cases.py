@@ -271,7 +271,8 @@ OPERATOR = Operator(
     oracle=_oracle,
     # The narrowest bottleneck's bias, whose gradient has all other errors in it.
     draws=lambda case: min(8, 240 // sum(case.ranks)),
-    budget=tuple(itertools.product(GRID, VARIANTS)),
+    # The interpreter takes long.
+    budget=tuple((case, name) for name in VARIANTS for case in (GRID if name == "torch" else GRID[::3])),
     exact=st.builds(
         lambda dtypes, **rest: Case(dtype=dtypes[0], adapter_dtype=dtypes[1], scale=0.5, **rest),
         **{size: st.integers(1, 40) for size in "mnk"},
