@@ -278,7 +278,7 @@ OPERATOR = Operator(
         ({"scale": torch.ones(3)}, r"scale must be a float, or a floating one for each slot, \(2,\), got"),
         ({"scale": [1.0, 2.0, 3.0]}, r"scale must be a float, or one for each slot, \(2,\), got 3"),
         ({"scale": "1"}, "scale must be a float or a 0-d floating tensor, got str"),
-        ({"ranks": (-1, 6)}, "ranks must be a sequence of ints of at least 0"),
+        ({"ranks": (-1, 6)}, "with rows, ranks must be a sequence of ints of at least 0"),
         ({"ranks": None}, "with rows, ranks must be a sequence of each slot's, got None"),
         ({"ranks": (2, 2, 1)}, "ranks must be one for each of the rows' 2 slots, got 3"),
         ({"rows": [0, 1, -1]}, "rows must be a Rows, as Rows.of makes it, got list"),
