@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +23,23 @@ from tests.lora.banks import (
 )
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
 @pytest.mark.slow
 def test_a_thousand_adapters_come_and_go() -> None:
+    """In a process of its own: what other tests have left behind comes and goes, too."""
+    code = "from tests.lora.test_bank_lifetime import come_and_go; come_and_go()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def come_and_go() -> None:
     """Nothing is left of them: not an object, not a byte of Python's, and not a tensor."""
     store = make_store()
     store.add("stays", make_adapter(0))
 
-    def come_and_go(first: int, count: int) -> None:
+    def some(first: int, count: int) -> None:
         for number in range(first, first + count):
             store.add(f"adapter{number}", make_adapter(number))
             store.use([f"adapter{number}", "stays"])
@@ -35,11 +48,11 @@ def test_a_thousand_adapters_come_and_go() -> None:
 
     tracemalloc.start()
     try:
-        come_and_go(0, 500)
+        some(0, 500)
         gc.collect()
         objects, host, tensors = len(gc.get_objects()), store.host_nbytes, storage_bytes()
         before = tracemalloc.get_traced_memory()[0]
-        come_and_go(500, 1000)
+        some(500, 1000)
         gc.collect()
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
