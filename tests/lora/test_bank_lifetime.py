@@ -22,7 +22,6 @@ from tests.lora.banks import (
     storage_bytes,
 )
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
