@@ -56,7 +56,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test quick test-adapterhub test-oldest codegen lint format docs demo bench report \
+.PHONY: help venv build test quick faults test-adapterhub test-oldest codegen lint format docs demo bench report \
   gpu gpu-first gpu-tests gpu-bench gpu-sanitize gpu-cache clean
 
 help:
@@ -97,7 +97,11 @@ $(STAMP): setup.py setup_ninja.py pyproject.toml $(CSRC) $(VENV_STAMP)
 
 ## test     run the tests; skipped ones are listed with their reasons
 test: build
-	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m "not faults" $(PYTEST_ARGS)
+
+## faults   put faults into the CUDA kernels, one at a time: the tests' own test, for who changes either
+faults: build
+	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m faults $(PYTEST_ARGS)
 
 # Without compiles, the emulator, inductor, the demo, the benchmarks and what starts other processes; Triton's interpreter
 # takes long, and the exact tests of one path say most. What is left says within minutes whether the code still works.

@@ -286,7 +286,7 @@ OPERATOR = Operator(
         is_hidden=st.booleans(),
         layout=st.sampled_from(MATRIX_LAYOUTS),
     ),
-    exact_draws=50,
+    exact_draws=12,
     exact_examples=(
         Case(residual="tensor", scale=0.5),
         Case(m=1, n=1, k=1, ranks=(1,), order="alone", scale=0.5),

@@ -236,7 +236,7 @@ OPERATOR = Operator(
         bias=st.booleans(),
         layout=st.sampled_from(MATRIX_LAYOUTS),
     ),
-    exact_draws=40,
+    exact_draws=12,
     exact_examples=(
         Case(scale=0.5),
         Case(2, 1, 1, (1, 1), pattern="own", scale=0.5),
