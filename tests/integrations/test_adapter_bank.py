@@ -274,12 +274,13 @@ def test_a_thousand_adapters_come_and_go(saved: tuple[nn.Module, dict[str, Path]
             bank.use(["plain"])
             bank.remove(str(number))
 
-    come_and_go(5)
+    come_and_go(50)
     gc.collect()
     objects, host, tensors = len(gc.get_objects()), bank.host_nbytes, storage_bytes()
     come_and_go(1000)
     gc.collect()
-    assert len(gc.get_objects()) - objects < 100
+    # One that is left of each would be a thousand; a process that runs other tests too makes some of its own.
+    assert len(gc.get_objects()) - objects < 500
     assert bank.host_nbytes == host
     assert storage_bytes() == tensors
 

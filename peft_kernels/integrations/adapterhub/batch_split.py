@@ -110,12 +110,9 @@ def _why_not(layer: Any, setup: Any) -> str | None:
             return rules.BATCH_BLOCK(block=type(child).__name__)
         if child not in layer.adapters:
             return rules.BATCH_ABSENT(adapter=child)
-    for step in _REPLACED_STEPS:
-        if getattr(library_class(layer), step) is not getattr(BottleneckLayer, step) or step in vars(layer):
-            return rules.REPLACED(method=step)
-    replaced = _OWN.replaced()
+    replaced = _replaced_step(layer)
     if replaced is not None:
-        return rules.REPLACED(method=replaced)
+        return rules.BATCH_REPLACED(method=replaced)
     adapters = [layer.adapters[name] for name in setup]
     for adapter in adapters:
         reason = why_not_adapter(adapter)
@@ -125,6 +122,13 @@ def _why_not(layer: Any, setup: Any) -> str | None:
     if len(kinds) > 1 or len({parameters_of(adapter)[0].dtype for adapter in adapters}) > 1:
         return rules.BATCH_UNLIKE(kinds=", ".join(sorted(kinds)))
     return None
+
+
+def _replaced_step(layer: Any) -> str | None:
+    for step in _REPLACED_STEPS:
+        if getattr(library_class(layer), step) is not getattr(BottleneckLayer, step) or step in vars(layer):
+            return step
+    return _OWN.replaced()
 
 
 def _fused(adapters: Sequence[Any], batch_sizes: tuple[int, ...], state: Any) -> Any:

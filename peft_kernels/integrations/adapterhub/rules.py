@@ -70,6 +70,10 @@ BATCH_OTHER = SUPPORT.rule(
     "BatchSplit with an adapter that is not fused: an operation for each that is",
     "of an adapter of BatchSplit's {reason}, so each adapter runs by itself",
 )
+BATCH_REPLACED = SUPPORT.rule(
+    "BatchSplit where another tool replaced a method that composes it",
+    "{method} was replaced, so each adapter of BatchSplit's runs by itself",
+)
 BATCH_UNLIKE = SUPPORT.rule(
     "BatchSplit of adapters of several kinds, activations or dtypes: an operation for each",
     "BatchSplit's adapters are {kinds}, so each runs by itself",
