@@ -60,6 +60,8 @@ def backward(
     live = tuple(index for index, member in enumerate(problem.members) if dys[member] is not None)
     # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
     needs_ds = needs.x or any(needs.lora_a[index] for index in live)
+    if not needs_ds and not any(needs.lora_b[index] for index in live):
+        live = ()
     columns = _packed(problem, live)
     width = sum(problem.widths[index] for index in live)
     ds = torch.empty(problem.m, width if needs_ds else 0, dtype=torch.float32, device=problem.device)
@@ -125,7 +127,8 @@ class _Launches(NamedTuple):
             bwd=bwd,
             hardware=hardware(problem.device),
             plan=fwd.Plan(inputs.order, inputs.first),
-            multiples=tuple(map(_multiple, inputs.host_tables)),
+            # Where no gradient asks for them, tables are not there.
+            multiples=tuple(1 if table is None else _multiple(table) for table in inputs.host_tables),
         )
 
     def kind(self, index: int) -> Hashable:
@@ -179,7 +182,8 @@ class _Launches(NamedTuple):
         # Partial sums of dS would be added by torch, in an order that may depend on how many rows there are.
         if config.reads_dy_once(width) and not (problem.row_invariant and ds is not None):
             chosen = self._chosen(config.rows_narrow_and_reduce_config, dy.dtype, exact, sizes=(dy.shape[1], width))
-            lane = self._lane(index, b)
+            # dB alone reads no B, which may not be there.
+            lane = self._lane(index, db if b is None else b)
             self.bwd.narrow_and_reduce(dy, part, lane, self.plan, scales, exact, chosen, ds, db)
             return
         if ds is not None:
