@@ -147,6 +147,20 @@ def bottleneck_config(
     )
 
 
+def bottleneck_by_slot_config(
+    m: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    aligned: bool,
+    hardware: Hardware,
+) -> BottleneckConfig:
+    """As ``bottleneck_config``, where a program's rows are a slot's: on sm_90 a third stage of float32 spills."""
+    chosen = bottleneck_config(m, r, dtype, adapter_dtype, out_dtype, aligned, hardware)
+    return replace(chosen, num_stages=2) if dtype == torch.float32 and hardware.arch == 90 else chosen
+
+
 def narrow_product_config(
     m: int, c: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware
 ) -> NarrowProductConfig:

@@ -103,7 +103,7 @@ def _reduce(
 def _bottleneck_config(problem: AdapterRowsProblem, t: Tensor, out_dtype: torch.dtype) -> config.BottleneckConfig:
     """Of a launch whose first product reads t, and whose second writes ``out_dtype``."""
     facts = problem.m, problem.width, t.dtype, problem.adapter_dtype, out_dtype
-    return triton_tools.chosen(config.bottleneck_config, *facts, tma.tma_can_read(t), hardware(problem.device))
+    return triton_tools.chosen(config.bottleneck_by_slot_config, *facts, tma.tma_can_read(t), hardware(problem.device))
 
 
 def _precisions(problem: AdapterRowsProblem, out_dtype: torch.dtype) -> tuple[bool, str, str]:
