@@ -56,7 +56,7 @@ define build_extension
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test quick faults test-adapterhub test-oldest codegen lint format docs demo bench report \
+.PHONY: help venv build test quick thorough test-adapterhub test-oldest codegen lint format docs demo bench report \
   gpu gpu-first gpu-tests gpu-bench gpu-sanitize gpu-cache clean
 
 help:
@@ -97,11 +97,11 @@ $(STAMP): setup.py setup_ninja.py pyproject.toml $(CSRC) $(VENV_STAMP)
 
 ## test     run the tests; skipped ones are listed with their reasons
 test: build
-	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m "not faults" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m "not thorough" $(PYTEST_ARGS)
 
-## faults   put faults into the CUDA kernels, one at a time: the tests' own test, for who changes either
-faults: build
-	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m faults $(PYTEST_ARGS)
+## thorough run what takes minutes and says again, in more cases, what test says: faults in device code, witnesses, sweeps
+thorough: build
+	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m thorough $(PYTEST_ARGS)
 
 # Without compiles, the emulator, inductor, the demo, the benchmarks and what starts other processes; Triton's interpreter
 # takes long, and the exact tests of one path say most. What is left says within minutes whether the code still works.
@@ -112,7 +112,7 @@ NOT_QUICK_PATHS := $(foreach path,benchmarks codegen examples on_gpu simt soak c
 
 ## quick    run the tests that take no more than seconds each
 quick: build
-	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m "not slow" -k "not ($(NOT_QUICK))" $(NOT_QUICK_PATHS) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests -n $(WORKERS) --dist worksteal -m "not slow and not thorough" -k "not ($(NOT_QUICK))" $(NOT_QUICK_PATHS) $(PYTEST_ARGS)
 
 ## test-adapterhub  run the tests that need AdapterHub, in .venv-adapterhub, which it creates
 test-adapterhub: $(ADAPTERHUB_STAMP)

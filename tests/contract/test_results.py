@@ -59,7 +59,10 @@ def test_error_budget_of_other_strides(operator: Operator, case: Any, layout: st
 def test_exact_in_every_shape_stride_and_dtype(operator: Operator, variant: str, device: torch.device) -> None:
     """Integers leave nothing to round, so nothing may differ from the oracle, whatever the order of the sums."""
 
-    @settings(max_examples=operator.exact_draws, deadline=None)
+    draws = operator.exact_draws
+
+    # Triton's interpreter takes much longer, and each run draws others.
+    @settings(max_examples=max(draws // 4, 8) if variant.startswith("triton") else draws, deadline=None)
     @given(case=operator.exact, seed=st.integers(0, 100))
     def check(case: Any, seed: int) -> None:
         tensors, dy = operator.make_exact(case, device, seed)

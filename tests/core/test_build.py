@@ -184,6 +184,7 @@ def test_host_part_is_what_needs_no_cuda(tmp_path: Path) -> None:
     assert not [flag for flag in shlex.split(flags) if flag.startswith(("-m", "-DPEFT_KERNELS_CUDA"))]
 
 
+@pytest.mark.thorough
 def test_host_part_by_the_real_compiler(tmp_path: Path) -> None:
     """It imports with neither torch nor CUDA, and drops."""
     if shutil.which("c++") is None:

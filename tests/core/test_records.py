@@ -234,6 +234,7 @@ def _start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", program, *arguments])
 
 
+@pytest.mark.thorough
 def test_processes_lose_nothing_of_each_other(tmp_path: Path) -> None:
     writers = [_start(_WRITE.format(machine=tuple(MACHINE)), str(i)) for i in range(3)]
     assert [writer.wait(120) for writer in writers] == [0, 0, 0]

@@ -77,6 +77,7 @@ def test_budget_ends_a_run_and_the_next_goes_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / OUT / "summary.json").read_text())["counts"] == {"passed": 4}
 
 
+@pytest.mark.thorough
 def test_a_test_that_kills_its_process_twice_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
         "import os\ndef test_first(): pass\ndef test_kills(): os._exit(7)\ndef test_last(): pass\n"
@@ -90,6 +91,7 @@ def test_a_test_that_kills_its_process_twice_is_a_failure(tmp_path: Path) -> Non
     assert "test_kills: started twice, and took its process down" in (tmp_path / OUT / "summary.md").read_text()
 
 
+@pytest.mark.thorough
 def test_whoever_runs_slices_learns_that_a_process_died(tmp_path: Path) -> None:
     """Its status is the dead process's own, which may be any; there is more to do."""
     (tmp_path / "test_it.py").write_text("import os\ndef test_kills(): os._exit(1)\ndef test_last(): pass\n")
@@ -106,6 +108,7 @@ def test_whoever_runs_slices_learns_that_a_process_died(tmp_path: Path) -> None:
 SLOW = "import os, time\ndef slow(): time.sleep(0 if os.path.exists('quick') else 99)\n"
 
 
+@pytest.mark.thorough
 def test_a_test_that_overruns_is_the_first_of_the_next_slice(tmp_path: Path) -> None:
     tests = "def test_first(): time.sleep(5.5)\ndef test_long(): slow()\ndef test_last(): pass\n"
     (tmp_path / "test_it.py").write_text(SLOW + tests)
@@ -135,6 +138,7 @@ def test_a_test_that_hangs_costs_one_slice(tmp_path: Path) -> None:
     assert run(tmp_path, "--budget-s", "100").returncode == 0
 
 
+@pytest.mark.thorough
 def test_durations_are_learned_from_other_states_of_the_sources(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_short(): pass\ndef test_long(): pass\n")
     (tmp_path / OUT).mkdir(parents=True)
@@ -148,6 +152,7 @@ def test_durations_are_learned_from_other_states_of_the_sources(tmp_path: Path) 
     assert outcomes(tmp_path) == {"test_short": "passed", "test_long": "passed"}
 
 
+@pytest.mark.thorough
 def test_a_lost_context_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
         "def test_faults(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
@@ -160,11 +165,13 @@ def test_a_lost_context_ends_the_run(tmp_path: Path) -> None:
     assert outcomes(tmp_path) == {"test_faults": "failed", "test_after": "passed"}
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_collected_is_no_reason_to_run_again(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("import nothing_of_this_name\n")
     assert run(tmp_path).returncode == pytest.ExitCode.INTERRUPTED
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_collected_keeps_nothing_else_from_running(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\n")
     (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
@@ -176,6 +183,7 @@ def test_what_cannot_be_collected_keeps_nothing_else_from_running(tmp_path: Path
         assert "1 failed, 1 passed, 0 not run" in summary
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "change", [{"commit": "older"}, {"sources": "old"}, {"sources": None}, {"versions": {"torch": 1}}]
 )

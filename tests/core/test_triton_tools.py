@@ -102,6 +102,7 @@ assert dot_precision(torch.float32) == "tf32" and dot_precision(torch.bfloat16) 
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "setting",
     [

@@ -24,6 +24,7 @@ def _one_fails(rank: int) -> int:
     return _sum(rank, 0)
 
 
+@pytest.mark.thorough
 def test_a_failure_ends_the_other_process_and_shows_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"(?s)process 1: .*ValueError: the cause"):
         two_processes.run(_one_fails, tmp_path)

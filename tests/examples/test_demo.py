@@ -154,6 +154,7 @@ def test_every_method_is_found() -> None:
     assert len(found) == len(files) == len({method.name for method in found})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", [method for method in methods.discover() if method.fused], ids=lambda m: m.name)
 def test_both_models_start_alike_and_a_wrong_scale_is_seen(
     data: task.Task, device: torch.device, method: methods.Method, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +222,7 @@ def test_prompt_is_left_out_of_the_mean_and_padding_too() -> None:
     assert mean_token(hidden, mask).flatten().tolist() == [2.5, 6.0, 10.5, 14.0]
 
 
+@pytest.mark.thorough
 def test_model_of_two_tasks_answers_as_two_models(data: task.Task, device: torch.device, tmp_path: Path) -> None:
     """And the check sees a switch that leaves an adapter where it was."""
     texts = Texts(data.test[:16], device)
@@ -334,6 +336,7 @@ def test_the_title_says_which_backend_ran() -> None:
     assert report.Report({"device": "CPU"}).title == "on CPU; nothing fused"
 
 
+@pytest.mark.thorough
 def test_one_method_alone(data: task.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not LoRA: no second task, and no switch."""
     few = task.Task(data.train[:32], data.validation[:8], data.test[:8])

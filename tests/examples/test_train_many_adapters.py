@@ -30,6 +30,7 @@ def test_a_short_run_trains_as_one_after_another(tmp_path: Path, capsys: pytest.
     assert "training" in printed.err
 
 
+@pytest.mark.thorough
 def test_another_adapter_s_mean_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

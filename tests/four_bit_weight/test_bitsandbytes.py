@@ -64,7 +64,7 @@ def test_bits_are_theirs(backend: str, kind: str, dtype: torch.dtype, nested: bo
         _assert_same(*_quantized(shape, dtype, **options), backend)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(3, 700),

@@ -12,7 +12,7 @@ from tests.lora.cases import Case, make, make_exact, run_oracle
 from tests.simt import build, faults
 from tests.simt.faults import Fault
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.faults]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.thorough]
 
 CPU = torch.device("cpu")
 PLAIN, WIDE = "__nv_bfloat16, __nv_bfloat16", "__nv_bfloat16, float"

@@ -13,7 +13,7 @@ from tests.lora.simt_decode_rows import Case, expected, make_exact
 from tests.simt import build, faults
 from tests.simt.faults import Fault
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.faults]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.thorough]
 
 PLAIN = "__nv_bfloat16, __nv_bfloat16"
 # Of four tiles that could be chosen three are, two of W, splits of each, a last chunk that is cut off, and more units

@@ -16,7 +16,7 @@ from tests.simt.faults import Fault
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.faults]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.thorough]
 
 # Faults: the text that is replaced, what replaces it, and which kernel must see it. In one program, each in a namespace
 # of its own, because compiling one more costs a second and compiling another program five.

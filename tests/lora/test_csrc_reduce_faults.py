@@ -14,7 +14,7 @@ from tests.lora.test_csrc_reduce import assert_as_expected, draw, unit_rows, wil
 from tests.simt import build, faults
 from tests.simt.faults import Fault
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.faults]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.thorough]
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PLAIN, NARROW = "reduce::Config<__nv_bfloat16, 32, false, false>", "reduce::Config<__nv_bfloat16, 32, false, true>"

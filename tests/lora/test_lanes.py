@@ -146,7 +146,15 @@ SPLIT = ("narrow_product", "reduce_rows")
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-@pytest.mark.parametrize(("dtype", "adapter"), PAIRS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "adapter"),
+    [
+        (BF16, FP32),
+        (FP16, FP16),
+        *(pytest.param(*pair, marks=pytest.mark.thorough) for pair in ((BF16, BF16), (FP32, FP32), (FP16, FP32))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 def test_integers_are_exact(
     ranks: tuple[int, ...], dtype: torch.dtype, adapter: torch.dtype, name: str, device: torch.device
@@ -263,6 +271,7 @@ def test_a_program_writes_its_own_lane_alone(name: str, monkeypatch: pytest.Monk
     assert torch.equal(got[written].double(), exact[written])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize("fault", ["another lane's mask", "one mask for all lanes", "the call's lane", "last block"])
 def test_each_fault_is_seen(fault: str, name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

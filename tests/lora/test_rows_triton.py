@@ -44,12 +44,12 @@ BUDGET = (
             shuffled(30, 0, 21, 19, base=6), 72, (40, 24, 9), (0, 0, 2), ((5, 16, 0, 8), (140, 3, 8, 33), (16,) * 4),
             ((0.3, 0.1, 0.0, 0.5), (0.0, 0.3, 0.3, 0.1), (0.1,) * 4), dtype, (adapter,) * 3,
         )
-        for dtype, adapter in DTYPES
+        for dtype, adapter in ((BF16, FP32), (FP16, FP16))
     ),
     # Few rows and a long reduction: K is split between programs.
     *(
         Case(shuffled(5, 4, 2), 1100, (24, 8), (0, 1), ((5, 20, 8),) * 2, (_P,) * 2, dtype, (adapter,) * 2)
-        for dtype, adapter in ((FP32, FP32), (BF16, FP32))
+        for dtype, adapter in ((BF16, FP32),)
     ),
     Case(shuffled(30, 3, 9, base=5), ps=(_P,), layout="columns", dtype=BF16, adapters=(BF16,)),
     Case(shuffled(30, 3, 9, base=5), ps=(_P,), layout="strided", dtype=BF16, adapters=(FP32,)),
@@ -99,7 +99,7 @@ def _cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(case=_cases(), seed=st.integers(0, 1000))
 def test_integers_are_exact_to_the_bit(case: Case, seed: int) -> None:
     """Whatever the slots, so every index is right."""

@@ -48,6 +48,7 @@ def _run(program: str, folder: Path) -> str:
     return result.stdout.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_launches_find_what_was_compiled_elsewhere(tmp_path: Path) -> None:
     made, there, copied = tmp_path / "made", tmp_path / "far" / "cache", tmp_path / "copied"
     assert _run(f"{COMPILES}\n", made) == "kernels asked for: 0 in the cache, 3 compiled, 0 failed"

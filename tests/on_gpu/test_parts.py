@@ -58,6 +58,7 @@ def test_sanitizer_comes_last_where_time_is_no_matter() -> None:
     assert [part.name for part in parts.everything(OUT, "toy")][-2:] == ["memcheck", "racecheck"]
 
 
+@pytest.mark.thorough
 def test_each_family_s_cuda_kernels_are_asked_and_each_selection_finds_tests() -> None:
     found = {}
     for part in parts.first(OUT, "toy"):

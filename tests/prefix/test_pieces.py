@@ -314,6 +314,7 @@ def test_keys_that_tma_cannot_read_take_the_first_path(shift: int) -> None:
         assert torch.equal(wide[0], triton_impl.forward(problem, inputs)[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", ["flash", "flash both", "cudnn", "efficient both"])
 def test_a_check_runs_its_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an operator of a CPU in the place of a GPU's: what it is given in the backward pass decides the verdict."""

@@ -9,6 +9,7 @@ from tests.contract.operators import assert_close
 from tests.prompt.cases import BACKENDS, OPERATOR, Case, make
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("poison")
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)

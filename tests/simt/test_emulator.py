@@ -314,6 +314,7 @@ def test_reductions(program: Path, x: Tensor, kernel: str) -> None:
     assert y[CTAS:].isnan().all()  # poison
 
 
+@pytest.mark.thorough
 def test_other_stacks(x: Tensor) -> None:
     """What machines other than x86-64 use."""
     program = build.build(PROGRAM, "SIMT_UCONTEXT")

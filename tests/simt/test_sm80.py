@@ -213,6 +213,7 @@ def test_fragments_are_where_the_isa_has_them(transposed: bool) -> None:
     assert torch.equal(run("transposed" if transposed else "matrices", x).view(8, 4, 4, 2), expected.int())
 
 
+@pytest.mark.thorough
 def test_one_of_all_is_the_last() -> None:
     """Whatever the ticket held before: poison, then what the schedule before has left."""
     assert torch.equal(run("last", X), 1000 + X[: CTAS * THREADS].int())

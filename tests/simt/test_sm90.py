@@ -196,6 +196,7 @@ def test_tma_and_tensor_cores_agree(test: str) -> None:
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [

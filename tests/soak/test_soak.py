@@ -57,6 +57,7 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
+@pytest.mark.thorough
 def test_a_few_launches(device: torch.device) -> None:
     """Also the subset for compute-sanitizer, under which a launch takes a hundred times as long."""
     soak(device, count=8, launches=12)

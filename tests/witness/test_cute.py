@@ -15,7 +15,7 @@ from tests.codegen import cubin
 from tests.simt import build
 from tests.witness import cute
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.slow]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.thorough]
 
 ARCH = "90a"
 
