@@ -65,6 +65,7 @@ def test_a_decoder_is_one_graph_for_batches_of_the_same_adapters() -> None:
             assert_close(compiled(tokens()).logits, plain.eval()(tokens(), adapter_names=names).logits)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_compiled_layers_of_a_checkpointed_model(reentrant: bool) -> None:
     """Layers are compiled, and repeated behind the block and another one."""
@@ -85,6 +86,7 @@ def test_compiled_layers_of_a_checkpointed_model(reentrant: bool) -> None:
         assert_same((logits.detach(), gradients(fused)), alone(plain, names, seed))
 
 
+@pytest.mark.thorough
 def test_checkpointing_in_a_graph() -> None:
     fused, plain, _ = pair()
     fused.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -96,6 +98,7 @@ def test_checkpointing_in_a_graph() -> None:
     assert_same((logits.detach(), gradients(fused)), alone(plain))
 
 
+@pytest.mark.thorough
 def test_groups() -> None:
     fused, plain, _ = pair()
     pk.apply(fused, groups=[("q_proj", "k_proj", "v_proj")])
@@ -106,6 +109,7 @@ def test_groups() -> None:
     assert_same((logits.detach(), gradients(fused)), alone(plain))
 
 
+@pytest.mark.thorough
 def test_dropout_in_a_graph() -> None:
     """Each adapter's own p: rows of ar, which drops nothing, are those without dropout."""
     fused, _, _ = pair(p=0.5)

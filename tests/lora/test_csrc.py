@@ -96,6 +96,7 @@ int main(int, char** argv) {
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "rows", "cols", "threads"),
