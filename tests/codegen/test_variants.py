@@ -30,6 +30,7 @@ def _run(what: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["adapter", "lora", "prefix", "wide", "prompt"])
 def test_lengths_of_all_kinds_take_few_variants(family: str) -> None:
     kernels = _run(family)

@@ -65,6 +65,7 @@ def test_a_model_is_one_graph(how: str) -> None:
     assert graphs["lora_group"] == 8
 
 
+@pytest.mark.thorough
 def test_not_observed_is_each_by_itself() -> None:
     plain, call = build_architecture("Llama")
     fused = copy.deepcopy(plain)
@@ -86,7 +87,7 @@ def test_inductor() -> None:
     assert_close(outcome(compiled, fused), outcome(plain, plain))
 
 
-@pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.thorough), P])
 @pytest.mark.parametrize("region", ["reentrant", "non-reentrant"])
 def test_checkpointing(region: str, p: float) -> None:
     """As without groups, torch breaks the graph at a reentrant region and nowhere else."""
@@ -123,6 +124,7 @@ def _written(between: str) -> Callable[[Any, Tensor], Tensor]:
     return forward
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("between", ["x", "a view of x", "another x", "nothing"])
 def test_x_written_between_members(between: str) -> None:
     """What is parked for an x that was written is not taken; where torch cannot say so, it breaks the graph."""

@@ -155,7 +155,11 @@ SPLIT = ("narrow_product", "reduce_rows")
     ],
     ids=str,
 )
-@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize(
+    "ranks",
+    [pytest.param(ranks, marks=[pytest.mark.thorough] * (index % 2)) for index, ranks in enumerate(RANKS)],
+    ids=str,
+)
 def test_integers_are_exact(
     ranks: tuple[int, ...], dtype: torch.dtype, adapter: torch.dtype, name: str, device: torch.device
 ) -> None:
