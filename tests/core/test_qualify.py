@@ -317,6 +317,7 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
         ("lora_linear", "triton", "bfloat16+float32 r16 dropout"),
         ("lora_group", "triton", "bfloat16+float32 r32 dropout"),
         ("lora_rows", "triton", "bfloat16+float32 r32 dropout"),
+        ("lora_update", "triton", "bfloat16+float32 r32 dropout"),
         ("bottleneck_adapter", "triton", "bfloat16 wide r16"),
         ("prefix_attention", "triton", "bfloat16+float32 d16"),
         ("prompt_tuning", "triton", "bfloat16+float32"),
