@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.rows import BASE, Rows
+from peft_kernels.integrations.peft import bases
 from peft_kernels.integrations.peft.by_row import ByRow, of_batch, plan_of, used_in
 from peft_kernels.integrations.peft.eligibility import is_late
 from peft_kernels.integrations.sites import Swapped
@@ -221,7 +222,7 @@ def _layers(model: Any, names: Any) -> list[Any]:
         raise UnsupportedError("mixed_batch: not under nn.DataParallel, whose replicas see parts of the batch; use DDP")
     layers, used, others = [], set(names), []
     for name, module in model.named_modules():
-        if isinstance(module, PeftLinear) and isinstance(module, Swapped):
+        if isinstance(module, PeftLinear) and isinstance(module, Swapped) and bases.kind(module) == bases.PLAIN:
             layers.append(module)
         elif isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) and _adapters_of(module) & (
             used | set(module.active_adapters)
