@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -106,9 +105,6 @@ _GIVEN_DTYPE = SUPPORT.rule(
 )
 _GIVEN_BIAS = SUPPORT.rule("`lora_bias` on such a base module", "an adapter has a bias (lora_bias) beside a {base}")
 
-# What autocast casts.
-_CAST = {torch.float32, torch.bfloat16, torch.float16}
-
 # What the fused layer does without calling it.
 OWN = OwnMethods(
     *((PeftLinear, name) for name in ("forward", "_cast_input_dtype", "_check_forward_args", "_mixed_batch_forward")),
@@ -138,13 +134,14 @@ def why_not_now(layer: Any) -> str | None:
     adapters = active(layer)
     if not adapters:
         return _why_not_merged(layer)
+    reason = _why_not_merged(layer)
     if bases.kind(layer) == bases.PLAIN:
         operands = operands_of(layer, adapters)
-        like_x, beside = operands.weight, partial(_why_not_beside, layer, operands)
-    else:
-        factors = factors_of(adapters)
-        like_x, beside = factors.downs[0], partial(_why_not_added, layer, factors)
-    return _why_not_merged(layer) or calls.why_not_device(like_x) or beside(like_x)
+        like_x = operands.weight
+        return reason or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
+    factors = factors_of(adapters)
+    like_x = factors.downs[0]
+    return reason or calls.why_not_device(like_x) or _why_not_added(layer, factors, like_x)
 
 
 def is_unused(layer: Any) -> bool:
@@ -164,11 +161,11 @@ def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs
 def factors_of_call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:
     """What is added to a given base's output, or the reason why PEFT adds it."""
     adapters = active(layer)
-    reason = _why_not_state(layer, adapters) or _why_not_modules(layer, adapters)
-    if reason is None and (args or kwargs):
-        is_by_row = kwargs.get("adapter_names") is not None
-        reason = _GIVEN_BY_ROW(base=bases.name_of(layer)) if is_by_row else _MORE_ARGUMENTS()
-    reason = reason or calls.why_not_input(x)
+    reason = _why_not_state(layer, adapters) or _why_not_modules(layer, adapters) or calls.why_not_input(x)
+    if reason is None and kwargs.get("adapter_names") is not None:
+        reason = _why_not_by_row(layer)
+    # Some of PEFT's layers take none at all.
+    reason = reason or _why_not_arguments((*args, *kwargs), {})
     if reason is not None:
         return reason
     factors = factors_of(adapters)
@@ -183,13 +180,12 @@ def why_not_output(layer: Any, factors: Factors, x: Tensor, y: Any) -> str | Non
     if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
         return _GIVEN_GRADIENT(base=bases.name_of(layer))
     cast = autocast_dtype(x.device.type)
-    if bases.follows_autocast(layer):
-        # The sum has the wider dtype.
-        cast = torch.get_autocast_dtype("cuda") if x.is_cuda else torch.float64
-        if torch.promote_types(cast, y.dtype) != y.dtype:
-            return _GIVEN_DTYPE(y=y.dtype, other=cast)
     other = bases.cast_of(x.dtype, factors.downs[0].dtype) if cast is None else cast
-    return None if y.dtype == other or are_mixed(y.dtype, other) else _GIVEN_DTYPE(y=y.dtype, other=other)
+    is_right = y.dtype == other or are_mixed(y.dtype, other)
+    if bases.follows_autocast(layer):
+        # PEFT's sum has the wider dtype.
+        is_right = is_right and x.is_cuda and torch.promote_types(y.dtype, other) == y.dtype
+    return None if is_right else _GIVEN_DTYPE(y=y.dtype, other=other)
 
 
 def slots_of_call(
@@ -206,7 +202,7 @@ def slots_of_call(
     if reason is not None or not adapters:
         return reason
     if bases.kind(layer) != bases.PLAIN:
-        return _GIVEN_BY_ROW(base=bases.name_of(layer))
+        return _why_not_by_row(layer)
     operands = operands_of(layer, adapters)
     reason = _why_not_plain(operands) or _why_not_beside(layer, operands, x, by_row=True)
     return reason or slots_of(layer, operands, adapters, x, by_row.rows(x, late))
@@ -247,6 +243,10 @@ def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bo
     return _HOOKED() if hooked else None
 
 
+def _why_not_by_row(layer: Any) -> str:
+    return _GIVEN_BY_ROW(base=bases.name_of(layer))
+
+
 def _why_not_plain(operands: Operands | Factors) -> str | None:
     for tensor in operands.tensors():
         if not calls.is_plain(tensor):
@@ -284,55 +284,45 @@ def _why_not_beside(layer: PeftLinear, operands: Operands, x: Tensor, by_row: bo
 
     Where rows choose adapters, factors may be of two dtypes: in float32 all of them have their bits.
     """
-    if _are_elsewhere(operands, x):
-        return _SEVERAL_DEVICES()
-    if by_row and any(bias is not None for bias in operands.up_biases):
-        return _BIAS_BY_ROW()
-    dtypes = {factor.dtype for factor in (*operands.downs, *operands.ups)}
-    if len(dtypes) > 1 and not by_row:
-        return _SEVERAL_DTYPES()
-    greatest = max(operands.ps)
-    if greatest >= 1:
-        return _DROPS_ALL(p=greatest)
-    casts_input, reason = by_row or getattr(layer, "cast_input_dtype_enabled", True), None
-    for dtype in dtypes:
+    reason = _why_not_factors(operands, x, by_row)
+    casts_input = by_row or getattr(layer, "cast_input_dtype_enabled", True)
+    for dtype in {factor.dtype for factor in (*operands.downs, *operands.ups)}:
         reason = reason or _why_not_dtypes(x, operands.weight.dtype, dtype, casts_input)
     return reason
 
 
 def _why_not_added(layer: Any, factors: Factors, x: Tensor) -> str | None:
     """The same where a base module makes its output by itself, whose dtype nobody knows yet."""
-    if _are_elsewhere(factors, x):
-        return _SEVERAL_DEVICES()
-    if any(bias is not None for bias in factors.up_biases):
+    reason = _why_not_factors(factors, x)
+    if reason is None and any(bias is not None for bias in factors.up_biases):
         return _GIVEN_BIAS(base=bases.name_of(layer))
-    dtypes = {factor.dtype for factor in (*factors.downs, *factors.ups)}
-    if len(dtypes) > 1:
-        return _SEVERAL_DTYPES()
-    if max(factors.ps) >= 1:
-        return _DROPS_ALL(p=max(factors.ps))
-    (adapter,) = dtypes
-    if autocast_dtype(x.device.type) is not None:
-        is_right = {x.dtype, adapter} <= _CAST
-    else:
-        is_right = adapter == x.dtype or (adapter in FLOATING and getattr(layer, "cast_input_dtype_enabled", True))
-    return None if is_right else _ADAPTER_DTYPE(x=x.dtype, adapter=adapter)
+    casts_input = getattr(layer, "cast_input_dtype_enabled", True)
+    return reason or _why_not_dtypes(x, None, factors.downs[0].dtype, casts_input)
 
 
-def _are_elsewhere(operands: Operands | Factors, x: Tensor) -> bool:
+def _why_not_factors(operands: Operands | Factors, x: Tensor, by_row: bool = False) -> str | None:
     device = x.device
-    return any(tensor.device != device for tensor in operands.tensors())
+    if any(tensor.device != device for tensor in operands.tensors()):
+        return _SEVERAL_DEVICES()
+    if by_row and any(bias is not None for bias in operands.up_biases):
+        return _BIAS_BY_ROW()
+    if not by_row and len({factor.dtype for factor in (*operands.downs, *operands.ups)}) > 1:
+        return _SEVERAL_DTYPES()
+    greatest = max(operands.ps)
+    return _DROPS_ALL(p=greatest) if greatest >= 1 else None
 
 
-def _why_not_dtypes(x: Tensor, base: torch.dtype, adapter: torch.dtype, casts_input: bool) -> str | None:
-    # Under autocast every product is in autocast's dtype, whatever its operands are.
-    if autocast_dtype(x.device.type) is not None and {x.dtype, base, adapter} <= _CAST:
+def _why_not_dtypes(x: Tensor, base: torch.dtype | None, adapter: torch.dtype, casts_input: bool) -> str | None:
+    """A base without a dtype is given, and PEFT casts x to the adapter's."""
+    # Under autocast every product is in autocast's dtype, whatever its operands are; it casts these three.
+    casts = {torch.float32, torch.bfloat16, torch.float16}
+    is_autocast = autocast_dtype(x.device.type) is not None
+    if is_autocast and {x.dtype, base or x.dtype, adapter} <= casts:
         return None
-    if x.dtype != base:
+    if base is not None and x.dtype != base:
         return _X_DTYPE(x=x.dtype, base=base)
-    if adapter not in (x.dtype, torch.float32) or (adapter != x.dtype and not casts_input):
-        return _ADAPTER_DTYPE(x=x.dtype, adapter=adapter)
-    return None
+    is_cast = adapter == torch.float32 or (base is None and not is_autocast and adapter in FLOATING)
+    return None if adapter == x.dtype or (casts_input and is_cast) else _ADAPTER_DTYPE(x=x.dtype, adapter=adapter)
 
 
 def _is_linear(part: nn.Module) -> bool:
