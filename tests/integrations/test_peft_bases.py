@@ -349,8 +349,11 @@ def test_adapter_names_on_lora_linear() -> None:
     with torch.no_grad():
         got, expected = (model.eval()(inputs(), adapter_names=names) for model in (fused, plain))
     compare.assert_bitwise_equal("y", got, expected)
-    assert report.fallback_calls.total() == 1
-    with pytest.raises((pk.UnsupportedError, ValueError)), pk.mixed_batch(fused, names):
+    with pk.mixed_batch(fused, names):
+        compare.assert_bitwise_equal("y", fused(inputs()).detach(), expected)
+    assert report.fallback_calls.total() == 2
+    quantized = pair("4 bits")[0]
+    with pytest.raises((pk.UnsupportedError, ValueError), match="on these kernels"), pk.mixed_batch(quantized, names):
         pass
 
 

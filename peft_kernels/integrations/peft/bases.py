@@ -44,9 +44,8 @@ def kind(layer: Any) -> str:
     base = layer.base_layer
     if library_class(layer) is not PeftLinear or type(base) not in (nn.Linear, Conv1D) or is_hooked(base):
         return GIVEN
-    parts = base._parameters
-    weight, bias = parts.get("weight"), parts.get("bias")
-    return PLAIN if calls.is_plain(weight) and (bias is None or calls.is_plain(bias)) else GIVEN
+    is_plain = calls.is_plain(base.weight) and (base.bias is None or calls.is_plain(base.bias))
+    return PLAIN if is_plain else GIVEN
 
 
 def is_known(cls: type[nn.Module]) -> bool:

@@ -132,8 +132,8 @@ def _lead(layer: Any, scope: Scope, name: str, x: Tensor, operands: Operands) ->
         if values is None:
             return None
         made_of[each] = values
-    bases = [base_of(theirs) for theirs in members.values()]
-    weights, biases = tuple([weight for weight, _ in bases]), tuple([bias for _, bias in bases])
+    frozen = [base_of(theirs) for theirs in members.values()]
+    weights, biases = tuple([weight for weight, _ in frozen]), tuple([bias for _, bias in frozen])
     updates = _updates(scope.siblings, members)
     if is_timed(x) and not scope.is_forced:
         parts: list[Any] = [scope.parent._modules[each] for each in members]
@@ -166,6 +166,8 @@ def _members(layer: Any, scope: Scope, group: Group, name: str, x: Tensor, opera
     for each in group[group.index(name) + 1 :]:
         member = scope.parent._modules.get(each)
         if not isinstance(member, GroupedLoraLinear) or place_of(member)[0] is not scope.siblings:
+            continue
+        if bases.kind(member) != bases.PLAIN:
             continue
         theirs = _operands(member, x, (), {})
         if isinstance(theirs, str):
