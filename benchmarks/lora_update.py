@@ -20,7 +20,7 @@ from benchmarks.lora import SCALE, Inputs, Problem
 
 
 def work(problem: Problem, mode: Mode, provider: Provider) -> Work:
-    """That of ``lora_linear``, and what two operations pass again: x, y and dY, and both parts of dX, which are summed."""
+    """That of ``lora_linear``, and what two operations pass again: x, y, dY and both parts of dX, which are summed."""
     least = lora.work(problem, mode, provider)
     if provider.role != "ours":
         return least
