@@ -145,17 +145,21 @@ def work(problem: Problem, mode: Mode, provider: Provider) -> Work:
     return Work(forward.bytes + s + backward.bytes, forward.flops + backward.flops)
 
 
-def checker(problem: Problem, inputs: Inputs) -> Callable[[Provider], Mapping[str, float | None]]:
+def checker(
+    problem: Problem, inputs: Inputs, ours: Callable[..., Call] | None = None
+) -> Callable[[Provider], Mapping[str, float | None]]:
     """Return the check of a provider against the float64 oracle and, for ours, against the error budget.
 
     A baseline with dropout draws its own mask and cannot be compared; its code is checked where nothing is dropped.
+    ``ours`` makes the call of another family's provider, with a seed.
     """
     reference = _reference(problem, inputs)
 
     def check(provider: Provider) -> Mapping[str, float | None]:
         if provider.name == "base" or (problem.p > 0 and provider.role != "ours"):
             return dict.fromkeys(("y", "dx", "da", "db"))
-        call = _ours(problem, inputs, provider.name, seed=_CHECK_SEED) if provider.role == "ours" else None
+        with_seed = functools.partial(ours or _ours, problem, inputs, seed=_CHECK_SEED)
+        call = with_seed(provider=provider.name) if provider.role == "ours" else None
         got = _results(call or provider.make(problem, inputs), reference)
         if provider.role == "ours":
             for name, value in got.items():

@@ -28,6 +28,7 @@ try:
         lora_linear_dropout_mask,
         lora_parameters,
         lora_state_dict,
+        lora_update,
         set_adapter,
         set_scale,
     )
@@ -68,6 +69,7 @@ __all__ = [
     "lora_linear_dropout_mask",
     "lora_parameters",
     "lora_state_dict",
+    "lora_update",
     "mixed_batch",
     "prefix_attention",
     "prompt_tuning",

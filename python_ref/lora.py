@@ -107,13 +107,65 @@ def eager(
     x is cast to the adapters' dtype, and the sum back to the base product's. Arguments as in ``forward``.
     """
     result = F.linear(x, weight, bias)
+    return eager_update(result, x, lora_a, lora_b, scale, dropout_mask=dropout_mask, dropout_p=dropout_p)
+
+
+class UpdateGradients(NamedTuple):
+    """Gradients of every input of ``update_forward``."""
+
+    y: Tensor
+    x: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+
+
+def update_forward(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    dropout_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Return y + s S B^T (..., N), the update of what another layer made of x; arguments as in ``forward``."""
+    s = _dropped(x, dropout_mask, dropout_p) @ lora_a.transpose(0, 1)
+    return y + scale * (s @ lora_b.transpose(0, 1))
+
+
+def update_backward(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    dropout_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> UpdateGradients:
+    """Return the gradients of sum(dy * (y + update)): those of ``backward`` where the frozen weight is zero."""
+    nothing = x.new_zeros(lora_b.shape[0], lora_a.shape[1])
+    found = backward(dy, x, nothing, lora_a, lora_b, scale, dropout_mask=dropout_mask, dropout_p=dropout_p)
+    return UpdateGradients(dy, found.x, found.lora_a, found.lora_b)
+
+
+def eager_update(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    dropout_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """What PEFT's LoRA layers add to their base layer's output, in the arguments' own dtypes; the sum has y's."""
     branch = x.to(lora_a.dtype)
     if dropout_mask is not None:
         # nn.Dropout on a CPU rounds the factor to the dtype before it multiplies; so does this, on every device.
-        noise = dropout_mask.reshape(x.shape).to(branch.dtype).div_(1.0 - effective_dropout(dropout_p))
-        branch = branch * noise
-    update = F.linear(F.linear(branch, lora_a), lora_b) * scale
-    return (result + update).to(result.dtype)
+        branch = branch * dropout_mask.reshape(x.shape).to(branch.dtype).div_(1.0 - effective_dropout(dropout_p))
+    return (y + F.linear(F.linear(branch, lora_a), lora_b) * scale).to(y.dtype)
 
 
 class Member(NamedTuple):

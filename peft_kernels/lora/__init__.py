@@ -44,6 +44,8 @@ Map, bottom to top:
     group/                 the operator `lora_group`: several frozen weights that share x, in the same files
     rows/                  the operator `lora_rows`: adapters by row, what `rows=` of the others runs
     members.py             what these two have in common
+    update/                the operator `lora_update`: the update of a y that another module made
+        qualification.py   the problems by which a machine checks it; its other files are as linear's
     slots.py               a layer with slots for adapters, and its call
     bank.py                the adapters in them: which are in a slot, who makes room, what is copied when
     qualification.py       the problems by which a machine checks the kernels
@@ -71,6 +73,7 @@ from peft_kernels.lora.switching import (
     set_adapter,
     set_scale,
 )
+from peft_kernels.lora.update.op import lora_update
 
 __all__ = [
     "FusedLoRALinear",
@@ -85,6 +88,7 @@ __all__ = [
     "lora_linear_dropout_mask",
     "lora_parameters",
     "lora_state_dict",
+    "lora_update",
     "set_adapter",
     "set_scale",
 ]

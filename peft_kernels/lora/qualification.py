@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,15 +71,19 @@ def _make(case: Case, device: torch.device, seed: int) -> tuple[Inputs, Tensor]:
 
 def _eager(call: Inputs, lane: int = 0) -> Tensor:
     """What PEFT's layer computes, with the mask of this package: x in the adapters' dtype, and the sum in the wider."""
+    result = F.linear(call.x, call.weight, call.bias)
+    return (result + eager_update(call, lane)).to(result.dtype)
+
+
+def eager_update(call: Any, lane: int = 0) -> Tensor:
+    """The low-rank update of a call that has x, its factors, scale and dropout, in the factors' dtype."""
     x = call.x.to(call.lora_a.dtype)
     if call.seed is not None:
         limit = dropout.threshold(call.dropout_p)
         keep = dropout.keep_mask(call.seed, x.shape[0], x.shape[1], limit, lane)
         # nn.Dropout rounds the factor to the dtype before it multiplies.
         x = x * keep.to(x.dtype).mul_(dropout.keep_scale(limit))
-    result = F.linear(call.x, call.weight, call.bias)
-    update = F.linear(F.linear(x, call.lora_a), call.lora_b) * call.scale
-    return (result + update).to(result.dtype)
+    return F.linear(F.linear(x, call.lora_a), call.lora_b) * call.scale
 
 
 FAMILY = Family(NAME, _make, _eager, double)

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 Case = Any
 # The tensors of a problem: a NamedTuple, None where an optional one is left out.
 Tensors = Any
-# The output y and the gradient of every differentiable tensor that there is, by name.
+# The output y and the gradient of every differentiable tensor that there is, by ``label_of`` its name.
 Results = SimpleNamespace
 
 Run = Callable[[Case, Tensors, Tensor], Results]
@@ -144,7 +144,7 @@ class Operator:
         y = call(leaves)
         wanted = self.wanted(leaves)
         gradients = torch.autograd.grad(y, list(wanted.values()), dy) if wanted else ()
-        return Results(y=y.detach(), **dict(zip(wanted, gradients, strict=True)))
+        return Results(y=y.detach(), **dict(zip(map(label_of, wanted), gradients, strict=True)))
 
     def run_ours(self, case: Case, tensors: Tensors, dy: Tensor, variant: str) -> Results:
         """Output and all gradients by the package."""
@@ -158,7 +158,7 @@ class Operator:
     def run_oracle(self, case: Case, tensors: Tensors, dy: Tensor) -> Results:
         """Output and all gradients in float64, on the same rounded inputs."""
         y, gradients = self.oracle(case, tensors, dy)
-        return Results(y=y, **{name: getattr(gradients, name) for name in self.wanted(tensors)})
+        return Results(y=y, **{label_of(name): getattr(gradients, name) for name in self.wanted(tensors)})
 
     def check_budget(self, case: Case, device: torch.device, run: Run) -> None:
         """Hold a way to run a case against the error budget, and see that it leaves its inputs alone.
@@ -182,6 +182,11 @@ class Operator:
         assert_close(ours, eager, exact, str(case))
         for label in self.unrounded:
             compare.assert_bitwise_equal(label, getattr(ours, label), getattr(eager, label))
+
+
+def label_of(name: str) -> str:
+    """What the gradient of a tensor is called among results, where y is the output."""
+    return "dy" if name == "y" else name
 
 
 def assert_close(ours: Results, eager: Results, exact: Results, name: str = "") -> None:

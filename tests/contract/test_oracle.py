@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.operators import CPU, Operator, over
+from tests.contract.operators import CPU, Operator, label_of, over
 
 each_case = over("case", lambda operator: [(case,) for case in operator.gradcheck])
 
@@ -37,4 +37,4 @@ def test_gradients_are_the_slopes_of_y(operator: Operator, case: Any) -> None:
     for name, tensor in operator.wanted(tensors).items():
         for index in itertools.product(*map(range, tensor.shape)):
             slope = (loss(name, index, step) - loss(name, index, -step)) / (2 * step)
-            assert slope == pytest.approx(float(getattr(got, name)[index]), rel=1e-6, abs=1e-6), (name, index)
+            assert slope == pytest.approx(float(getattr(got, label_of(name))[index]), rel=1e-6, abs=1e-6), (name, index)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.contract.draw import laid_out
-from tests.contract.operators import Operator, assert_bitwise_equal, assert_close, assert_exact, over
+from tests.contract.operators import Operator, assert_bitwise_equal, assert_close, assert_exact, label_of, over
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -125,9 +125,10 @@ def test_each_gradient_alone(operator: Operator, case: Any, variant: str, device
         leaves = alone.leaves(tensors)
         with operator.using(variant) as backend:
             operator.call(case, leaves, backend).backward(dy)
-        gradients = {label: leaf.grad for label, leaf in operator.wanted(leaves).items()}
+        gradients = {label_of(each): leaf.grad for each, leaf in operator.wanted(leaves).items()}
         got = {label: gradient for label, gradient in gradients.items() if gradient is not None}
-        assert_bitwise_equal(type(together)(**got), type(together)(**{name: getattr(together, name)}))
+        label = label_of(name)
+        assert_bitwise_equal(type(together)(**got), type(together)(**{label: getattr(together, label)}))
 
 
 @over("variant", lambda operator: itertools.product(operator.variants if operator.far else ()))
@@ -175,7 +176,7 @@ def test_leading_dimensions(
     expected = operator.run_ours(case, tensors, dy, variant)
     got = operator.run_ours(case, several, shaped(dy), variant)
     assert got.y.is_contiguous()
-    for label in ("y", *names):
+    for label in ("y", *map(label_of, names)):
         setattr(expected, label, shaped(getattr(expected, label)))
     assert_bitwise_equal(got, expected)
 

@@ -41,6 +41,7 @@ def test_json_names_every_family_and_backend() -> None:
         "lora_group",
         "lora_linear",
         "lora_rows",
+        "lora_update",
         "prefix_attention",
         "prompt_tuning",
     }

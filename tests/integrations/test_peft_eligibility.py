@@ -87,7 +87,7 @@ def _hooked(path: str) -> Callable[[Any], None]:
     return lambda layer: layer.get_submodule(path).register_forward_hook(lambda module, args, output: 2 * output)
 
 
-PARTS = ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default")
+PARTS = ("lora_A.default", "lora_B.default", "lora_dropout.default")
 # What runs PEFT's own code, and a part of the reason.
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     **{
@@ -116,7 +116,6 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     },
     "lora_A: wrapper": (_part("lora_A", _Wrapped), "lora_A is"),
     "lora_A: bias": (_part("lora_A", lambda: nn.Linear(8, 4)), "lora_A is"),
-    "base: subclass": (lambda layer: setattr(layer, "base_layer", _Tripled(8, 8)), "its base layer is _Tripled"),
     "dropout: alpha": (_part("lora_dropout", lambda: nn.AlphaDropout(0.5)), "its dropout is AlphaDropout"),
     "dropout: in place": (_part("lora_dropout", lambda: nn.Dropout(0.5, inplace=True)), "its dropout is Dropout"),
     "pruned": (lambda layer: prune.l1_unstructured(layer.lora_A["default"], "weight", 0.5), "there are hooks"),

@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_kernels as pk
-from peft_kernels.integrations.peft import layers
+from peft_kernels.integrations.peft import given, layers
 from peft_kernels.integrations.peft.layers import PeftLinear
 
 State = Callable[[Any], contextlib.AbstractContextManager[object]]
@@ -306,9 +306,10 @@ def _assert_same(got: Any, expected: Any, exactly: bool) -> None:
 
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An entry for each call that the operation took."""
-    made, fused = [], layers._fused
+    """An entry for each call that an operation took: the layer's, or the update of what a given base returned."""
+    made, fused, updated = [], layers._fused, given._updated
     monkeypatch.setattr(layers, "_fused", lambda *args: (fused(*args), made.append(1))[0])
+    monkeypatch.setattr(given, "_updated", lambda *args: (updated(*args), made.append(1))[0])
     return made
 
 

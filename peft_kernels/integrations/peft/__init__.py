@@ -3,6 +3,8 @@
 A model that PEFT built needs none of this: ``peft_kernels.apply`` leaves it PEFT's, with PEFT's own saving and loading.
 
 layers.py          PEFT's LoRA layers: class swap, the fused forward
+bases.py           what makes a layer's frozen product: a weight that can be read, or the base module itself
+given.py           the forward of layers whose base module makes it
 eligibility.py     which of them are fused, and which calls: every rule
 operands.py        what a call of a layer computes with, and the operations that this makes
 by_row.py          which adapter each row of a call uses, and the plan that this is

@@ -13,19 +13,25 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels._core.autocast import autocast_dtype
+from peft_kernels._core.checks import FLOATING
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
+from peft_kernels.integrations.peft import bases
 from peft_kernels.integrations.peft.banked import Banked
 from peft_kernels.integrations.peft.by_row import ByRow
-from peft_kernels.integrations.peft.operands import Modules, Operands, active, operands_of
+from peft_kernels.integrations.peft.operands import Factors, Modules, Operands, active, factors_of, operands_of
 from peft_kernels.integrations.peft.slots import Slots, named, slots_of
 from peft_kernels.integrations.rules import Support
 from peft_kernels.integrations.sites import library_class
+from peft_kernels.lora.update.problem import are_mixed
 
 SUPPORT = Support(
     "PEFT: LoRA layers",
     (
         "`lora.Linear` on `nn.Linear`, or on transformers' `Conv1D`",
+        "`lora.Linear` on any other module, parametrized and hooked ones too, and PEFT's layers on bitsandbytes'"
+        " (8 and 4 bits), GPTQModel's (GPTQ, AWQ), HQQ's, torchao's, TransformerEngine's, EETQ's, AQLM's and INC's:"
+        " the base module makes its output by itself, and the update is added to it",
         "rsLoRA, `rank_pattern`, `alpha_pattern`, `lora_bias`, PiSSA and other initialisations",
         "adapters in float32 on a half-precision base, autocast, dropout in training",
         "several active adapters in one call, each with its own dropout",
@@ -33,7 +39,7 @@ SUPPORT = Support(
     ),
 )
 _OTHER_LAYER = SUPPORT.rule(
-    "a layer of another class: embeddings, convolutions, quantized layers, MoE parameters; methods other than LoRA",
+    "a layer of another class: embeddings, convolutions, MoE parameters; methods other than LoRA",
     "it is PEFT's {layer}, not its lora.Linear",
 )
 _OTHER_FORWARD = SUPPORT.rule("a forward put on the layer: X-LoRA, diffusers' hooks", "its forward was replaced")
@@ -42,9 +48,6 @@ _REPLACED = SUPPORT.rule("methods of PEFT's or torch's classes that another tool
 _DISABLED = SUPPORT.rule("a call inside `disable_adapter()`", "adapters are disabled")
 _MERGED = SUPPORT.rule("a call after `merge_adapter()`", "adapters are merged into the weight")
 _NO_ADAPTER = SUPPORT.rule("a call while none of the layer's adapters is active", "no adapter is active")
-_OTHER_BASE = SUPPORT.rule(
-    "a base layer of another class, a parametrized one too", "its base layer is {base}, not nn.Linear or Conv1D"
-)
 _VARIANT = SUPPORT.rule("DoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
 _BESIDE_ALORA = SUPPORT.rule(
     "aLoRA beside other active adapters, but for those that `adapter_names` give to other rows",
@@ -59,8 +62,8 @@ _SCALING = SUPPORT.rule(
     "a scaling that is trained, or neither a number nor a 0-d tensor", "its scaling is {scaling}, not a constant number"
 )
 _HOOKED = SUPPORT.rule(
-    "hooks inside the layer: offloading, tensor parallelism, FSDP of the parts",
-    "there are hooks on its base layer or on its adapters",
+    "hooks on the adapters' modules: offloading, tensor parallelism, FSDP of the parts",
+    "there are hooks on its adapters",
 )
 _NO_PLAIN_WEIGHT = SUPPORT.rule(
     "a weight that is a tensor subclass, or not strided", "a weight of it is a {weight}, not a plain tensor"
@@ -84,6 +87,24 @@ _ADAPTER_DTYPE = SUPPORT.rule(
     "adapters neither in the input's dtype nor in float32 outside autocast", "x is {x}, the adapters are {adapter}"
 )
 
+_GIVEN_BY_ROW = SUPPORT.rule(
+    "`adapter_names`, `mixed_batch` and aLoRA on a base module that makes its output by itself",
+    "rows choose adapters, and its base layer is a {base} that computes by itself",
+)
+_GIVEN_OUTPUT = SUPPORT.rule(
+    "such a base module that returns no plain tensor of x's rows",
+    "its base layer, a {base}, returned no plain tensor of {shape} beside x",
+)
+_GIVEN_GRADIENT = SUPPORT.rule(
+    "such a base module without a backward pass: PEFT's layer drops that part of x's gradient silently",
+    "its base layer, a {base}, returned a tensor without a gradient for an x with one",
+)
+_GIVEN_DTYPE = SUPPORT.rule(
+    "such a base module whose output is float64 beside another x, or narrower than autocast's dtype on CUDA",
+    "its base layer returned {y} beside {other}",
+)
+_GIVEN_BIAS = SUPPORT.rule("`lora_bias` on such a base module", "an adapter has a bias (lora_bias) beside a {base}")
+
 # What the fused layer does without calling it.
 OWN = OwnMethods(
     *((PeftLinear, name) for name in ("forward", "_cast_input_dtype", "_check_forward_args", "_mixed_batch_forward")),
@@ -94,25 +115,33 @@ OWN = OwnMethods(
 
 def why_not(layer: Any) -> str | None:
     """Reason that lies in what the layer is, and is made of."""
-    if library_class(layer) is not PeftLinear:
+    if not bases.is_known(library_class(layer)):
         return _OTHER_LAYER(layer=f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}")
     if has_other_forward(layer):
         return _OTHER_FORWARD()
     if isinstance(layer, Banked):
         return _BANKED()
     adapters = active(layer)
-    may_be_late = len(adapters) == 1
-    return _why_not_modules(layer, adapters, may_be_late) or _why_not_operands(operands_of(layer, adapters))
+    reason = _why_not_modules(layer, adapters, may_be_late=len(adapters) == 1)
+    if reason is not None:
+        return reason
+    is_plain = bases.kind(layer) == bases.PLAIN
+    return _why_not_plain(operands_of(layer, adapters) if is_plain else factors_of(adapters))
 
 
 def why_not_now(layer: Any) -> str | None:
     """Reason that lies in the layer's state: what its methods, ``to`` and ``train`` change."""
     adapters = active(layer)
-    if not adapters and not layer.disable_adapters and not layer.merged:
-        return None
-    operands = operands_of(layer, adapters)
-    like_x = operands.weight
-    return _why_not_state(layer, adapters) or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
+    if not adapters:
+        return _why_not_merged(layer)
+    reason = _why_not_merged(layer)
+    if bases.kind(layer) == bases.PLAIN:
+        operands = operands_of(layer, adapters)
+        like_x = operands.weight
+        return reason or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
+    factors = factors_of(adapters)
+    like_x = factors.downs[0]
+    return reason or calls.why_not_device(like_x) or _why_not_added(layer, factors, like_x)
 
 
 def is_unused(layer: Any) -> bool:
@@ -126,7 +155,37 @@ def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs
     if reason is not None:
         return reason
     operands = operands_of(layer, adapters)
-    return _why_not_operands(operands) or _why_not_call(layer, operands, x, args, kwargs) or operands
+    return _why_not_plain(operands) or _why_not_call(layer, operands, x, args, kwargs) or operands
+
+
+def factors_of_call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:
+    """What is added to a given base's output, or the reason why PEFT adds it."""
+    adapters = active(layer)
+    reason = _why_not_state(layer, adapters) or _why_not_modules(layer, adapters) or calls.why_not_input(x)
+    if reason is None and kwargs.get("adapter_names") is not None:
+        reason = _why_not_by_row(layer)
+    # Some of PEFT's layers take none at all.
+    reason = reason or _why_not_arguments((*args, *kwargs), {})
+    if reason is not None:
+        return reason
+    factors = factors_of(adapters)
+    return _why_not_plain(factors) or _why_not_added(layer, factors, x) or factors
+
+
+def why_not_output(layer: Any, factors: Factors, x: Tensor, y: Any) -> str | None:
+    """Reason that lies in what a base module returned for x."""
+    shape = (*x.shape[:-1], factors.ups[0].shape[0])
+    if not calls.is_plain(y) or y.shape != shape or y.device != x.device:
+        return _GIVEN_OUTPUT(base=bases.name_of(layer), shape=shape)
+    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+        return _GIVEN_GRADIENT(base=bases.name_of(layer))
+    cast = autocast_dtype(x.device.type)
+    other = bases.cast_of(x.dtype, factors.downs[0].dtype) if cast is None else cast
+    is_right = y.dtype == other or are_mixed(y.dtype, other)
+    if bases.follows_autocast(layer):
+        # PEFT's sum has the wider dtype.
+        is_right = is_right and x.is_cuda and torch.promote_types(y.dtype, other) == y.dtype
+    return None if is_right else _GIVEN_DTYPE(y=y.dtype, other=other)
 
 
 def slots_of_call(
@@ -142,8 +201,10 @@ def slots_of_call(
     reason = (_why_not_offsets(by_row, x) if late else None) or _why_not_modules(layer, adapters, may_be_late=True)
     if reason is not None or not adapters:
         return reason
+    if bases.kind(layer) != bases.PLAIN:
+        return _why_not_by_row(layer)
     operands = operands_of(layer, adapters)
-    reason = _why_not_operands(operands) or _why_not_beside(layer, operands, x, by_row=True)
+    reason = _why_not_plain(operands) or _why_not_beside(layer, operands, x, by_row=True)
     return reason or slots_of(layer, operands, adapters, x, by_row.rows(x, late))
 
 
@@ -163,13 +224,10 @@ def _why_not_merged(layer: PeftLinear) -> str | None:
 
 
 def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bool = False) -> str | None:
-    replaced = OWN.replaced()
+    replaced = OWN.replaced() or bases.replaced(layer)
     if replaced is not None or "_cast_input_dtype" in layer.__dict__:
         return _REPLACED(method=replaced or "its _cast_input_dtype")
-    base = layer.base_layer
-    if type(base) not in (nn.Linear, Conv1D):
-        return _OTHER_BASE(base=type(base).__name__)
-    hooked = is_hooked(base)
+    hooked = False
     for name, down, up, dropout, scaling in adapters:
         if name in layer.lora_variant and not (may_be_late and is_late(layer, name)):
             if is_late(layer, name):
@@ -185,7 +243,11 @@ def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bo
     return _HOOKED() if hooked else None
 
 
-def _why_not_operands(operands: Operands) -> str | None:
+def _why_not_by_row(layer: Any) -> str:
+    return _GIVEN_BY_ROW(base=bases.name_of(layer))
+
+
+def _why_not_plain(operands: Operands | Factors) -> str | None:
     for tensor in operands.tensors():
         if not calls.is_plain(tensor):
             return _NO_PLAIN_WEIGHT(weight=type(tensor).__name__)
@@ -222,33 +284,45 @@ def _why_not_beside(layer: PeftLinear, operands: Operands, x: Tensor, by_row: bo
 
     Where rows choose adapters, factors may be of two dtypes: in float32 all of them have their bits.
     """
+    reason = _why_not_factors(operands, x, by_row)
+    casts_input = by_row or getattr(layer, "cast_input_dtype_enabled", True)
+    for dtype in {factor.dtype for factor in (*operands.downs, *operands.ups)}:
+        reason = reason or _why_not_dtypes(x, operands.weight.dtype, dtype, casts_input)
+    return reason
+
+
+def _why_not_added(layer: Any, factors: Factors, x: Tensor) -> str | None:
+    """The same where a base module makes its output by itself, whose dtype nobody knows yet."""
+    reason = _why_not_factors(factors, x)
+    if reason is None and any(bias is not None for bias in factors.up_biases):
+        return _GIVEN_BIAS(base=bases.name_of(layer))
+    casts_input = getattr(layer, "cast_input_dtype_enabled", True)
+    return reason or _why_not_dtypes(x, None, factors.downs[0].dtype, casts_input)
+
+
+def _why_not_factors(operands: Operands | Factors, x: Tensor, by_row: bool = False) -> str | None:
     device = x.device
     if any(tensor.device != device for tensor in operands.tensors()):
         return _SEVERAL_DEVICES()
     if by_row and any(bias is not None for bias in operands.up_biases):
         return _BIAS_BY_ROW()
-    dtypes = {factor.dtype for factor in (*operands.downs, *operands.ups)}
-    if len(dtypes) > 1 and not by_row:
+    if not by_row and len({factor.dtype for factor in (*operands.downs, *operands.ups)}) > 1:
         return _SEVERAL_DTYPES()
     greatest = max(operands.ps)
-    if greatest >= 1:
-        return _DROPS_ALL(p=greatest)
-    casts_input, reason = by_row or getattr(layer, "cast_input_dtype_enabled", True), None
-    for dtype in dtypes:
-        reason = reason or _why_not_dtypes(x, operands.weight.dtype, dtype, casts_input)
-    return reason
+    return _DROPS_ALL(p=greatest) if greatest >= 1 else None
 
 
-def _why_not_dtypes(x: Tensor, base: torch.dtype, adapter: torch.dtype, casts_input: bool) -> str | None:
+def _why_not_dtypes(x: Tensor, base: torch.dtype | None, adapter: torch.dtype, casts_input: bool) -> str | None:
+    """A base without a dtype is given, and PEFT casts x to the adapter's."""
     # Under autocast every product is in autocast's dtype, whatever its operands are; it casts these three.
     casts = {torch.float32, torch.bfloat16, torch.float16}
-    if autocast_dtype(x.device.type) is not None and {x.dtype, base, adapter} <= casts:
+    is_autocast = autocast_dtype(x.device.type) is not None
+    if is_autocast and {x.dtype, base or x.dtype, adapter} <= casts:
         return None
-    if x.dtype != base:
+    if base is not None and x.dtype != base:
         return _X_DTYPE(x=x.dtype, base=base)
-    if adapter not in (x.dtype, torch.float32) or (adapter != x.dtype and not casts_input):
-        return _ADAPTER_DTYPE(x=x.dtype, adapter=adapter)
-    return None
+    is_cast = adapter == torch.float32 or (base is None and not is_autocast and adapter in FLOATING)
+    return None if adapter == x.dtype or (casts_input and is_cast) else _ADAPTER_DTYPE(x=x.dtype, adapter=adapter)
 
 
 def _is_linear(part: nn.Module) -> bool:

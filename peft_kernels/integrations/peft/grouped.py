@@ -20,7 +20,7 @@ from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.plans import is_seen_into
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_group_slower, is_timed
-from peft_kernels.integrations.peft import layers
+from peft_kernels.integrations.peft import bases, layers
 from peft_kernels.integrations.peft.eligibility import operands_of_call
 from peft_kernels.integrations.peft.layers import FusedLoraLinear
 from peft_kernels.integrations.peft.operands import Operands, base_of, group_inputs, joined, updates_of
@@ -41,7 +41,7 @@ class GroupedLoraLinear(FusedLoraLinear):
         if isinstance(self, GroupedLoraLinear):
             siblings, name = place_of(self)
             scope = None if siblings is None else siblings.scope()
-            if scope is not None and layers.chosen_by_rows(self, x, kwargs) is None:
+            if scope is not None and bases.kind(self) == bases.PLAIN and layers.chosen_by_rows(self, x, kwargs) is None:
                 return _in_scope(self, scope, name, x, args, kwargs)
         return FusedLoraLinear.forward(self, x, *args, **kwargs)
 
@@ -132,8 +132,8 @@ def _lead(layer: Any, scope: Scope, name: str, x: Tensor, operands: Operands) ->
         if values is None:
             return None
         made_of[each] = values
-    bases = [base_of(theirs) for theirs in members.values()]
-    weights, biases = tuple([weight for weight, _ in bases]), tuple([bias for _, bias in bases])
+    frozen = [base_of(theirs) for theirs in members.values()]
+    weights, biases = tuple([weight for weight, _ in frozen]), tuple([bias for _, bias in frozen])
     updates = _updates(scope.siblings, members)
     if is_timed(x) and not scope.is_forced:
         parts: list[Any] = [scope.parent._modules[each] for each in members]
@@ -166,6 +166,8 @@ def _members(layer: Any, scope: Scope, group: Group, name: str, x: Tensor, opera
     for each in group[group.index(name) + 1 :]:
         member = scope.parent._modules.get(each)
         if not isinstance(member, GroupedLoraLinear) or place_of(member)[0] is not scope.siblings:
+            continue
+        if bases.kind(member) != bases.PLAIN:
             continue
         theirs = _operands(member, x, (), {})
         if isinstance(theirs, str):

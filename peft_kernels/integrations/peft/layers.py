@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on ``lora_linear``: the layer's class is swapped, its state is not touched.
+"""PEFT's LoRA layers on ``lora_linear`` and ``lora_update``: the layer's class is swapped, its state is not touched.
 
 A swapped layer decides at each call whether ``lora_linear`` computes exactly what PEFT's forward would; if not, that
 forward runs, and the reason is counted. The class has no ``__init__`` and no attributes, so everything that works on
@@ -20,7 +20,7 @@ from peft_kernels._core.autocast import is_any_autocast
 from peft_kernels._core.plans import Plan, Recent
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
-from peft_kernels.integrations.peft import mixed
+from peft_kernels.integrations.peft import bases, given, mixed
 from peft_kernels.integrations.peft.by_row import ByRow
 from peft_kernels.integrations.peft.eligibility import (
     OWN,
@@ -35,7 +35,7 @@ from peft_kernels.integrations.peft.merging import Merging
 from peft_kernels.integrations.peft.operands import Lanes, active, joined
 from peft_kernels.integrations.peft.slots import Slots
 from peft_kernels.integrations.report import count_fallback
-from peft_kernels.integrations.sites import Site
+from peft_kernels.integrations.sites import Site, library_class
 from peft_kernels.lora import lora_linear
 from peft_kernels.lora.group.op import OPERATOR as GROUP
 from peft_kernels.lora.group.op import group_call
@@ -60,6 +60,8 @@ class FusedLoraLinear(Merging, PeftLinear):
             known = None if args or kwargs or torch.compiler.is_compiling() else _known(self, x)
             if known is not None and not known[1].is_timed:
                 return _fused(*known)
+            if known is None and bases.kind(self) == bases.GIVEN:
+                return given.run(self, x, args, kwargs)
             call, plan = (_call(self, x, args, kwargs), None) if known is None else known
             if isinstance(call, tuple):
                 try:
@@ -78,11 +80,19 @@ def sites(model: nn.Module) -> Iterator[Site]:
         if isinstance(module, BaseTunerLayer):
             yield Site(
                 {name: module},
-                {PeftLinear: FusedLoraLinear},
+                _classes(module),
                 why_not=partial(why_not, module),
                 why_not_now=partial(why_not_now, module),
                 is_unused=partial(is_unused, module),
             )
+
+
+def _classes(layer: Any) -> dict[type[nn.Module], type[nn.Module]]:
+    """A layer's class and the one in its place; a class that is not known has none."""
+    cls: Any = library_class(layer)
+    if cls is PeftLinear:
+        return {PeftLinear: FusedLoraLinear}
+    return {cls: given.class_of(cls)} if bases.is_known(cls) else {}
 
 
 def chosen_by_rows(layer: Any, x: Any, kwargs: dict[str, Any]) -> ByRow | None:

@@ -29,7 +29,7 @@ from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.rows import BASE, Rows
 from peft_kernels.integrations.peft.by_row import ByRow, of_batch, plan_of, used_in
 from peft_kernels.integrations.peft.eligibility import is_late
-from peft_kernels.integrations.sites import Swapped
+from peft_kernels.integrations.sites import Swapped, library_class
 
 # Attributes in which a module keeps the function that checkpoints: transformers' models, torch's CheckpointWrapper.
 _CHECKPOINTING = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -221,7 +221,7 @@ def _layers(model: Any, names: Any) -> list[Any]:
         raise UnsupportedError("mixed_batch: not under nn.DataParallel, whose replicas see parts of the batch; use DDP")
     layers, used, others = [], set(names), []
     for name, module in model.named_modules():
-        if isinstance(module, PeftLinear) and isinstance(module, Swapped):
+        if isinstance(module, Swapped) and library_class(module) is PeftLinear:
             layers.append(module)
         elif isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) and _adapters_of(module) & (
             used | set(module.active_adapters)

@@ -25,15 +25,46 @@ class Modules(NamedTuple):
     scaling: Any
 
 
+class Factors(NamedTuple):
+    """The low-rank updates of a call, read once: the tensors and numbers of each active adapter.
+
+    Attributes:
+        downs, ups, up_biases: of each adapter.
+        scalings, ps: of each adapter; p is 0 where its dropout is not at work.
+    """
+
+    downs: list[Tensor]
+    ups: list[Tensor]
+    up_biases: list[Tensor | None]
+    scalings: list[Any]
+    ps: list[float]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that must be where x is; a scaling may also be on the CPU, as PEFT's product takes it."""
+        yield from (*self.downs, *self.ups)
+        yield from (bias for bias in self.up_biases if bias is not None)
+        yield from (scaling for scaling in self.scalings if isinstance(scaling, Tensor) and not scaling.is_cpu)
+
+    def drops(self) -> bool:
+        """Whether an adapter's dropout is at work; each p below 1."""
+        return any(dropout.threshold(p) > 0 for p in self.ps)
+
+    def joined(self) -> tuple[Tensor, Tensor, Any]:
+        """One update for all adapters, where there is one, or none drops anything: their ranks stand side by side."""
+        if len(self.downs) == 1:
+            return self.downs[0], self.ups[0], self.scalings[0]
+        scaled_ups = [up * scaling for up, scaling in zip(self.ups, self.scalings, strict=True)]
+        return torch.cat(self.downs), torch.cat(scaled_ups, dim=1), 1.0
+
+
 class Operands(NamedTuple):
-    """The tensors of a call, read once, and the numbers of each active adapter.
+    """What a call of a layer computes with whose weight can be read.
 
     Attributes:
         weight: as the base layer stores it.
         bias: the base layer's, or None.
         is_transposed: whether the base layer stores (in, out), as Conv1D does.
-        downs, ups, up_biases: of each adapter.
-        scalings, ps: of each adapter; p is 0 where its dropout is not at work.
+        downs, ups, up_biases, scalings, ps: as ``Factors`` has them.
     """
 
     weight: Tensor
@@ -45,15 +76,20 @@ class Operands(NamedTuple):
     scalings: list[Any]
     ps: list[float]
 
+    @property
+    def factors(self) -> Factors:
+        return Factors(*self[3:])
+
     def tensors(self) -> Iterator[Tensor]:
-        """All that must be where x is; a scaling may also be on the CPU, as PEFT's product takes it."""
-        yield from (self.weight, *self.downs, *self.ups)
-        yield from (bias for bias in (self.bias, *self.up_biases) if bias is not None)
-        yield from (scaling for scaling in self.scalings if isinstance(scaling, Tensor) and not scaling.is_cpu)
+        """All that must be where x is."""
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
+        yield from self.factors.tensors()
 
     def drops(self) -> bool:
         """Whether an adapter's dropout is at work; each p below 1."""
-        return any(dropout.threshold(p) > 0 for p in self.ps)
+        return self.factors.drops()
 
     def values(self) -> list[Any]:
         """All that the result depends on beside x."""
@@ -87,10 +123,12 @@ def active(layer: PeftLinear) -> list[Modules]:
 def operands_of(layer: PeftLinear, adapters: list[Modules]) -> Operands:
     """Read a layer's tensors and numbers."""
     base: Any = layer.base_layer
-    return Operands(
-        base.weight,
-        base.bias,
-        not isinstance(base, nn.Linear),
+    return Operands(base.weight, base.bias, not isinstance(base, nn.Linear), *factors_of(adapters))
+
+
+def factors_of(adapters: list[Modules]) -> Factors:
+    """Read the tensors and numbers of adapters."""
+    return Factors(
         [adapter.down.weight for adapter in adapters],
         [adapter.up.weight for adapter in adapters],
         [adapter.up.bias for adapter in adapters],
@@ -122,14 +160,9 @@ def updates_of(operands: Operands, member: int = 0, lane: int = 0, step: int = 1
 def joined(operands: Operands, x: Tensor) -> Inputs | Lanes:
     """One call for all active adapters. Its seed is not drawn yet."""
     weight, bias = base_of(operands)
-    downs, ups, scalings, ps = operands.downs, operands.ups, operands.scalings, operands.ps
-    if len(downs) == 1:
-        return Inputs(x, weight, downs[0], ups[0], scalings[0], bias, ps[0], None)
-    if operands.drops():
+    if len(operands.downs) > 1 and operands.drops():
         return Lanes(x, weight, bias, updates_of(operands))
-    # Without masks their ranks stand side by side.
-    scaled_ups = [up * scaling for up, scaling in zip(ups, scalings, strict=True)]
-    return Inputs(x, weight, torch.cat(downs), torch.cat(scaled_ups, dim=1), 1.0, bias, 0.0, None)
+    return Inputs(x, weight, *operands.factors.joined(), bias, operands.ps[0], None)
 
 
 def group_inputs(
