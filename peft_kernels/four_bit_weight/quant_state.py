@@ -23,7 +23,8 @@ class QuantizedWeight(NamedTuple):
     dtype: torch.dtype
     scales: Tensor
     block_size: int
-    nested: tuple[Tensor, Tensor, int, float | Tensor] | None
+    nested: tuple[Tensor, Tensor, int, float | Tensor] | None = None
+    global_scale: float | Tensor | None = None
 
 
 def from_quant_state(packed: Any, quant_state: Any = None) -> QuantizedWeight:
