@@ -12,5 +12,6 @@ from peft_kernels.lora.group.composite import composite as group
 
 def composite(problem: LoraFourBitProblem, call: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (..., N_j) of each member."""
-    weights = [decoded(weight, call.weight(member)) for member, weight in enumerate(problem.weights)]
+    # Not problem.weights: torch.compile cannot trace what is remembered.
+    weights = [decoded(problem.weight(member), call.weight(member, problem.dtype)) for member in range(len(problem.n))]
     return group(problem, group_inputs(call, weights))

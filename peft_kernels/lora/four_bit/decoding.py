@@ -33,7 +33,8 @@ class _Decoded(Sequence[Tensor]):
     def __getitem__(self, member: slice) -> Sequence[Tensor]: ...
 
     def __getitem__(self, member: Any) -> Any:
-        return self._decoder.forward(self._problem.weights[member], self._inputs.weight(member))
+        problem = self._problem
+        return self._decoder.forward(problem.weights[member], self._inputs.weight(member, problem.dtype))
 
 
 def on_decoded(group: Implementation, decoder: Implementation, borrows: tuple[str, ...] = ()) -> Implementation:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from peft_kernels._core import checks
@@ -72,8 +73,8 @@ class Inputs(NamedTuple):
     lanes: tuple[int, ...]
     seed: Tensor | None
 
-    def weight(self, member: int) -> Weight:
-        """A member's weight as a call that decodes it to x's dtype."""
+    def weight(self, member: int, dtype: torch.dtype) -> Weight:
+        """A member's weight as a call that decodes it to a dtype: x's, where there may be no x any more."""
         return Weight(
             self.packed[member],
             self.block_scales[member],
@@ -83,7 +84,7 @@ class Inputs(NamedTuple):
             self.global_scales[member],
             self.kind,
             (self.out_features[member], self.in_features[member]),
-            self.x.dtype,
+            dtype,
             self.block_size,
             self.nested_block_size,
         )
@@ -121,9 +122,13 @@ class LoraFourBitProblem(LoraGroupProblem):
 
     @cached_property
     def weights(self) -> tuple[DequantizeProblem, ...]:
-        """Each member's weight, as ``dequantize``'s problem."""
+        """Of each member."""
+        return tuple(map(self.weight, range(len(self.n))))
+
+    def weight(self, member: int) -> DequantizeProblem:
+        """A member's weight as ``dequantize``'s problem."""
         facts = self.kind, self.block_size, self.nested_block_size, self.dtype, self.device
-        return tuple(DequantizeProblem(n * self.k, *facts) for n in self.n)
+        return DequantizeProblem(self.n[member] * self.k, *facts)
 
 
 def flattened(weights: Sequence[Any]) -> tuple[Any, ...]:
@@ -207,7 +212,7 @@ def _check_weight(call: Inputs, member: int, k: int) -> None:
     if shape[1] != k:
         raise ValueError(f"{label} must be (N, K) with K = {k}, x's features, got {shape}")
     try:
-        decoded = check_weight(call.weight(member))
+        decoded = check_weight(call.weight(member, call.x.dtype))
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
     if decoded.device != call.x.device:

@@ -91,11 +91,12 @@ def lora_group(
     given = _members(members)
     weights, biases = tuple(member.weight for member in given), tuple(member.bias for member in given)
     if rows is not None:
+        plain = without_rows(weights, NAME)
         by_rows = [
             slots_of_member(index, *member[1:4], of_member, dropout_p, rows)
             for index, (member, of_member) in enumerate(zip(given, _ranks(ranks, len(given)), strict=True))
         ]
-        return rows_call(x, without_rows(weights, NAME), biases, by_rows, rows, seed, backend)
+        return rows_call(x, plain, biases, by_rows, rows, seed, backend)
     if ranks is not None:
         raise ValueError(f"{NAME}: ranks are those of the slots of rows, which is None")
     ps = _probabilities(dropout_p, len(given))
