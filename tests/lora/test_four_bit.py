@@ -20,7 +20,7 @@ from tests.contract import observe
 from tests.contract.draw import Draw
 
 SEED = 20240229
-M, K, N, R = 28, 40, (24, 9, 16), (5, 16, 3)
+M, K, N, R = 28, 40, (24, 9, 18), (5, 16, 3)
 each_backend = pytest.mark.parametrize(
     "backend",
     [
