@@ -112,7 +112,14 @@ def why_not_now(layer: Any) -> str | None:
         return None
     operands = operands_of(layer, adapters)
     like_x = operands.weight
-    return _why_not_state(layer, adapters) or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
+    return why_not_state(layer, adapters) or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
+
+
+def why_not_operands(
+    layer: Any, operands: Operands, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Reason that lies in a call's tensors and arguments."""
+    return _why_not_operands(operands) or _why_not_call(layer, operands, x, args, kwargs)
 
 
 def is_unused(layer: Any) -> bool:
@@ -122,7 +129,7 @@ def is_unused(layer: Any) -> bool:
 def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
     """What a call of the layer computes with, or the reason why it is not fused."""
     adapters = active(layer)
-    reason = _why_not_state(layer, adapters) or _why_not_modules(layer, adapters)
+    reason = why_not_state(layer, adapters) or _why_not_modules(layer, adapters)
     if reason is not None:
         return reason
     operands = operands_of(layer, adapters)
@@ -152,7 +159,8 @@ def is_late(layer: Any, name: str) -> bool:
     return type(layer.lora_variant.get(name)) is ALoraLinearVariant
 
 
-def _why_not_state(layer: PeftLinear, adapters: list[Modules]) -> str | None:
+def why_not_state(layer: Any, adapters: list[Modules]) -> str | None:
+    """Reason that lies in what is active, disabled or merged."""
     return _why_not_merged(layer) or (None if adapters else _NO_ADAPTER())
 
 
@@ -169,7 +177,13 @@ def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bo
     base = layer.base_layer
     if type(base) not in (nn.Linear, Conv1D):
         return _OTHER_BASE(base=type(base).__name__)
-    hooked = is_hooked(base)
+    return why_not_adapters(layer, adapters, may_be_late, is_hooked(base))
+
+
+def why_not_adapters(
+    layer: Any, adapters: list[Modules], may_be_late: bool = False, hooked: bool = False
+) -> str | None:
+    """Reason that lies in what active adapters are, or in hooks on them or, as ``hooked`` says, on the base layer."""
     for name, down, up, dropout, scaling in adapters:
         if name in layer.lora_variant and not (may_be_late and is_late(layer, name)):
             if is_late(layer, name):

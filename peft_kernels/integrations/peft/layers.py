@@ -7,6 +7,7 @@ PEFT's layer works on it: ``isinstance``, pickling, deepcopy, merging, hotswappi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -43,6 +44,8 @@ from peft_kernels.lora.linear.op import OPERATOR
 from peft_kernels.lora.linear.problem import Inputs
 from peft_kernels.lora.rows.op import rows_call
 
+_OF_BITSANDBYTES = "peft.tuners.lora.bnb"
+
 # Of layers with one adapter, whose scaling is a float and whose dropout is not at work.
 _RECENT = Recent()
 
@@ -76,13 +79,22 @@ def sites(model: nn.Module) -> Iterator[Site]:
     """PEFT's layers, each by itself."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            yield Site(
+            yield _four_bit_site(name, module) or Site(
                 {name: module},
                 {PeftLinear: FusedLoraLinear},
                 why_not=partial(why_not, module),
                 why_not_now=partial(why_not_now, module),
                 is_unused=partial(is_unused, module),
             )
+
+
+def _four_bit_site(name: str, module: Any) -> Site | None:
+    """The site of a layer on a 4-bit weight; PEFT has imported its class where there is one."""
+    if _OF_BITSANDBYTES not in sys.modules:
+        return None
+    from peft_kernels.integrations.peft import four_bit
+
+    return four_bit.site(name, module)
 
 
 def chosen_by_rows(layer: Any, x: Any, kwargs: dict[str, Any]) -> ByRow | None:

@@ -39,11 +39,21 @@ def four_bit_call(
             refuses.
         UnsupportedError: the forced backend cannot run this problem.
     """
+    ys: tuple[Tensor, ...] = OPERATOR(inputs_of(x, weights, biases, updates, seed), backend)
+    return ys
+
+
+def inputs_of(
+    x: Tensor,
+    weights: Sequence[Any],
+    biases: tuple[Tensor | None, ...],
+    updates: Sequence[Update],
+    seed: int | Tensor | None = None,
+) -> Inputs:
+    """The same call as the operator takes it."""
     if isinstance(x, Tensor):
         x, _, biases, updates = members.cast_for_autocast(x, (), biases, updates)
-    call = Inputs(*(x, *flattened(weights), biases, *members.arguments(x, updates, seed, NAME)))
-    ys: tuple[Tensor, ...] = OPERATOR(call, backend)
-    return ys
+    return Inputs(*(x, *flattened(weights), biases, *members.arguments(x, updates, seed, NAME)))
 
 
 def without_rows(weights: Sequence[Any], name: str) -> tuple[Tensor, ...]:
