@@ -55,7 +55,9 @@ _BY_ROW = SUPPORT.rule("`adapter_names`", "rows choose adapters, and its weight 
 _COMPUTE_DTYPE = SUPPORT.rule(
     "autocast to another dtype than `bnb_4bit_compute_dtype`", "autocast is to {autocast}, the compute dtype {compute}"
 )
-_WIDE_INPUT = SUPPORT.rule("half precision under autocast to the other one", "x is {x}, and autocast to {autocast}")
+_WIDE_INPUT = SUPPORT.rule(
+    "float32 activations under autocast, to which PEFT adds updates in float32", "x is {x}, and autocast to {autocast}"
+)
 
 _OWN = OwnMethods(
     *((PeftLinear4bit, name) for name in ("forward", "_cast_input_dtype", "_check_forward_args")),
@@ -103,8 +105,7 @@ def _why_not(layer: Any) -> str | None:
     """Reason that lies in what the layer is, and is made of."""
     if has_other_forward(layer):
         return _OTHER_FORWARD()
-    read = None if _why_not_base(layer) else weight_of(layer.base_layer)
-    return _why_not_base(layer) or why_not_adapters(layer, active(layer)) or (read if isinstance(read, str) else None)
+    return _why_not_base(layer) or why_not_adapters(layer, active(layer)) or _why_not_weight(layer.base_layer)
 
 
 def _why_not_now(layer: Any) -> str | None:
@@ -125,6 +126,11 @@ def _why_not_base(layer: Any) -> str | None:
     return None
 
 
+def _why_not_weight(base: Any) -> str | None:
+    reason = weight_of(base)
+    return reason if isinstance(reason, str) else None
+
+
 def _call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lanes | str:
     """The operation that a call of the layer is, or the reason why it is none."""
     adapters = active(layer)
@@ -136,7 +142,7 @@ def _call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return reason
     weight = weight_of(layer.base_layer)
     if isinstance(weight, str):
-        return _NOT_READ(error=weight)
+        return weight
     dtype = _compute_dtype(layer.base_layer, x)
     read = operands_of(layer, adapters)
     operands = _FourBit(*read._replace(weight=weight._replace(dtype=dtype), is_transposed=False))  # type: ignore[arg-type]
@@ -163,7 +169,7 @@ def _why_not_autocast(x: Tensor, compute: torch.dtype) -> str | None:
         return None
     if dtype != compute:
         return _COMPUTE_DTYPE(autocast=dtype, compute=compute)
-    return None if x.dtype in (dtype, torch.float32) else _WIDE_INPUT(x=x.dtype, autocast=dtype)
+    return None if x.dtype == dtype else _WIDE_INPUT(x=x.dtype, autocast=dtype)
 
 
 def _compute_dtype(base: Any, x: Tensor) -> torch.dtype:
@@ -179,7 +185,7 @@ def _compute_dtype(base: Any, x: Tensor) -> torch.dtype:
 
 def _fused(call: Lanes) -> Tensor:
     (y,) = four_bit_call(call.x, (call.weight,), (call.bias,), call.updates)
-    return y.to(call.x.dtype)
+    return y
 
 
 def _is_faster_by_peft(layer: Any, call: Lanes) -> bool:
@@ -233,4 +239,4 @@ def _read_anew(packed: Any, state: Any) -> QuantizedWeight | str:
     try:
         return from_quant_state(packed, state)
     except UnsupportedError as error:
-        return str(error)
+        return _NOT_READ(error=error)
