@@ -15,7 +15,10 @@ _KINDS = ("nf4", "fp4")
 
 
 class QuantizedWeight(NamedTuple):
-    """The arguments of ``dequantize``, by name: ``dequantize(**weight._asdict())``; attributes are described there."""
+    """The arguments of ``dequantize``, by name: ``dequantize(**weight._asdict())``; attributes are described there.
+
+    ``lora_linear`` and ``lora_group`` take one in a weight's place.
+    """
 
     packed: Tensor
     kind: str

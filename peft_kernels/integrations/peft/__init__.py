@@ -4,6 +4,7 @@ A model that PEFT built needs none of this: ``peft_kernels.apply`` leaves it PEF
 
 layers.py          PEFT's LoRA layers: class swap, the fused forward
 eligibility.py     which of them are fused, and which calls: every rule
+four_bit.py        the layers on bitsandbytes' 4-bit weights: class swap, rules, when a weight is read
 operands.py        what a call of a layer computes with, and the operations that this makes
 by_row.py          which adapter each row of a call uses, and the plan that this is
 slots.py           what a call computes with whose rows choose among adapters
