@@ -29,6 +29,9 @@ ABOVE_KERNELS = {
     f"{PACKAGE}._core.{name}" for name in ("autocast", "checks", "dispatch", "graph", "library", "operator")
 }
 
+# A family, and the others that its operators may stand on: LoRA's frozen weights may be 4-bit.
+STANDS_ON: dict[str, set[str]] = {"lora": {"four_bit_weight"}}
+
 # A library's folder, and the others that it may import: PEFT's prefixes run on transformers'.
 INTEGRATIONS: dict[str, set[str]] = {"transformers": set(), "peft": {"transformers"}, "adapterhub": set()}
 
@@ -130,8 +133,9 @@ def test_core_knows_no_family(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY_MODULES)
-def test_family_imports_itself_and_core_only(name: str) -> None:
-    inside = ([PACKAGE, family_of(name)], [PACKAGE, "_core"])
+def test_family_imports_core_itself_and_what_it_stands_on(name: str) -> None:
+    family = family_of(name)
+    inside = [[PACKAGE, each] for each in ("_core", family, *STANDS_ON.get(family or "", ()))]
     assert not {target for target in edges(name) if target.split(".")[:2] not in inside}
 
 

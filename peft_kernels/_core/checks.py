@@ -98,18 +98,19 @@ class Table:
     first: str
     rows: tuple[Row, ...]
 
-    def check(self, call: Any, part: str = "") -> Sizes:
+    def check(self, call: Any, part: str = "", known: Sizes | None = None) -> Sizes:
         """Check the tensors of a call and return the sizes of the letters.
 
         Args:
             call: has them as attributes.
             part: what stands in messages before the names of all but the first argument, as in "members[1].weight".
+            known: letters that are bound beforehand.
 
         Raises:
             ValueError: naming the argument, what it must be and what it was.
             UnsupportedError: a tensor is nested.
         """
-        sizes: Sizes = {}
+        sizes: Sizes = {} if known is None else known
         there = []
         for row in self.rows:
             tensor = getattr(call, row.name)

@@ -15,7 +15,10 @@ _KINDS = ("nf4", "fp4")
 
 
 class QuantizedWeight(NamedTuple):
-    """The arguments of ``dequantize``, by name: ``dequantize(**weight._asdict())``; attributes are described there."""
+    """The arguments of ``dequantize``, by name: ``dequantize(**weight._asdict())``; attributes are described there.
+
+    ``lora_linear`` and ``lora_group`` take one in a weight's place.
+    """
 
     packed: Tensor
     kind: str
@@ -23,7 +26,8 @@ class QuantizedWeight(NamedTuple):
     dtype: torch.dtype
     scales: Tensor
     block_size: int
-    nested: tuple[Tensor, Tensor, int, float | Tensor] | None
+    nested: tuple[Tensor, Tensor, int, float | Tensor] | None = None
+    global_scale: float | Tensor | None = None
 
 
 def from_quant_state(packed: Any, quant_state: Any = None) -> QuantizedWeight:
@@ -67,11 +71,16 @@ def from_quant_state(packed: Any, quant_state: Any = None) -> QuantizedWeight:
     if getattr(quant_state, "packing_format_for_cpu", False):
         raise _refusal("bitsandbytes has packed it anew for its own product on a CPU")
     _check_table(kind, getattr(quant_state, "code", None))
-    scales, nested = _statistics(quant_state)
-    block, dtype = quant_state.blocksize, quant_state.dtype
-    weight = QuantizedWeight(_bytes_of(packed), kind, tuple(quant_state.shape), dtype, scales, block, nested)
+    weight = understood(packed, quant_state)
     _check(weight)
     return weight
+
+
+def understood(packed: Any, quant_state: Any) -> QuantizedWeight:
+    """The same of a weight that ``from_quant_state`` understands: its table is not read, as where a graph is traced."""
+    scales, nested = _statistics(quant_state)
+    shape, dtype, block = tuple(quant_state.shape), quant_state.dtype, quant_state.blocksize
+    return QuantizedWeight(_bytes_of(packed), quant_state.quant_type, shape, dtype, scales, block, nested)
 
 
 def _statistics(state: Any) -> tuple[Tensor, tuple[Tensor, Tensor, int, float | Tensor] | None]:
@@ -102,7 +111,7 @@ def _plain(name: str, tensor: Any) -> Tensor:
     """A tensor without its subclass, where that is a parameter's."""
     if isinstance(tensor, torch.nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
-            tensor = tensor.detach().as_subclass(Tensor)
+            tensor = tensor.detach()
     if type(tensor) is not Tensor:
         raise _refusal(f"its {name} must be a plain tensor, got {type(tensor).__name__}")
     return tensor

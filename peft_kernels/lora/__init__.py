@@ -42,8 +42,10 @@ Map, bottom to top:
         cuda_impl.py       what the CUDA kernels can run, in the order in which they are tried
         op.py              the public function, and the declaration that makes it an operator
     group/                 the operator `lora_group`: several frozen weights that share x, in the same files
+    four_bit/              the operator `lora_four_bit`: the group's implementations on 4-bit weights, in the same files
+        decoding.py        each weight decoded when its base product asks for it, by `four_bit_weight`'s implementations
     rows/                  the operator `lora_rows`: adapters by row, what `rows=` of the others runs
-    members.py             what these two have in common
+    members.py             what these have in common
     update/                the operator `lora_update`: the update of a y that another module made
         qualification.py   the problems by which a machine checks it; its other files are as linear's
     slots.py               a layer with slots for adapters, and its call

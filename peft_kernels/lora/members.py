@@ -10,6 +10,25 @@ from torch import Tensor
 
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels.lora.kernels import dropout
+
+
+class Update(NamedTuple):
+    """A low-rank update of a member; a member may have several, as where several adapters are active.
+
+    Attributes:
+        member: index of the weight.
+        lora_a, lora_b, scale: as ``Member``'s.
+        dropout_p: in [0, 1).
+        lane: fourth word of the mask's counter; another one for each update of a call.
+    """
+
+    member: int
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float | Tensor
+    dropout_p: float
+    lane: int
 
 
 class Needs(NamedTuple):
@@ -48,7 +67,8 @@ def cast_for_autocast(
         return x, weights, biases, updates
     return (
         x.to(dtype),
-        tuple([weight.to(dtype) for weight in weights]),
+        # What is no tensor is refused by the checks.
+        tuple([weight.to(dtype) if isinstance(weight, Tensor) else weight for weight in weights]),
         tuple([None if bias is None else bias.to(dtype) for bias in biases]),
         [
             update
@@ -57,6 +77,28 @@ def cast_for_autocast(
             for update in updates
         ],
     )
+
+
+def arguments(x: Tensor, updates: Sequence[Update], seed: int | Tensor | None, operator: str) -> tuple[Any, ...]:
+    """What updates are as an operator takes them, from lora_a to lanes, and the seed of their masks."""
+    seed_tensor: Tensor | None = None
+    if any(dropout.threshold(update.dropout_p, operator) for update in updates):
+        seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device, operator)
+    return (
+        tuple([update.lora_a for update in updates]),
+        tuple([update.lora_b for update in updates]),
+        tuple([_scale(update.scale, x) for update in updates]),
+        tuple([update.member for update in updates]),
+        tuple([update.dropout_p for update in updates]),
+        tuple([update.lane for update in updates]),
+        seed_tensor,
+    )
+
+
+def _scale(scale: float | Tensor, x: Tensor) -> float | Tensor:
+    if isinstance(scale, Tensor):
+        return scale.to(device=x.device)
+    return float(scale) if isinstance(scale, (bool, int)) else scale
 
 
 def forward(problem: Any, call: Any, implementation: Implementation) -> tuple[Tensor, ...]:
@@ -112,9 +154,6 @@ def reached(call: Any, needs: Needs, dys: Sequence[Tensor | None]) -> Needs:
         return needs
     of_updates = [there[member] for member in call.members]
 
-    def both(needed: Sequence[bool], there: Sequence[bool]) -> tuple[bool, ...]:
-        return tuple(need and is_there for need, is_there in zip(needed, there, strict=True))
-
     return Needs(
         needs.x,
         both(needs.weights, there),
@@ -122,3 +161,14 @@ def reached(call: Any, needs: Needs, dys: Sequence[Tensor | None]) -> Needs:
         both(needs.lora_a, of_updates),
         both(needs.lora_b, of_updates),
     )
+
+
+def both(needed: Sequence[bool], there: Sequence[bool]) -> tuple[bool, ...]:
+    """Which are needed of those that are there."""
+    return tuple(need and is_there for need, is_there in zip(needed, there, strict=True))
+
+
+def by_width(dys: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """Members with their dY, the narrowest first; without those whose dY is None."""
+    there = [(member, dy) for member, dy in enumerate(dys) if dy is not None]
+    return sorted(there, key=lambda pair: pair[1].shape[1])

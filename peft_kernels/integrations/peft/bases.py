@@ -53,6 +53,11 @@ def is_known(cls: type[nn.Module]) -> bool:
     return cls is PeftLinear or _name(cls) in _SAME_FORWARD or _name(cls) in _FOLLOW_AUTOCAST
 
 
+def is_four_bit(cls: type[nn.Module]) -> bool:
+    """Whether it is PEFT's class of layers on bitsandbytes' 4-bit weights, which ``four_bit.py`` can read."""
+    return _name(cls) == "bnb.Linear4bit"
+
+
 def follows_autocast(layer: Any) -> bool:
     """Whether PEFT's layer casts nothing now, because CUDA's autocast is on."""
     return torch.is_autocast_enabled() and _name(library_class(layer)) in _FOLLOW_AUTOCAST

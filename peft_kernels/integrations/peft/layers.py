@@ -92,6 +92,11 @@ def _classes(layer: Any) -> dict[type[nn.Module], type[nn.Module]]:
     cls: Any = library_class(layer)
     if cls is PeftLinear:
         return {PeftLinear: FusedLoraLinear}
+    if bases.is_four_bit(cls):
+        # PEFT has imported bitsandbytes where there is such a layer.
+        from peft_kernels.integrations.peft import four_bit
+
+        return {cls: four_bit.FusedLoraLinear4bit}
     return {cls: given.class_of(cls)} if bases.is_known(cls) else {}
 
 

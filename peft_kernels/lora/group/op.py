@@ -10,12 +10,14 @@ from torch import Tensor
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
+from peft_kernels.four_bit_weight.quant_state import QuantizedWeight
 from peft_kernels.lora import members
+from peft_kernels.lora.four_bit.op import four_bit_call, without_rows
 from peft_kernels.lora.group import cuda_impl, torch_impl, triton_impl
 from peft_kernels.lora.group.composite import composite
 from peft_kernels.lora.group.native import native
 from peft_kernels.lora.group.problem import NAME, Inputs, LoraGroupProblem, make_problem
-from peft_kernels.lora.kernels import dropout
+from peft_kernels.lora.members import Update
 from peft_kernels.lora.rows.op import rows_call, slots_of_member
 
 
@@ -23,36 +25,19 @@ class Member(NamedTuple):
     """A frozen linear layer and its low-rank update, as arguments of ``lora_linear``.
 
     Attributes:
-        weight: (N, K), in x's dtype, as nn.Linear stores it.
+        weight: (N, K), in x's dtype, as nn.Linear stores it; or 4-bit, as ``lora_linear`` takes it. Members of one call
+            are all 4-bit, of one format, or none is.
         lora_a: (r, K), in x's dtype or float32; rank r >= 1.
         lora_b: (N, r), in lora_a's dtype.
         scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
         bias: (N,) in x's dtype, or None.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     lora_a: Tensor
     lora_b: Tensor
     scale: float | Sequence[float] | Tensor = 1.0
     bias: Tensor | None = None
-
-
-class Update(NamedTuple):
-    """A low-rank update of a member; a member may have several, as where several adapters are active.
-
-    Attributes:
-        member: index of the weight.
-        lora_a, lora_b, scale: as ``Member``'s.
-        dropout_p: in [0, 1).
-        lane: fourth word of the mask's counter; another one for each update of a call.
-    """
-
-    member: int
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float | Tensor
-    dropout_p: float
-    lane: int
 
 
 def lora_group(
@@ -106,11 +91,12 @@ def lora_group(
     given = _members(members)
     weights, biases = tuple(member.weight for member in given), tuple(member.bias for member in given)
     if rows is not None:
+        plain = without_rows(weights, NAME)
         by_rows = [
             slots_of_member(index, *member[1:4], of_member, dropout_p, rows)
             for index, (member, of_member) in enumerate(zip(given, _ranks(ranks, len(given)), strict=True))
         ]
-        return rows_call(x, weights, biases, by_rows, rows, seed, backend)
+        return rows_call(x, plain, biases, by_rows, rows, seed, backend)
     if ranks is not None:
         raise ValueError(f"{NAME}: ranks are those of the slots of rows, which is None")
     ps = _probabilities(dropout_p, len(given))
@@ -123,30 +109,19 @@ def lora_group(
 
 def group_call(
     x: Tensor,
-    weights: tuple[Tensor, ...],
+    weights: tuple[Tensor | QuantizedWeight, ...],
     biases: tuple[Tensor | None, ...],
     updates: Sequence[Update],
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """The same with any number of updates for each member, in the order of their members, and lanes that are given."""
+    if weights and isinstance(weights[0], QuantizedWeight):
+        return four_bit_call(x, weights, biases, updates, seed, backend)
+    plain: tuple[Tensor, ...] = weights  # type: ignore[assignment]
     if isinstance(x, Tensor):
-        x, weights, biases, updates = members.cast_for_autocast(x, weights, biases, updates)
-    seed_tensor: Tensor | None = None
-    if any(dropout.threshold(update.dropout_p, NAME) for update in updates):
-        seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device, NAME)
-    call = Inputs(
-        x,
-        weights,
-        biases,
-        tuple([update.lora_a for update in updates]),
-        tuple([update.lora_b for update in updates]),
-        tuple([_scale(update.scale, x) for update in updates]),
-        tuple([update.member for update in updates]),
-        tuple([update.dropout_p for update in updates]),
-        tuple([update.lane for update in updates]),
-        seed_tensor,
-    )
+        x, plain, biases, updates = members.cast_for_autocast(x, plain, biases, updates)
+    call = Inputs(x, plain, biases, *members.arguments(x, updates, seed, NAME))
     ys: tuple[Tensor, ...] = OPERATOR(call, backend)
     return ys
 
@@ -174,12 +149,6 @@ def _probabilities(p: float | list[float] | tuple[float, ...], count: int) -> Se
             raise ValueError(f"{NAME}: dropout_p must be one number, or {count}, as there are members, got {len(p)}")
         return p
     return [p] * count
-
-
-def _scale(scale: float | Tensor, x: Tensor) -> float | Tensor:
-    if isinstance(scale, Tensor):
-        return scale.to(device=x.device)
-    return float(scale) if isinstance(scale, (bool, int)) else scale
 
 
 def _results(problem: LoraGroupProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,14 +66,21 @@ class Inputs(NamedTuple):
 
     def update(self, index: int) -> LinearInputs:
         """An update with its member, as a call of ``lora_linear``."""
-        member, p = self.members[index], self.dropout_p[index]
+        return self._linear(index, self.weights[self.members[index]])
+
+    def without_weight(self, index: int) -> LinearInputs:
+        """The same for what does not multiply with the weight, which may first have to be made."""
+        return self._linear(index, None)
+
+    def _linear(self, index: int, weight: Any) -> LinearInputs:
+        p = self.dropout_p[index]
         return LinearInputs(
             self.x,
-            self.weights[member],
+            weight,
             self.lora_a[index],
             self.lora_b[index],
             self.scales[index],
-            self.biases[member],
+            self.biases[self.members[index]],
             p,
             self.seed if p and dropout.threshold(p) else None,
         )
@@ -189,7 +197,7 @@ def make_problem(call: Inputs) -> LoraGroupProblem:
         ValueError: naming the argument, what it must be and what it was.
     """
     x = call.x
-    check_structure(call)
+    check_structure(call, call.weights)
     n: list[int] = []
     for member, (weight, bias) in enumerate(zip(call.weights, call.biases, strict=True)):
         part = f"members[{member}]."
@@ -219,20 +227,20 @@ def make_problem(call: Inputs) -> LoraGroupProblem:
     )
 
 
-def check_structure(call: Inputs) -> None:
+def check_structure(call: Any, weights: Sequence[Any], name: str = NAME) -> None:
     """As many of everything as there must be: what no caller of ``lora_group`` can get wrong but for the first.
 
     Raises:
         ValueError: there is no member, or updates and members do not fit together.
     """
-    if not call.weights:
-        raise ValueError(f"{NAME}: members must be a non-empty sequence of Member, got {call.weights!r}")
+    if not weights:
+        raise ValueError(f"{name}: members must be a non-empty sequence of Member, got {weights!r}")
     lengths = {len(each) for each in (call.lora_a, call.lora_b, call.scales, call.members, call.dropout_p, call.lanes)}
-    if len(call.biases) != len(call.weights) or len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"{NAME}: a bias or None for each weight and at least one update of six parts, got {lengths}")
-    if list(call.members) != sorted(call.members) or not 0 <= call.members[0] <= call.members[-1] < len(call.weights):
-        raise ValueError(f"{NAME}: members of updates must rise from 0 to {len(call.weights) - 1}, got {call.members}")
+    if len(call.biases) != len(weights) or len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"{name}: a bias or None for each weight and at least one update of six parts, got {lengths}")
+    if list(call.members) != sorted(call.members) or not 0 <= call.members[0] <= call.members[-1] < len(weights):
+        raise ValueError(f"{name}: members of updates must rise from 0 to {len(weights) - 1}, got {call.members}")
     if len(set(call.lanes)) != len(call.lanes):
-        raise ValueError(f"{NAME}: each update must have a lane of its own, got {call.lanes}")
+        raise ValueError(f"{name}: each update must have a lane of its own, got {call.lanes}")
     for lane in call.lanes:
-        dropout.as_lane(lane, NAME)
+        dropout.as_lane(lane, name)

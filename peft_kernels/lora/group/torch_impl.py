@@ -32,10 +32,10 @@ def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     is_apart = len(products) == len(problem.r)
     parts = products if is_apart else list(_together(products, 1).split(problem.r, dim=1))
     ys = []
-    for member, weight in enumerate(inputs.weights):
+    for member, bias in enumerate(inputs.biases):
         first, *others = problem.of_members[member] or (None,)
         if first is None:
-            ys.append(steps.base(inputs.x, weight, inputs.biases[member], problem.row_invariant))
+            ys.append(steps.base(inputs.x, inputs.weights[member], bias, problem.row_invariant))
             continue
         y = steps.up(problem.linears[first], inputs.update(first), parts[first])
         for index in others:
@@ -61,7 +61,7 @@ def backward(
             dy = dys[problem.members[index]]
             assert dy is not None
             part = s[:, problem.columns[index]] if needs.lora_b[index] else None
-            made, db[index] = steps.grad_up(problem.linears[index], inputs.update(index), part, dy, asked)
+            made, db[index] = steps.grad_up(problem.linears[index], inputs.without_weight(index), part, dy, asked)
             if made is not None:
                 ds[index] = made
     dx: Tensor | None = None
@@ -72,7 +72,7 @@ def backward(
     if masked:
         dx = _masked(problem, inputs, masked, ds, needs, dx, da)
     return Gradients(
-        x=steps.sum_of_base_gradients(problem.linears[0], _there(inputs, dys), dx) if needs.x else None,
+        x=steps.sum_of_base_gradients(problem.linears[0], dys, inputs.weights, dx) if needs.x else None,
         weights=tuple(
             dy.t() @ inputs.x if need and dy is not None else None for dy, need in zip(dys, needs.weights, strict=True)
         ),
@@ -82,10 +82,6 @@ def backward(
         lora_a=tuple(da),
         lora_b=tuple(db),
     )
-
-
-def _there(inputs: Inputs, dys: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-    return [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
 
 
 def _products(problem: LoraGroupProblem, runs: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
@@ -105,7 +101,7 @@ def _joined(
     problem: LoraGroupProblem, inputs: Inputs, updates: tuple[int, ...]
 ) -> tuple[LoraLinearProblem, LinearInputs]:
     """A run as one update, as far as A goes: their ranks under each other."""
-    call = inputs.update(updates[0])
+    call = inputs.without_weight(updates[0])
     if len(updates) == 1:
         return problem.linears[updates[0]], call
     if call.lora_a is not None:  # else no one reads it
@@ -160,7 +156,7 @@ def _masked(
     for rows in steps.blocks(problem.linears[updates[0]], 4 * problem.k):
         total: Tensor | None = None
         for index in updates:
-            linear, call = problem.linears[index], inputs.update(index)
+            linear, call = problem.linears[index], inputs.without_weight(index)
             mask = steps.mask_of_rows(linear, call, rows)
             assert mask is not None
             if needs.x:

@@ -16,7 +16,7 @@ from peft_kernels.lora.kernels.dropout import NO_DROPOUT, Lanes
 from peft_kernels.lora.linear.problem import Needs as LinearNeeds
 from peft_kernels.lora.linear.problem import of_row_invariant
 from peft_kernels.lora.linear.triton_impl import Launches, add_base, base, base_gradient
-from peft_kernels.lora.members import Gradients, Needs
+from peft_kernels.lora.members import Gradients, Needs, by_width
 
 Run = tuple[int, ...]
 Term = tuple[Tensor, Tensor, float | Tensor]
@@ -37,18 +37,18 @@ def forward(problem: LoraGroupProblem, inputs: Inputs) -> tuple[Tensor, ...]:
         factor, out = problem.linears[run[0]].keep_scale, s[:, _between(problem.columns, run)]
         launches.narrow_product(x, _joined(inputs.lora_a, run), factor, launches.dropout, out, lanes)
     ys = []
-    for member, (weight, bias) in enumerate(zip(inputs.weights, inputs.biases, strict=True)):
+    for member, bias in enumerate(inputs.biases):
         updates = problem.of_members[member]
         if not updates:
-            ys.append(base(x, weight, bias, problem.row_invariant))
+            ys.append(base(x, inputs.weights[member], bias, problem.row_invariant))
             continue
         launches, _ = _launches(problem, inputs, updates[:1])
         term, adapter = _term(problem, inputs, s, updates), problem.adapter_dtypes[updates[0]]
         if config.writes_update_first(problem.dtype, adapter, bias is not None):
             y = launches.rank_product(problem.dtype, term, bias, NO_DROPOUT)
-            add_base(y, x, weight.t(), problem.row_invariant)
+            add_base(y, x, inputs.weights[member].t(), problem.row_invariant)
         else:
-            y = base(x, weight, bias, problem.row_invariant)
+            y = base(x, inputs.weights[member], bias, problem.row_invariant)
             launches.add_rank_product(y, term)
         ys.append(y)
     return *ys, s
@@ -115,7 +115,7 @@ def backward(
 def _launches(problem: LoraGroupProblem, inputs: Inputs, run: Run) -> tuple[Launches, Lanes | None]:
     """The launches of a run of updates, and their lanes where they are several with masks."""
     linear = problem.joined(run)
-    launches = Launches.of(linear, inputs.update(run[0]))
+    launches = Launches.of(linear, inputs.without_weight(run[0]))
     if len(run) == 1 or not linear.has_dropout:
         return launches, None
     return launches, Lanes(tuple(problem.r[index] for index in run), tuple(problem.lanes[index] for index in run))
@@ -162,13 +162,11 @@ def _add_updates(problem: LoraGroupProblem, inputs: Inputs, run: Run, ds: Tensor
 
 def _with_bases(problem: LoraGroupProblem, inputs: Inputs, dys: Sequence[Tensor | None], dx: Tensor | None) -> Tensor:
     """The updates' part of dX, and dY_j W_j of all members: each sum is rounded, so the small ones come first."""
-    there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
-    there.sort(key=lambda pair: pair[0].shape[1])
-    for dy, weight in there:
+    for member, dy in by_width(dys):
         if dx is None:
-            dx = base_gradient(dy, weight, problem.row_invariant)
+            dx = base_gradient(dy, inputs.weights[member], problem.row_invariant)
         else:
-            add_base(dx, dy, weight, problem.row_invariant)
+            add_base(dx, dy, inputs.weights[member], problem.row_invariant)
     assert dx is not None
     return dx
 

@@ -12,19 +12,22 @@ from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
+from peft_kernels.four_bit_weight.quant_state import QuantizedWeight
+from peft_kernels.lora.four_bit.op import four_bit_call, without_rows
 from peft_kernels.lora.kernels import dropout, masks
 from peft_kernels.lora.kernels.masks import Mask
 from peft_kernels.lora.linear import cuda_impl, mask_choice, torch_impl, triton_impl
 from peft_kernels.lora.linear.composite import composite
 from peft_kernels.lora.linear.native import native
 from peft_kernels.lora.linear.problem import NAME, Gradients, Inputs, LoraLinearProblem, Needs, make_problem
+from peft_kernels.lora.members import Update
 from peft_kernels.lora.qualification import MASKS
 from peft_kernels.lora.rows.op import linear_by_rows
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float | Sequence[float] | Tensor = 1.0,
@@ -46,7 +49,10 @@ def lora_linear(
     Args:
         x (..., K): float32, bfloat16, float16 or float64; any strides, but leading dimensions that do not flatten to
             one without a copy are copied.
-        weight (N, K): x's dtype; as nn.Linear stores it.
+        weight (N, K): x's dtype; as nn.Linear stores it. Or a ``peft_kernels.four_bit.QuantizedWeight`` (QLoRA,
+            Dettmers et al. 2023, arXiv:2305.14314): it is decoded to x's dtype, whatever its own is, in the forward
+            pass and again in the backward pass where x needs a gradient, and what was decoded is never kept; not with
+            ``rows``.
         lora_a (r, K): x's dtype or float32; rank r >= 1.
         lora_b (N, r): lora_a's dtype.
         scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
@@ -81,11 +87,16 @@ def lora_linear(
                 [2.5000, 2.5000, 2.5000]])
     """
     if rows is not None:
-        return linear_by_rows(x, weight, lora_a, lora_b, scale, bias, rows, ranks, dropout_p, seed, backend)
+        (plain,) = without_rows((weight,), NAME)
+        return linear_by_rows(x, plain, lora_a, lora_b, scale, bias, rows, ranks, dropout_p, seed, backend)
     if ranks is not None:
         raise ValueError(f"{NAME}: ranks are those of the slots of rows, which is None")
     if isinstance(dropout_p, (list, tuple)):
         raise ValueError(f"{NAME}: dropout_p must be one number but with rows, got {dropout_p}")
+    if isinstance(weight, QuantizedWeight):
+        update = Update(0, lora_a, lora_b, scale, dropout_p, 0)  # type: ignore[arg-type]
+        (y,) = four_bit_call(x, (weight,), (bias,), (update,), seed, backend)
+        return y
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
     limit = dropout.threshold(dropout_p)  # type: ignore[arg-type]
     seed_tensor: Tensor | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peft_kernels._core.row_products import aligned, row_product
 from peft_kernels._core.torch_products import add_product, has_bfloat16_products, is_slow, product_in_float32
+from peft_kernels.lora import members
 from peft_kernels.lora.kernels import masks
 from peft_kernels.lora.kernels.config import torch_rows_per_block, writes_update_first
 from peft_kernels.lora.linear.mask_choice import mask_of
@@ -56,25 +57,26 @@ def base_gradient(dy: Tensor, weight: Tensor, row_invariant: bool = False) -> Te
 
 
 def sum_of_base_gradients(
-    problem: LoraLinearProblem, pairs: Sequence[tuple[Tensor, Tensor]], updates: Tensor | None
+    problem: LoraLinearProblem, dys: Sequence[Tensor | None], weights: Sequence[Tensor], updates: Tensor | None
 ) -> Tensor:
-    """updates + sum over pairs of dY W, in x's dtype; ``problem`` is that of any of the pairs.
+    """updates + sum over members of dY W, in x's dtype; ``problem`` is that of any of them, and some dY is there.
 
     Where products add to a result each sum is rounded, so the small ones come first; else sums are made in S's dtype.
+    A weight is asked for when its turn comes, and not held: it may be made then.
     """
-    there = sorted(pairs, key=lambda pair: pair[0].shape[1])
+    first, *others = members.by_width(dys)
     if adds_in_float32(problem):
         dx = updates
-        for dy, weight in there:
-            dx = base_gradient(dy, weight) if dx is None else add_product(dx, dy, weight)
+        for member, dy in (first, *others):
+            dx = base_gradient(dy, weights[member]) if dx is None else add_product(dx, dy, weights[member])
         assert dx is not None
         return dx
-    (dy, weight), *others = there
-    total = base_gradient(dy, weight, problem.row_invariant)
+    member, dy = first
+    total = base_gradient(dy, weights[member], problem.row_invariant)
     if others:
         total = total.to(problem.wide_dtype)
-    for dy, weight in others:
-        total.add_(base_gradient(dy, weight, problem.row_invariant))
+    for member, dy in others:
+        total.add_(base_gradient(dy, weights[member], problem.row_invariant))
     return (total if updates is None else total.add_(updates)).to(problem.dtype)
 
 

@@ -66,8 +66,7 @@ def backward(
     live = [index for index, member in enumerate(problem.members) if dys[member] is not None]
     dx: Tensor | None = None
     if needs.x:
-        there = [(dy, weight) for dy, weight in zip(dys, inputs.weights, strict=True) if dy is not None]
-        dx = steps.sum_of_base_gradients(_any_linear(problem), there, None)
+        dx = steps.sum_of_base_gradients(_any_linear(problem), dys, inputs.weights, None)
     da, db = _zeros(problem, needs)
     # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
     needs_ds = needs.x or any(needs.lora_a[index] for index in live)
