@@ -25,6 +25,7 @@ Map, bottom to top:
         triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                              (dS, dB, dbias; dA)
         triton_rows.py     `narrow_product`, `add_rank_product` where a row has an adapter of its own
         triton_rows_bwd.py `narrow_and_reduce`, `reduce_rows` likewise
+        triton_gain.py     `gain_rank_product`, `gain_narrow_and_reduce`                   (y; dS, T, dbias, of dgain)
         triton_product.py  `product`, `add_product`: base products under use_row_invariant (y, dX)
         triton_dropout.py  the mask, recomputed in a kernel's registers; `drop` and `add_dropped` alone
         cuda_workspace.py  memory and nonces of launches whose blocks hand each other results
@@ -42,6 +43,9 @@ Map, bottom to top:
         cuda_impl.py       what the CUDA kernels can run, in the order in which they are tried
         op.py              the public function, and the declaration that makes it an operator
     group/                 the operator `lora_group`: several frozen weights that share x, in the same files
+    gain/                  the operator `lora_gain`: what `gain=` of `lora_linear` runs, in the same files
+        dora.py            `dora_gain`: magnitudes over norms of rows
+        qualification.py   the problems by which a machine checks its kernels
     rows/                  the operator `lora_rows`: adapters by row, what `rows=` of the others runs
     members.py             what these two have in common
     slots.py               a layer with slots for adapters, and its call
@@ -56,6 +60,7 @@ Map, bottom to top:
     switching.py           the same for all layers of a model, and their adapters' parameters alone
 """
 
+from peft_kernels.lora.gain.dora import dora_gain
 from peft_kernels.lora.group.op import Member, lora_group
 from peft_kernels.lora.injection import inject_lora
 from peft_kernels.lora.linear.mask_choice import lora_linear_dropout_mask
@@ -78,6 +83,7 @@ __all__ = [
     "add_adapter",
     "delete_adapter",
     "disable_adapters",
+    "dora_gain",
     "enable_adapters",
     "inject_lora",
     "lora_group",

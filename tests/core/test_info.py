@@ -38,6 +38,7 @@ def test_json_names_every_family_and_backend() -> None:
         "adapter_rows",
         "bottleneck_adapter",
         "four_bit_dequantize",
+        "lora_gain",
         "lora_group",
         "lora_linear",
         "lora_rows",

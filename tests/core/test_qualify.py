@@ -316,6 +316,7 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
     [
         ("lora_linear", "triton", "bfloat16+float32 r16 dropout"),
         ("lora_group", "triton", "bfloat16+float32 r32 dropout"),
+        ("lora_gain", "triton", "bfloat16+float32 r16"),
         ("lora_rows", "triton", "bfloat16+float32 r32 dropout"),
         ("bottleneck_adapter", "triton", "bfloat16 wide r16"),
         ("prefix_attention", "triton", "bfloat16+float32 d16"),
