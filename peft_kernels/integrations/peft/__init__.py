@@ -5,6 +5,7 @@ A model that PEFT built needs none of this: ``peft_kernels.apply`` leaves it PEF
 layers.py          PEFT's LoRA layers: class swap, the fused forward
 eligibility.py     which of them are fused, and which calls: every rule
 operands.py        what a call of a layer computes with, and the operations that this makes
+dora.py            layers whose adapter is DoRA: the rules, and the call with a gain
 by_row.py          which adapter each row of a call uses, and the plan that this is
 slots.py           what a call computes with whose rows choose among adapters
 mixed.py           mixed_batch: the batch that surrounds a call, and checkpointed calls that take it along

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
+from peft_kernels.integrations.peft import dora
 from peft_kernels.integrations.peft.banked import Banked
 from peft_kernels.integrations.peft.by_row import ByRow
 from peft_kernels.integrations.peft.operands import Modules, Operands, active, operands_of
@@ -45,7 +46,7 @@ _NO_ADAPTER = SUPPORT.rule("a call while none of the layer's adapters is active"
 _OTHER_BASE = SUPPORT.rule(
     "a base layer of another class, a parametrized one too", "its base layer is {base}, not nn.Linear or Conv1D"
 )
-_VARIANT = SUPPORT.rule("DoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
+_VARIANT = SUPPORT.rule("QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
 _BESIDE_ALORA = SUPPORT.rule(
     "aLoRA beside other active adapters, but for those that `adapter_names` give to other rows",
     "an aLoRA adapter of it is active beside others",
@@ -139,7 +140,9 @@ def slots_of_call(
         return reason
     adapters = named(layer, by_row.adapters)
     late = frozenset([adapter.name for adapter in adapters if is_late(layer, adapter.name)])
-    reason = (_why_not_offsets(by_row, x) if late else None) or _why_not_modules(layer, adapters, may_be_late=True)
+    reason = (_why_not_offsets(by_row, x) if late else None) or _why_not_modules(
+        layer, adapters, may_be_late=True, by_row=True
+    )
     if reason is not None or not adapters:
         return reason
     operands = operands_of(layer, adapters)
@@ -153,7 +156,7 @@ def is_late(layer: Any, name: str) -> bool:
 
 
 def _why_not_state(layer: PeftLinear, adapters: list[Modules]) -> str | None:
-    return _why_not_merged(layer) or (None if adapters else _NO_ADAPTER())
+    return _why_not_merged(layer) or (dora.why_not_now(layer, adapters) if adapters else _NO_ADAPTER())
 
 
 def _why_not_merged(layer: PeftLinear) -> str | None:
@@ -162,7 +165,9 @@ def _why_not_merged(layer: PeftLinear) -> str | None:
     return _MERGED() if layer.merged else None
 
 
-def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bool = False) -> str | None:
+def _why_not_modules(
+    layer: PeftLinear, adapters: list[Modules], may_be_late: bool = False, by_row: bool = False
+) -> str | None:
     replaced = OWN.replaced()
     if replaced is not None or "_cast_input_dtype" in layer.__dict__:
         return _REPLACED(method=replaced or "its _cast_input_dtype")
@@ -174,7 +179,11 @@ def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bo
         if name in layer.lora_variant and not (may_be_late and is_late(layer, name)):
             if is_late(layer, name):
                 return _BESIDE_ALORA()
-            return _VARIANT(variant=type(layer.lora_variant[name]).__name__)
+            if not dora.is_dora(layer, name):
+                return _VARIANT(variant=type(layer.lora_variant[name]).__name__)
+            reason = dora.why_not(layer, adapters, by_row)
+            if reason is not None:
+                return reason
         if not (_is_linear(down) and _is_linear(up)) or down.bias is not None:
             return _OTHER_FACTOR(down=down, up=up)
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace):
