@@ -30,7 +30,9 @@ SUPPORT = Support(
     ),
 )
 _BESIDE = SUPPORT.rule("DoRA beside other active adapters", "a DoRA adapter of it is active beside others")
-_BY_ROW = SUPPORT.rule("DoRA among `adapter_names`, or in `mixed_batch`", "rows choose among adapters with DoRA")
+_BY_ROW = SUPPORT.rule(
+    "DoRA among `adapter_names`, or in `mixed_batch`: PEFT raises", "rows choose among adapters with DoRA"
+)
 _REPLACED = SUPPORT.rule("methods of PEFT's DoRA classes that another tool replaced", "{method} was replaced")
 _OTHER_MAGNITUDE = SUPPORT.rule(
     "a magnitude vector of another class, hooked, a tensor subclass, of another shape, orientation or device",

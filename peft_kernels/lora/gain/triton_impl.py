@@ -83,7 +83,7 @@ def _narrow_and_reduce(
     if not any(asked):
         return ds, t, None, None
     facts = m, n, r, dy.dtype, launches.exact, hardware(problem.device)
-    chosen = triton_tools.chosen(config.narrow_and_reduce_config, *facts)
+    chosen = triton_tools.chosen(config.gain_narrow_and_reduce_config, *facts)
     found = _kernels().gain_narrow_and_reduce(dy, product, s, b, inputs.scale, asked, r, launches.exact, chosen)
     return found[0] if needs_ds else ds, found[1] if needs_t else t, *found[2:]
 
