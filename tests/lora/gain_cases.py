@@ -19,6 +19,8 @@ from tests.contract.operators import Operator, double
 
 SEED = 20240229
 VARIANTS = ("torch", "triton")
+# What auto makes of small calls on a CPU: torch's own operators.
+WITH_AUTO = (*VARIANTS, "auto")
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ OPERATOR = Operator(
     function=lora_linear,
     op=op,
     differentiable=Tensors._fields,
-    variants=VARIANTS,
+    variants=WITH_AUTO,
     pin=contextlib.nullcontext,
     make=make,
     make_exact=make_exact,
@@ -163,7 +165,10 @@ OPERATOR = Operator(
     oracle=_oracle,
     # S, whose errors reach most results, has m r values.
     draws=lambda case: min(16, 256 // (case.m * case.r)),
-    budget=tuple(itertools.product(GRID, VARIANTS)),
+    budget=(
+        *itertools.product(GRID, VARIANTS),
+        *((case, "auto") for case in GRID if case.dtype == torch.float32 and not case.p),
+    ),
     exact=st.builds(
         lambda dtypes, **rest: Case(dtype=dtypes[0], adapter_dtype=dtypes[1], scale=0.5, **rest),
         **{size: st.integers(1, 40) for size in "mnkr"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -118,21 +119,19 @@ def test_launches(r: int, expected: list[int]) -> None:
     draw = Draw(3)
     given["lora_a"] = draw.normal(r, K).to(BF16).requires_grad_()
     given["lora_b"] = draw.normal(N, r).to(BF16).requires_grad_()
-    modules = [fwd, gain_kernels(), gain_kernels(), fwd, bwd]
-    with counting(modules[0], names[0]), counting(modules[1], names[1]), counting(modules[2], names[2]):
-        with counting(modules[3], names[3]), counting(modules[4], names[4]):
-            y = pk.lora_linear(**given, backend="triton")
-            torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
+    with contextlib.ExitStack() as stack:
+        for module, name in zip((fwd, gain_kernels(), gain_kernels(), fwd, bwd), names, strict=True):
+            stack.enter_context(counting(module, name))
+        y = pk.lora_linear(**given, backend="triton")
+        torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
     assert list(counts.values()) == expected
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("is_tall", [True, False])
 @pytest.mark.parametrize(("dtype", "adapter"), [(BF16, FP32), (BF16, BF16), (FP32, FP32)], ids=str)
-def test_less_is_moved_than_by_peft_s_formulas(dtype: torch.dtype, adapter: torch.dtype, is_tall: bool) -> None:
+def test_less_is_moved_than_by_peft_s_formulas(dtype: torch.dtype, adapter: torch.dtype) -> None:
     """Passes over an activation on meta tensors, which take the way of CUDA tensors."""
-    size, rank = 512, 8
-    m = 4096 if is_tall else 256
+    m, size, rank = 4096, 512, 8
 
     def make(*shape: int, to: torch.dtype = FP32) -> Tensor:
         return torch.empty(shape, dtype=to, device="meta")
@@ -160,6 +159,6 @@ def test_less_is_moved_than_by_peft_s_formulas(dtype: torch.dtype, adapter: torc
         y = oracle.eager_gain(leaves[0], inputs.weight, *leaves[1:], 2.0)
     with Traffic() as backward_of_peft:
         torch.autograd.grad(y, leaves, dy)
-    for ours, theirs, share in ((forward, forward_of_peft, 0.6), (backward, backward_of_peft, 0.9)):
+    for ours, theirs, share in ((forward, forward_of_peft, 0.6), (backward, backward_of_peft, 0.85)):
         print(f"{ours.bytes / bytes_of(dy):.1f} of {theirs.bytes / bytes_of(dy):.1f} passes")
         assert ours.bytes < share * theirs.bytes

@@ -12,6 +12,7 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels.lora.gain import torch_impl, triton_impl
 from peft_kernels.lora.gain.composite import composite
+from peft_kernels.lora.gain.native import native
 from peft_kernels.lora.gain.problem import NAME, Gradients, Inputs, LoraGainProblem, Needs, make_problem
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
 
@@ -90,4 +91,5 @@ OPERATOR = Operator(
     kept=("s", "product"),
     activations=("x",),
     adds=("bias",),
+    native=native,
 )
