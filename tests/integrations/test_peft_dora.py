@@ -288,9 +288,9 @@ def _up_bias(layer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_hooked, "its magnitudes are not"),
+        (_hooked, "its magnitude vector is not"),
         (_turned, "its magnitudes are not"),
-        (_other_class, "its magnitudes are not"),
+        (_other_class, "its magnitude vector is not"),
         (_up_bias, "lora_B of its DoRA adapter has a bias"),
     ],
 )

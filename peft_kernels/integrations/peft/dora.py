@@ -34,11 +34,15 @@ _BY_ROW = SUPPORT.rule(
     "DoRA among `adapter_names`, or in `mixed_batch`: PEFT raises", "rows choose among adapters with DoRA"
 )
 _REPLACED = SUPPORT.rule("methods of PEFT's DoRA classes that another tool replaced", "{method} was replaced")
-_OTHER_MAGNITUDE = SUPPORT.rule(
-    "a magnitude vector of another class, hooked, a tensor subclass, of another shape, orientation or device",
-    "its magnitudes are not N plain numbers beside the weight, in PEFT's own DoraLinearLayer",
+_OTHER_VECTOR = SUPPORT.rule(
+    "a magnitude vector of another class, hooked, or in another orientation than the weight",
+    "its magnitude vector is not PEFT's own DoraLinearLayer beside an nn.Linear or a Conv1D",
 )
 _UP_BIAS = SUPPORT.rule("`lora_B` with a bias", "lora_B of its DoRA adapter has a bias")
+_OTHER_MAGNITUDE = SUPPORT.rule(
+    "magnitudes that are a tensor subclass, of another shape or on another device",
+    "its magnitudes are not N plain numbers beside the weight",
+)
 _DROPS = SUPPORT.rule(
     "dropout at work in training: PEFT's base product is then that of what is left of x, and so a second one",
     "its DoRA adapter drops elements of x, with p = {p}",
@@ -97,7 +101,7 @@ def why_not(layer: Any, adapters: list[Modules], by_row: bool) -> str | None:
     vector = layer.lora_magnitude_vector[adapter.name]
     is_transposed = _TRANSPOSED.get(type(layer.base_layer))
     if type(vector) is not DoraLinearLayer or is_hooked(vector) or vector.fan_in_fan_out is not is_transposed:
-        return _OTHER_MAGNITUDE()
+        return _OTHER_VECTOR()
     return None if getattr(adapter.up, "bias", None) is None else _UP_BIAS()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import ALoraLinearVariant
@@ -32,6 +33,10 @@ SUPPORT = Support(
         "several active adapters in one call, each with its own dropout",
         "`adapter_names`, in `generate` too, and `mixed_batch`: several adapters in one batch; aLoRA",
     ),
+)
+_IA3 = SUPPORT.rule(
+    "(IA)^3: one multiplication beside a base layer, which leaves little to fuse and nothing on a CPU",
+    "it is (IA)^3, whose one multiplication PEFT makes",
 )
 _OTHER_LAYER = SUPPORT.rule(
     "a layer of another class: embeddings, convolutions, quantized layers, MoE parameters; methods other than LoRA",
@@ -95,6 +100,8 @@ OWN = OwnMethods(
 
 def why_not(layer: Any) -> str | None:
     """Reason that lies in what the layer is, and is made of."""
+    if isinstance(layer, IA3Layer):
+        return _IA3()
     if library_class(layer) is not PeftLinear:
         return _OTHER_LAYER(layer=f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}")
     if has_other_forward(layer):
@@ -113,7 +120,8 @@ def why_not_now(layer: Any) -> str | None:
         return None
     operands = operands_of(layer, adapters)
     like_x = operands.weight
-    return _why_not_state(layer, adapters) or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
+    reason = _why_not_state(layer, adapters) or dora.why_not_now(layer, adapters) or calls.why_not_device(like_x)
+    return reason or _why_not_beside(layer, operands, like_x)
 
 
 def is_unused(layer: Any) -> bool:
@@ -127,7 +135,8 @@ def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs
     if reason is not None:
         return reason
     operands = operands_of(layer, adapters)
-    return _why_not_operands(operands) or _why_not_call(layer, operands, x, args, kwargs) or operands
+    reason = _why_not_operands(operands) or dora.why_not_now(layer, adapters)
+    return reason or _why_not_call(layer, operands, x, args, kwargs) or operands
 
 
 def slots_of_call(
@@ -156,7 +165,7 @@ def is_late(layer: Any, name: str) -> bool:
 
 
 def _why_not_state(layer: PeftLinear, adapters: list[Modules]) -> str | None:
-    return _why_not_merged(layer) or (dora.why_not_now(layer, adapters) if adapters else _NO_ADAPTER())
+    return _why_not_merged(layer) or (None if adapters else _NO_ADAPTER())
 
 
 def _why_not_merged(layer: PeftLinear) -> str | None:

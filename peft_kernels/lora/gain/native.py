@@ -1,6 +1,6 @@
 """LoRA linear with a gain by torch's own operators under their own autograd, where the host's time is most of a call's.
 
-    u = x W^T + scale (x A^T) B^T;  y = g u + bias          which keeps u, as the torch implementation keeps x W^T
+u = x W^T + scale (x A^T) B^T;  y = g u + bias          which keeps u, as the torch implementation keeps x W^T
 """
 
 from __future__ import annotations
