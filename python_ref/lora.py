@@ -5,7 +5,8 @@
     y  = x W^T + bias + s S B^T
 
 x (..., K), W (N, K), A (r, K), B (N, r), bias (N,), y (..., N); sizes with leading dimensions are flattened to M rows.
-A group is several such layers on one x, each with a mask of its own. The derivations are in docs/design/lora.md.
+A group is several such layers on one x, each with a mask of its own. With a gain g (N,), as DoRA has (Liu et al. 2024,
+arXiv:2402.09353), y = g (x W^T + s S B^T) + bias. The derivations are in docs/design/lora.md.
 """
 
 from __future__ import annotations
@@ -166,6 +167,82 @@ def eager_update(
         # nn.Dropout on a CPU rounds the factor to the dtype before it multiplies; so does this, on every device.
         branch = branch * dropout_mask.reshape(x.shape).to(branch.dtype).div_(1.0 - effective_dropout(dropout_p))
     return (y + F.linear(F.linear(branch, lora_a), lora_b) * scale).to(y.dtype)
+
+
+class GainGradients(NamedTuple):
+    """Gradients of every input of ``gain_forward``."""
+
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    gain: Tensor
+    bias: Tensor
+
+
+def gain_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gain: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    **dropout: Any,
+) -> Tensor:
+    """Return y (..., N); gain (N,), other arguments as in ``forward``."""
+    y = gain * forward(x, weight, lora_a, lora_b, scale, **dropout)[0]
+    return y if bias is None else y + bias
+
+
+def gain_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gain: Tensor,
+    scale: float | Tensor = 1.0,
+    **dropout: Any,
+) -> GainGradients:
+    """Return the gradients of sum(dy * y): those of the layer without a gain for g * dy, and dg."""
+    found = backward(gain * dy, x, weight, lora_a, lora_b, scale, **dropout)
+    u = forward(x, weight, lora_a, lora_b, scale, **dropout)[0]
+    n = weight.shape[0]
+    rows = dy.reshape(-1, n) if n else dy.reshape(math.prod(dy.shape[:-1]), n)
+    dg = (rows * u.reshape(rows.shape)).sum(0)
+    return GainGradients(*found[:4], gain=dg, bias=rows.sum(0))
+
+
+def eager_gain(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gain: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """PEFT's formulas of DoRA in the arguments' own dtypes, op by op: what it adds to its base layer's result.
+
+    The base product is that of x, which PEFT has where nothing is dropped. Arguments as in ``gain_forward``.
+    """
+    result = F.linear(x, weight, bias)
+    base = result if bias is None else result - bias
+    branch = x.to(lora_a.dtype)
+    if dropout_mask is not None:
+        noise = dropout_mask.reshape(x.shape).to(branch.dtype).div_(1.0 - effective_dropout(dropout_p))
+        branch = branch * noise
+    update = F.linear(F.linear(branch, lora_a), lora_b)
+    return (result + ((gain - 1) * base + gain * update * scale)).to(result.dtype)
+
+
+def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Return the norms (N,) of the rows of W + scale * B A: what DoRA divides its magnitudes by."""
+    return torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1)
 
 
 class Member(NamedTuple):

@@ -25,6 +25,7 @@ Map, bottom to top:
         triton_bwd.py      `narrow_and_reduce`, `reduce_rows`                              (dS, dB, dbias; dA)
         triton_rows.py     `narrow_product`, `add_rank_product` where a row has an adapter of its own
         triton_rows_bwd.py `narrow_and_reduce`, `reduce_rows` likewise
+        triton_gain.py     `gain_rank_product`, `gain_narrow_and_reduce`                   (y; dS, T, dbias, of dgain)
         triton_product.py  `product`, `add_product`: base products under use_row_invariant (y, dX)
         triton_dropout.py  the mask, recomputed in a kernel's registers; `drop` and `add_dropped` alone
         cuda_workspace.py  memory and nonces of launches whose blocks hand each other results
@@ -44,6 +45,9 @@ Map, bottom to top:
     group/                 the operator `lora_group`: several frozen weights that share x, in the same files
     four_bit/              the operator `lora_four_bit`: the group's implementations on 4-bit weights, in the same files
         decoding.py        each weight decoded when its base product asks for it, by `four_bit_weight`'s implementations
+    gain/                  the operator `lora_gain`: what `gain=` of `lora_linear` runs, in the same files
+        dora.py            `dora_gain`: magnitudes over norms of rows
+        qualification.py   the problems by which a machine checks its kernels
     rows/                  the operator `lora_rows`: adapters by row, what `rows=` of the others runs
     members.py             what these have in common
     update/                the operator `lora_update`: the update of a y that another module made
@@ -60,6 +64,7 @@ Map, bottom to top:
     switching.py           the same for all layers of a model, and their adapters' parameters alone
 """
 
+from peft_kernels.lora.gain.dora import dora_gain
 from peft_kernels.lora.group.op import Member, lora_group
 from peft_kernels.lora.injection import inject_lora
 from peft_kernels.lora.linear.mask_choice import lora_linear_dropout_mask
@@ -83,6 +88,7 @@ __all__ = [
     "add_adapter",
     "delete_adapter",
     "disable_adapters",
+    "dora_gain",
     "enable_adapters",
     "inject_lora",
     "lora_group",

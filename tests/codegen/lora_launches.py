@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from peft_kernels.lora.gain import problem as gain_problem
+from peft_kernels.lora.gain import triton_impl as gain_impl
 from peft_kernels.lora.group import problem as group_problem
 from peft_kernels.lora.group import triton_impl as group_impl
 from peft_kernels.lora.kernels import masks
@@ -49,6 +51,15 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         yield _rows_case(BF16, adapter, ranks, p)
     for ranks, adapter, p in (((64,) * 16, BF16, 0.0), ((128, 64) * 8, FP32, 0.1)):
         yield _rows_case(BF16, adapter, ranks, p)
+    for dtype, adapter, r, gain in (
+        (BF16, BF16, 16, FP32),
+        (BF16, FP32, 32, FP32),
+        (FP16, FP16, 16, FP16),
+        (FP16, FP32, 32, FP32),
+        (FP32, FP32, 32, FP32),
+        (BF16, FP32, 64, FP32),
+    ):
+        yield _gain_case(dtype, adapter, r, gain)
     # Few rows of each slot.
     for m, slots, p in ((8192, 256, 0.1), (64, 64, 0.0)):
         yield _rows_case(BF16, BF16, (16,) * slots, p, m)
@@ -105,6 +116,11 @@ def _rows_case(
     return name, functools.partial(_launch_rows, dtype, adapter, ranks, p, m, members, row_invariant)
 
 
+def _gain_case(dtype: torch.dtype, adapter: torch.dtype, r: int, gain: torch.dtype) -> tuple[str, Callable[[], None]]:
+    """Without dropout, which other launches have."""
+    return _name(dtype, adapter, r, 0.0, 4096) + "/gain", functools.partial(_launch_gain, dtype, adapter, r, gain)
+
+
 def _mask_case(dtype: torch.dtype, adapter: torch.dtype, k: int) -> tuple[str, Callable[[], None]]:
     """What the torch backend launches."""
     return _name(dtype, adapter, 0, 0.1, k), functools.partial(_launch_mask, dtype, adapter, k)
@@ -137,6 +153,27 @@ def _launch(
     _, s = triton_impl.forward(problem, inputs)
     dy = make(m, n, dtype=dtype)
     triton_impl.backward(problem, inputs, s, dy, Needs(x=True, weight=False, lora_a=True, lora_b=True, bias=True))
+
+
+def _launch_gain(dtype: torch.dtype, adapter: torch.dtype, r: int, gain: torch.dtype) -> None:
+    m, n, k = 8192, 4096, 4096
+    make = functools.partial(torch.empty, device="meta")
+    inputs = gain_problem.Inputs(
+        x=make(m, k, dtype=dtype),
+        weight=make(n, k, dtype=dtype),
+        lora_a=make(r, k, dtype=adapter),
+        lora_b=make(n, r, dtype=adapter),
+        gain=make(n, dtype=gain),
+        scale=0.5,
+        bias=make(n, dtype=dtype),
+        dropout_p=0.0,
+        seed=None,
+    )
+    problem = gain_problem.make_problem(inputs)
+    y, s, product = gain_impl.forward(problem, inputs)
+    for bias in (True, False):
+        needs = gain_problem.Needs(x=True, weight=False, lora_a=True, lora_b=True, gain=True, bias=bias)
+        gain_impl.backward(problem, inputs, s, product, torch.empty_like(y), needs)
 
 
 def _launch_group(dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ...], p: float) -> None:
@@ -202,6 +239,9 @@ def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
     if kernel in ("dropout_kernel", "rows_sum_spans_kernel"):
         return ("LDG", "STG")
+    if kernel == "gain_narrow_and_reduce_kernel" and "/r64/" in launch:
+        # Sums of columns alone.
+        return ("FFMA", "STG")
     if launch.startswith("fp32"):
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)

@@ -39,6 +39,7 @@ def test_json_names_every_family_and_backend() -> None:
         "bottleneck_adapter",
         "four_bit_dequantize",
         "lora_four_bit",
+        "lora_gain",
         "lora_group",
         "lora_linear",
         "lora_rows",

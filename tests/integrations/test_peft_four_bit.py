@@ -153,10 +153,13 @@ def test_several_adapters_and_their_dropout() -> None:
         ({"autocast": HALF, "x": torch.float32, "dtype": HALF}, None),
         ({"hook": True}, None),
         ({"auto": True}, None),
-        ({"names": ["default", "__base__"]}, "rows choose adapters, and its base layer is a Linear4bit that computes by itself"),
+        (
+            {"names": ["default", "__base__"]},
+            "rows choose adapters, and its base layer is a Linear4bit that computes by itself",
+        ),
         ({"disabled": True}, "adapters are disabled"),
     ],
-)  # fmt: skip
+)
 def test_what_else_there_is_runs_on_bitsandbytes_product(
     change: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +189,7 @@ def test_what_else_there_is_runs_on_bitsandbytes_product(
 
 def test_variants_stay_peft_s() -> None:
     report = pk.apply(_model(lora={"use_dora": True}))
-    assert list(report.fallbacks.values()) == ["its adapter is a DoraLinearVariant, not plain LoRA"]
+    assert list(report.fallbacks.values()) == ["its DoRA adapter is on a Linear4bit"]
 
 
 def test_a_weight_is_read_once_and_again_when_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ layers.py          PEFT's LoRA layers: class swap, the fused forward
 bases.py           what makes a layer's frozen product: a weight that can be read, or the base module itself
 given.py           the forward of layers whose base module makes it
 eligibility.py     which of them are fused, and which calls: every rule
-four_bit.py        the layers on bitsandbytes' 4-bit weights: class swap, rules, when a weight is read
+four_bit.py        the layers on bitsandbytes' 4-bit weights: the operation that a call is, when a weight is read
 operands.py        what a call of a layer computes with, and the operations that this makes
+dora.py            layers whose adapter is DoRA: the rules, and the call with a gain
 by_row.py          which adapter each row of a call uses, and the plan that this is
 slots.py           what a call computes with whose rows choose among adapters
 mixed.py           mixed_batch: the batch that surrounds a call, and checkpointed calls that take it along

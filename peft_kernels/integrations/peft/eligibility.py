@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import ALoraLinearVariant
@@ -16,7 +17,7 @@ from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels._core.checks import FLOATING
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.hooks import OwnMethods, has_other_forward, is_hooked
-from peft_kernels.integrations.peft import bases
+from peft_kernels.integrations.peft import bases, dora
 from peft_kernels.integrations.peft.banked import Banked
 from peft_kernels.integrations.peft.by_row import ByRow
 from peft_kernels.integrations.peft.operands import Factors, Modules, Operands, active, factors_of, operands_of
@@ -38,6 +39,10 @@ SUPPORT = Support(
         "`adapter_names`, in `generate` too, and `mixed_batch`: several adapters in one batch; aLoRA",
     ),
 )
+_IA3 = SUPPORT.rule(
+    "(IA)^3: one multiplication beside a base layer, which leaves little to fuse and nothing on a CPU",
+    "it is (IA)^3, whose one multiplication PEFT makes",
+)
 _OTHER_LAYER = SUPPORT.rule(
     "a layer of another class: embeddings, convolutions, MoE parameters; methods other than LoRA",
     "it is PEFT's {layer}, not its lora.Linear",
@@ -48,7 +53,7 @@ _REPLACED = SUPPORT.rule("methods of PEFT's or torch's classes that another tool
 _DISABLED = SUPPORT.rule("a call inside `disable_adapter()`", "adapters are disabled")
 _MERGED = SUPPORT.rule("a call after `merge_adapter()`", "adapters are merged into the weight")
 _NO_ADAPTER = SUPPORT.rule("a call while none of the layer's adapters is active", "no adapter is active")
-_VARIANT = SUPPORT.rule("DoRA, QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
+_VARIANT = SUPPORT.rule("QA-LoRA and PEFT's other variants", "its adapter is a {variant}, not plain LoRA")
 _BESIDE_ALORA = SUPPORT.rule(
     "aLoRA beside other active adapters, but for those that `adapter_names` give to other rows",
     "an aLoRA adapter of it is active beside others",
@@ -115,6 +120,8 @@ OWN = OwnMethods(
 
 def why_not(layer: Any) -> str | None:
     """Reason that lies in what the layer is, and is made of."""
+    if isinstance(layer, IA3Layer):
+        return _IA3()
     if not bases.is_known(library_class(layer)):
         return _OTHER_LAYER(layer=f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}")
     if has_other_forward(layer):
@@ -138,7 +145,8 @@ def why_not_now(layer: Any) -> str | None:
     if bases.kind(layer) == bases.PLAIN:
         operands = operands_of(layer, adapters)
         like_x = operands.weight
-        return reason or calls.why_not_device(like_x) or _why_not_beside(layer, operands, like_x)
+        reason = reason or dora.why_not_now(layer, adapters) or calls.why_not_device(like_x)
+        return reason or _why_not_beside(layer, operands, like_x)
     factors = factors_of(adapters)
     like_x = factors.downs[0]
     return reason or calls.why_not_device(like_x) or _why_not_added(layer, factors, like_x)
@@ -155,7 +163,8 @@ def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs
     if reason is not None:
         return reason
     operands = operands_of(layer, adapters)
-    return _why_not_plain(operands) or _why_not_call(layer, operands, x, args, kwargs) or operands
+    reason = _why_not_plain(operands) or dora.why_not_now(layer, adapters)
+    return reason or _why_not_call(layer, operands, x, args, kwargs) or operands
 
 
 def factors_of_call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:
@@ -198,7 +207,9 @@ def slots_of_call(
         return reason
     adapters = named(layer, by_row.adapters)
     late = frozenset([adapter.name for adapter in adapters if is_late(layer, adapter.name)])
-    reason = (_why_not_offsets(by_row, x) if late else None) or _why_not_modules(layer, adapters, may_be_late=True)
+    reason = (_why_not_offsets(by_row, x) if late else None) or _why_not_modules(
+        layer, adapters, may_be_late=True, by_row=True
+    )
     if reason is not None or not adapters:
         return reason
     if bases.kind(layer) != bases.PLAIN:
@@ -223,7 +234,9 @@ def _why_not_merged(layer: PeftLinear) -> str | None:
     return _MERGED() if layer.merged else None
 
 
-def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bool = False) -> str | None:
+def _why_not_modules(
+    layer: PeftLinear, adapters: list[Modules], may_be_late: bool = False, by_row: bool = False
+) -> str | None:
     replaced = OWN.replaced() or bases.replaced(layer)
     if replaced is not None or "_cast_input_dtype" in layer.__dict__:
         return _REPLACED(method=replaced or "its _cast_input_dtype")
@@ -232,7 +245,11 @@ def _why_not_modules(layer: PeftLinear, adapters: list[Modules], may_be_late: bo
         if name in layer.lora_variant and not (may_be_late and is_late(layer, name)):
             if is_late(layer, name):
                 return _BESIDE_ALORA()
-            return _VARIANT(variant=type(layer.lora_variant[name]).__name__)
+            if not dora.is_dora(layer, name):
+                return _VARIANT(variant=type(layer.lora_variant[name]).__name__)
+            reason = dora.why_not(layer, adapters, by_row)
+            if reason is not None:
+                return reason
         if not (_is_linear(down) and _is_linear(up)) or down.bias is not None:
             return _OTHER_FACTOR(down=down, up=up)
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace):

@@ -20,8 +20,9 @@ from peft_kernels._core.autocast import is_any_autocast
 from peft_kernels._core.plans import Plan, Recent
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
-from peft_kernels.integrations.peft import bases, given, mixed
+from peft_kernels.integrations.peft import bases, dora, given, mixed
 from peft_kernels.integrations.peft.by_row import ByRow
+from peft_kernels.integrations.peft.dora import Gained
 from peft_kernels.integrations.peft.eligibility import (
     OWN,
     is_late,
@@ -37,6 +38,7 @@ from peft_kernels.integrations.peft.slots import Slots
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.sites import Site, library_class
 from peft_kernels.lora import lora_linear
+from peft_kernels.lora.gain.op import OPERATOR as GAIN
 from peft_kernels.lora.group.op import OPERATOR as GROUP
 from peft_kernels.lora.group.op import group_call
 from peft_kernels.lora.linear.op import OPERATOR
@@ -140,10 +142,10 @@ def run_slots(call: Slots) -> Tensor:
     return y
 
 
-def _call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | Lanes | str:
+def _call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | Lanes | Gained | str:
     """The operation that a call of the layer is, or the reason why it is none."""
     operands = operands_of_call(layer, x, args, kwargs)
-    return operands if isinstance(operands, str) else joined(operands, x)
+    return operands if isinstance(operands, str) else dora.gained(layer, operands, x) or joined(operands, x)
 
 
 def usual(layer: Any) -> tuple[Any, ...] | None:
@@ -219,8 +221,8 @@ def is_faster_by_peft(layer: PeftLinear, call: Any) -> bool:
     def theirs(x: Tensor) -> Tensor:
         return PeftLinear.forward(layer, x)
 
-    if isinstance(call, Lanes):
-        return is_library_faster(layer, GROUP, call.inputs(), ours, theirs)
+    if isinstance(call, (Lanes, Gained)):
+        return is_library_faster(layer, GROUP if isinstance(call, Lanes) else GAIN, call.inputs(), ours, theirs)
     call = Inputs._make(call)
     return is_library_faster(layer, OPERATOR, call, ours, theirs)
 
@@ -232,5 +234,7 @@ def _fused(call: Any, plan: Plan | None = None) -> Tensor:
     if isinstance(call, Lanes):
         (y,) = group_call(call.x, (call.weight,), (call.bias,), call.updates)
         return y
+    if isinstance(call, Gained):
+        return call.run()
     x, weight, down, up, scaling, bias, p, _ = call
     return lora_linear(x, weight, down, up, scaling, bias, dropout_p=p)

@@ -232,6 +232,20 @@ def narrow_and_reduce_config(
     )
 
 
+def gain_narrow_and_reduce_config(
+    m: int, n: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware
+) -> NarrowAndReduceConfig:
+    """As ``narrow_and_reduce_config``; before sm_90 a second activation's tile spills beside float32 operands, and the
+    more so where those multiply in pieces.
+    """
+    chosen = narrow_and_reduce_config(m, n, r, dtype, exact, hardware)
+    if hardware.arch >= 90 or not (exact or dtype == torch.float32):
+        return chosen
+    block_n = 64 if exact else chosen.BLOCK_N
+    splits = split_count(cdiv(m, 16), cdiv(n, block_n), hardware)
+    return replace(chosen, BLOCK_M=16, BLOCK_N=block_n, splits=splits)
+
+
 def reduce_rows_config(
     m: int, k: int, r: int, dtype: torch.dtype, exact: bool, hardware: Hardware, lanes: Lanes | None = None
 ) -> ReduceRowsConfig:

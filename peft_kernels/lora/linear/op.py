@@ -10,10 +10,12 @@ from torch import Tensor
 
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
+from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
 from peft_kernels.four_bit_weight.quant_state import QuantizedWeight
 from peft_kernels.lora.four_bit.op import four_bit_call, without_rows
+from peft_kernels.lora.gain.op import linear_with_gain
 from peft_kernels.lora.kernels import dropout, masks
 from peft_kernels.lora.kernels.masks import Mask
 from peft_kernels.lora.linear import cuda_impl, mask_choice, torch_impl, triton_impl
@@ -37,6 +39,7 @@ def lora_linear(
     seed: int | Tensor | None = None,
     rows: Rows | None = None,
     ranks: Sequence[int] | None = None,
+    gain: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Apply a linear layer and its low-rank update (LoRA, Hu et al. 2021, arXiv:2106.09685, section 4.1).
@@ -45,6 +48,9 @@ def lora_linear(
 
     With ``rows`` each row has the update of its own adapter, a slot t of ``lora_a`` and ``lora_b``:
     ``y[m] = x[m] @ weight.T + bias + scale[t] * (drop(x[m]) @ lora_a[t].T) @ lora_b[t].T``, ``t = rows.slot[m]``
+
+    With ``gain``, such as ``dora_gain`` returns (DoRA, Liu et al. 2024, arXiv:2402.09353):
+    ``y = gain * (x @ weight.T + scale * (drop(x) @ lora_a.T) @ lora_b.T) + bias``
 
     Args:
         x (..., K): float32, bfloat16, float16 or float64; any strides, but leading dimensions that do not flatten to
@@ -64,6 +70,7 @@ def lora_linear(
             Slots' factors are under each other in lora_a (sum of ranks, K), and side by side in lora_b; scale and
             dropout_p may be one for each slot.
         ranks: with ``rows``, of each slot; 0 is an adapter that this layer does not have.
+        gain (N,): x's dtype or float32, or None; not with ``rows``.
         backend: "torch", "triton" or "cuda" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 
@@ -72,12 +79,13 @@ def lora_linear(
 
     Raises:
         ValueError: a shape, dtype, device, probability, seed or backend name is wrong.
-        UnsupportedError: the forced backend cannot run this problem.
+        UnsupportedError: the forced backend cannot run this problem; or a gain with rows.
 
     Numerics: products accumulate in float32 (float64 for float64). Against a float64 oracle the relative error is at
     most 1.1 times that of eager torch in the same dtypes plus one epsilon of float32, or a quarter of half precision's,
     over enough values that chance evens out (``peft_kernels.testing``).
-    Gradients of x, weight, lora_a, lora_b and bias are computed only where asked for, and two runs give the same bits.
+    Gradients of x, weight, lora_a, lora_b, gain and bias are computed only where asked for, and two runs give the same
+    bits.
 
     Example:
         >>> import torch, peft_kernels as pk
@@ -87,6 +95,8 @@ def lora_linear(
                 [2.5000, 2.5000, 2.5000]])
     """
     if rows is not None:
+        if gain is not None:
+            raise UnsupportedError(f"{NAME}: a gain and rows; multiply the result, or call once for each slot")
         (plain,) = without_rows((weight,), NAME)
         return linear_by_rows(x, plain, lora_a, lora_b, scale, bias, rows, ranks, dropout_p, seed, backend)
     if ranks is not None:
@@ -94,6 +104,8 @@ def lora_linear(
     if isinstance(dropout_p, (list, tuple)):
         raise ValueError(f"{NAME}: dropout_p must be one number but with rows, got {dropout_p}")
     if isinstance(weight, QuantizedWeight):
+        if gain is not None:
+            raise UnsupportedError(f"{NAME}: a gain and a QuantizedWeight; four_bit.dequantize decodes it")
         update = Update(0, lora_a, lora_b, scale, dropout_p, 0)  # type: ignore[arg-type]
         (y,) = four_bit_call(x, (weight,), (bias,), (update,), seed, backend)
         return y
@@ -108,7 +120,7 @@ def lora_linear(
         scale = float(scale)
 
     call = Inputs(x, weight, lora_a, lora_b, scale, bias, dropout_p, seed_tensor)  # type: ignore[arg-type]
-    return OPERATOR(call, backend)
+    return OPERATOR(call, backend) if gain is None else linear_with_gain(call, gain, backend)
 
 
 def _autocast(
