@@ -45,9 +45,10 @@ py::tuple gemm_tiles(
 
 void bind(py::module_& module) {
   module.attr("GEMM_MAX_RANK") = kGemmMaxRank;
-  module.def(
-      "decode_workspace", &decode_workspace,
-      "Flags and bytes of decode_forward's and decode_rows's workspace, which begins with the flags, 8 bytes each.");
+  module.def("decode_workspace", &decode_workspace,
+             "Flags and bytes of the workspace of decode_forward, decode_rows and decode_four_bit, which begins with "
+             "the flags, "
+             "8 bytes each.");
   module.def("gemm_workspace", &gemm_workspace, py::kw_only(), py::arg("m"), py::arg("r"),
              "Flags and bytes of gemm_sm90's workspace, which begins with the flags, 8 bytes each.");
   module.def("reduce_workspace", &reduce_workspace, py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"),
@@ -70,6 +71,9 @@ void bind(py::module_& module) {
   bind_launch(module, "decode_rows", decode_rows,
               "Write y (m, n) and S (m, width) of at most 16 tokens, each with the adapter of its slot, as "
               "DecodeRowsParams says.");
+  bind_launch(
+      module, "decode_four_bit", decode_four_bit,
+      "Write y (m, n) and S (m, r) of at most 16 tokens on a weight of four bits, as DecodeFourBitParams says.");
   bind_launch(module, "gemm_sm90", gemm_sm90,
               "Write y (m, n) and S (m, r) as GemmParams says. scale: address of a float32 or None, and a number.");
   bind_launch(module, "reduce_rows", reduce_rows,

@@ -9,7 +9,7 @@ namespace {
 template <typename T, typename TAdapter, int kTokens>
 __global__ void __launch_bounds__(decode::kThreads, decode::kCtasPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
-  decode::decode_body<T, TAdapter, kTokens>(params);
+  decode::decode_body<T, TAdapter, kTokens>(params, decode::Products<T, TAdapter>{});
 }
 
 struct Kernels {

@@ -206,9 +206,31 @@ __device__ __forceinline__ void finish_down(
   publish_unit(params, index);
 }
 
-// For at most kTokens tokens.
-template <typename T, typename TAdapter, int kTokens>
-__device__ __forceinline__ void decode_body(const DecodeParams& params) {
+// Adds the products of a unit's rows of W or A to the sums, W as it is in memory; decode_four_bit.cuh has another.
+template <typename T, typename TAdapter>
+struct Products {
+  template <int kTokens>
+  __device__ __forceinline__ void operator()(Sums<kTokens>& sums,
+                                             const Thread& thread,
+                                             const DecodeParams& params,
+                                             const Unit& unit,
+                                             const Range& range) const {
+    const int first = unit.tile * kTileRows;
+    const Rows<TAdapter> down = {static_cast<const TAdapter*>(params.lora_a), params.a_stride, first, params.shape.r};
+    const Rows<T> base = {static_cast<const T*>(params.weight), params.weight_stride, first, params.shape.n};
+    if constexpr (std::is_same_v<T, TAdapter>) {
+      accumulate<T>(sums, thread, params, unit.is_down ? down : base, range);
+    } else if (unit.is_down) {
+      accumulate<T>(sums, thread, params, down, range);
+    } else {
+      accumulate<T>(sums, thread, params, base, range);
+    }
+  }
+};
+
+// For at most kTokens tokens; TProducts is Products or does what it does.
+template <typename T, typename TAdapter, int kTokens, typename TProducts>
+__device__ __forceinline__ void decode_body(const DecodeParams& params, const TProducts& add_products) {
   float* sSums = static_cast<float*>(shared_memory()) + kSums;
   const Shape& shape = params.shape;
   const int lane = threadIdx.x % 32;
@@ -218,17 +240,8 @@ __device__ __forceinline__ void decode_body(const DecodeParams& params) {
   for (int index = blockIdx.x; index < all; index += gridDim.x) {
     const Unit unit = unit_at(shape, index);
     const Range range = chunks_of(shape, unit);
-    const int first = unit.tile * kTileRows;
     Sums<kTokens> partial = {};
-    const Rows<TAdapter> down = {static_cast<const TAdapter*>(params.lora_a), params.a_stride, first, shape.r};
-    const Rows<T> base = {static_cast<const T*>(params.weight), params.weight_stride, first, shape.n};
-    if constexpr (std::is_same_v<T, TAdapter>) {
-      accumulate<T>(partial, thread, params, unit.is_down ? down : base, range);
-    } else if (unit.is_down) {
-      accumulate<T>(partial, thread, params, down, range);
-    } else {
-      accumulate<T>(partial, thread, params, base, range);
-    }
+    add_products(partial, thread, params, unit, range);
 
     // Each branch passes a barrier after these sums are read and before the next unit's are written.
     float sums[kOutputs<kTokens>];

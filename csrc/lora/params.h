@@ -72,11 +72,10 @@ struct DecodeParams {
   int grid;
 };
 
-// All but the scale and S.
+// All but the weight, the scale and S.
 template <typename Take>
 void fields_of_layer(Take& take, DecodeParams& params) {
   take("x", params.x, params.x_stride);
-  take("weight", params.weight, params.weight_stride);
   take("lora_a", params.lora_a, params.a_stride);
   take("lora_b", params.lora_b, params.b_stride_n, params.b_stride_r);
   take("bias", params.bias, params.bias_stride);
@@ -92,6 +91,7 @@ void fields_of_layer(Take& take, DecodeParams& params) {
 template <typename Take>
 void fields(Take& take, DecodeParams& params) {
   fields_of_layer(take, params);
+  take("weight", params.weight, params.weight_stride);
   take("scale", params.scale, params.scale_value);
   take("s", params.s);
 }
@@ -124,6 +124,7 @@ struct DecodeRowsParams {
 template <typename Take>
 void fields(Take& take, DecodeRowsParams& params) {
   fields_of_layer(take, params.layer);
+  take("weight", params.layer.weight, params.layer.weight_stride);
   take("scales", params.layer.scale, params.scale_stride);
   take("s", params.layer.s, params.s_stride);
   take("slot", params.slot, params.slot_stride);
@@ -135,6 +136,45 @@ void fields(Take& take, DecodeRowsParams& params) {
 
 // As decode_forward, whose workspace it has.
 void decode_rows(const DecodeRowsParams& given, cudaStream_t stream);
+
+constexpr int kNibbles = 16;
+
+// The weight has four bits an element. Element i of it, in the order of rows, is values[nibble i] times the scale of
+// its block i >> block_shift, in float32, rounded to dtype. Without a second level a block's scale is a float32; with
+// one it is a byte b, and stands for code[b] * second[block >> second_shift] + offset, each operation rounded.
+struct DecodeFourBitParams {
+  DecodeParams layer;  // without a weight
+  const uint8_t*
+      codes;            // (n, k / 2), contiguous, on a 16-byte boundary; of a byte the high nibble is the first element
+  const void* scales;   // contiguous: float32 or bytes, one a block; rows are whole blocks
+  const float* code;    // (256,), contiguous, or null: there is no second level
+  const float* second;  // contiguous
+  const float* offset;  // 0-d, or null: offset_value
+  float offset_value;
+  float values[kNibbles];
+  int block_shift;
+  int second_shift;
+};
+
+template <typename Take>
+void fields(Take& take, DecodeFourBitParams& params) {
+  fields_of_layer(take, params.layer);
+  take("scale", params.layer.scale, params.layer.scale_value);
+  take("s", params.layer.s);
+  take("codes", params.codes);
+  take("scales", params.scales);
+  take("code", params.code);
+  take("second", params.second);
+  take("offset", params.offset, params.offset_value);
+  float (&values)[kNibbles] = params.values;
+  take("values", values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], values[8],
+       values[9], values[10], values[11], values[12], values[13], values[14], values[15]);
+  take("block_shift", params.block_shift);
+  take("second_shift", params.second_shift);
+}
+
+// As decode_forward, whose workspace it has, and whose bits on the weight in dtype.
+void decode_four_bit(const DecodeFourBitParams& given, cudaStream_t stream);
 
 // Forward: y (m, n) = x w^T + bias + f S up^T and S = x down^T, with w (n, k), down = A (r, k), up = B (n, r).
 // Backward: the gradients dX = dY W + dS A and dS = f dY B under the names y, S and x = dY, with w = W (k, n), down = B

@@ -1,4 +1,4 @@
-// Halves as floats, and floats in pieces that TF32 holds.
+// Halves as floats, floats as halves, and floats in pieces that TF32 holds.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,6 +21,20 @@ __device__ __forceinline__ float2 floats_of(uint32_t word) {
     memcpy(&pair, &word, sizeof(word));
     return __bfloat1622float2(pair);
   }
+}
+
+// Each rounded to T, the first in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t halves_of(float first, float second) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    memcpy(&word, &pair, sizeof(word));
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    memcpy(&word, &pair, sizeof(word));
+  }
+  return word;
 }
 
 // A float32 element is cut into three pieces of 11 bits, which add up to it and which TF32 holds, as it does

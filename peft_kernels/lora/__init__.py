@@ -30,6 +30,7 @@ Map, bottom to top:
         triton_dropout.py  the mask, recomputed in a kernel's registers; `drop` and `add_dropped` alone
         cuda_workspace.py  memory and nonces of launches whose blocks hand each other results
         cuda_decode.py     the launches of csrc/lora/decode.cuh and decode_rows.cuh        (S, y; M <= 16)
+        cuda_decode_four_bit.py  the launch of csrc/lora/decode_four_bit.cuh               (S, y; M <= 16, NF4 or FP4)
         cuda_gemm.py       the launches of csrc/lora/gemm_sm90.cuh                         (S, y; dS, dX)
         cuda_reduce.py     the launch of csrc/lora/reduce.cuh                              (dA, dB, dbias; also dS)
     linear/                the operator `lora_linear`

@@ -192,6 +192,50 @@ def test_bad_arguments_of_decode(built: ModuleType, wrong: dict[str, Any], messa
         built.lora.decode_forward(**DECODE | wrong)
 
 
+FOUR_BIT = {
+    **{name: value for name, value in DECODE.items() if name != "weight"},
+    **dict.fromkeys(("codes", "scales", "code", "second"), 64),
+    "offset": (0, 0.5),
+    "values": (0.5,) * 16,
+    "block_shift": 6,
+    "second_shift": 8,
+}
+
+
+@pytest.mark.parametrize("name", FOUR_BIT)
+def test_no_argument_of_decode_of_four_bits_may_be_missing(built: ModuleType, name: str) -> None:
+    given = {key: value for key, value in FOUR_BIT.items() if key != name}
+    with pytest.raises(TypeError, match=f"decode_four_bit: the argument {name} is missing"):
+        built.lora.decode_four_bit(**given)
+
+
+def test_decode_of_four_bits_without_a_device_says_so(built: ModuleType) -> None:
+    reason = built.why_no_device()
+    if reason is None:
+        pytest.skip("there is a CUDA device")
+    for change in ({}, {"adapter_dtype": "float32"}, {"code": None}):
+        with pytest.raises(RuntimeError, match="launch of lora_four_bit's decode_four_bit failed: cudaError") as error:
+            built.lora.decode_four_bit(**FOUR_BIT | change)
+        assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"m": 17}, "lora_four_bit: decode takes at most 16 tokens, got 17"),
+        ({"dtype": "float32"}, "decode takes bfloat16 or float16 with adapters of that dtype or float32"),
+        ({"block_shift": 5}, "decode takes blocks of 64 to"),
+        ({"second_shift": -1}, "decode takes blocks of 64 to"),
+        ({"block_shift": 7}, "k must be a multiple of the block, 128, got 64"),
+        ({"n": 2**30, "k": 128}, r"n times k must be at most 2\^36"),
+        ({"codes": 72}, "rows of codes do not start at multiples of 16 bytes"),
+    ],
+)
+def test_bad_arguments_of_decode_of_four_bits(built: ModuleType, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built.lora.decode_four_bit(**FOUR_BIT | wrong)
+
+
 DECODE_ROWS = {
     **{name: value for name, value in DECODE.items() if name != "scale"},
     "scales": (64, 1),

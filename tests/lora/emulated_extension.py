@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_kernels._core import cuda_tools, extension
 from peft_kernels.lora.linear import problem
-from tests.lora import simt_decode, simt_decode_rows
+from tests.lora import simt_decode, simt_decode_four_bit, simt_decode_rows
 from tests.lora.emulated_reduce import EmulatedReduce
 
 
@@ -44,6 +44,7 @@ class EmulatedExtension:
             decode_workspace=self.workspace,
             decode_forward=self.forward,
             decode_rows=self.rows,
+            decode_four_bit=self.four_bit,
             reduce_workspace=self.reduce.workspace,
             reduce_rows=self.reduce.launch,
             GEMM_MAX_RANK=128,
@@ -82,6 +83,27 @@ class EmulatedExtension:
         for row, values in enumerate(s):
             # What the launch has not written is somebody else's.
             _write(address + 4 * stride * row, values[: int((~values.isnan()).sum())])
+
+    def four_bit(self, **call: Any) -> None:
+        self.calls.append(call)
+        m, n, k, r = (call[name] for name in ("m", "n", "k", "r"))
+        dtype, adapter = getattr(torch, call["dtype"]), getattr(torch, call["adapter_dtype"])
+        blocks, is_nested = n * k >> call["block_shift"], call["code"] != 0
+        shapes = {"x": (m, k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,), "scale": (1,), "offset": (1,)}
+        shapes |= {"codes": (n * k // 2,), "scales": (blocks,), "code": (256,)}
+        shapes |= {"second": (-(-blocks >> call["second_shift"]),)}
+        dtypes = {"lora_a": adapter, "lora_b": adapter, "codes": torch.uint8}
+        dtypes |= dict.fromkeys(("scale", "offset", "code", "second", "scales"), torch.float32)
+        dtypes |= {"scales": torch.uint8} if is_nested else {}
+        first, *rest = call["values"]
+        given = {name: value for name, value in call.items() if name != "values"}
+        given |= {name: (call[name],) for name in ("codes", "scales", "code", "second")}
+        inputs, arguments = _read(given, shapes, dtypes, dtype)
+        arguments |= {"values": first, **{f"values_{i}": value for i, value in enumerate(rest)}}
+        seed = len(self.calls)
+        y, s, _ = simt_decode_four_bit.run_on(dtype, adapter, inputs, arguments, schedules=1, first_seed=seed)
+        _write(call["y"], y)
+        _write(call["s"], s)
 
 
 def _read(

@@ -48,9 +48,9 @@ void test(const simt::Arguments& arguments) {
         config.shared_bytes = decode::kSharedBytes;
         config.seed = seed;
         if (decode::tokens_of(shape.m) == 8) {
-          simt::launch(config, [&] { decode::decode_body<T, TAdapter, 8>(params); });
+          simt::launch(config, [&] { decode::decode_body<T, TAdapter, 8>(params, decode::Products<T, TAdapter>{}); });
         } else {
-          simt::launch(config, [&] { decode::decode_body<T, TAdapter, 16>(params); });
+          simt::launch(config, [&] { decode::decode_body<T, TAdapter, 16>(params, decode::Products<T, TAdapter>{}); });
         }
         workspace.check();
       });

@@ -338,6 +338,13 @@ inline float __int_as_float(int bits) {
 inline int __float_as_int(float value) {
   return static_cast<int>(__float_as_uint(value));
 }
+// The host's compiler has no instruction that would make one rounding of two.
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline float __fadd_rn(float a, float b) {
+  return a + b;
+}
 inline float __fdividef(float a, float b) {
   return a / b;
 }
@@ -346,6 +353,15 @@ inline float __frcp_rn(float a) {
 }
 inline float rsqrtf(float a) {
   return 1.0f / std::sqrt(a);
+}
+// Of a selector's nibbles the lower three bits alone; the fourth would ask for a sign.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  }
+  return result;
 }
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
