@@ -12,7 +12,7 @@ from tests.lora.simt_decode_four_bit import Case, make, make_cancelling
 from tests.simt import build, faults
 from tests.simt.faults import Fault
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.faults]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.thorough]
 
 PLAIN = "__nv_bfloat16, __nv_bfloat16"
 FEW, MANY = 5, 13  # tokens, for which there is a kernel each
