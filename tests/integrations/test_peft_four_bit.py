@@ -182,8 +182,9 @@ def test_what_else_there_is_runs_on_bitsandbytes_product(
             ys.append(_layer(each)(x, **kwargs))
     if reason is not None:
         compare.assert_bitwise_equal("y", *ys)
-    # A sum of the product and an update is rounded in another order.
-    torch.testing.assert_close(*ys)
+    # A sum of the product and an update is rounded in another order, once each in the least of the dtypes.
+    ours, theirs = (y.double() for y in ys)
+    assert float((ours - theirs).norm() / theirs.norm()) <= torch.finfo(HALF if autocast else dtype).eps
     assert dict(report.fallback_calls) == ({} if reason is None else {reason: 1})
 
 

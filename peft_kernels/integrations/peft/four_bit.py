@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from peft_kernels._core.autocast import autocast_dtype
-from peft_kernels._core.dispatch import requested_backend
+from peft_kernels._core.dispatch import backend_of_graph, requested_backend
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.four_bit_weight.quant_state import QuantizedWeight, from_quant_state, understood
 from peft_kernels.integrations import calls
@@ -70,7 +70,8 @@ class _Call(NamedTuple):
 def _call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     """The operation that a call of the layer is; None where it is none, or slower than what bitsandbytes has."""
     base = layer.base_layer
-    if not isinstance(x, Tensor) or (x.device.type == "cpu" and requested_backend(None).startswith("auto")):
+    backend = backend_of_graph(None) if torch.compiler.is_compiling() else requested_backend(None)
+    if not isinstance(x, Tensor) or (x.device.type == "cpu" and backend.startswith("auto")):
         return None
     if type(base).forward is not bitsandbytes.Linear4bit.forward or is_hooked(base) or _OWN.replaced() is not None:
         return None
