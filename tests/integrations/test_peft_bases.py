@@ -31,8 +31,7 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 
 import peft_kernels as pk
 from peft_kernels.integrations.peft import bases
-from peft_kernels.integrations.peft.given import GivenLayer
-from peft_kernels.integrations.peft.layers import FusedLoraLinear
+from peft_kernels.integrations.sites import Swapped
 from python_ref import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:apply. nothing in", "ignore:Merge lora", "ignore:Unmerge lora")
@@ -210,7 +209,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance
 @pytest.mark.parametrize("name", BASES)
 def test_output_and_gradients(name: str) -> None:
     fused, plain, report = pair(name)
-    assert report.fused and isinstance(layer_of(fused), FusedLoraLinear | GivenLayer)
+    assert report.fused and isinstance(layer_of(fused), Swapped)
     assert bases.kind(layer_of(fused)) == bases.GIVEN
     for training in (False, True):
         assert_same(run(fused.train(training), inputs()), run(plain.train(training), inputs()), **EXACT[torch.float32])
@@ -437,7 +436,7 @@ def test_a_base_s_output_is_left_alone(records: bool) -> None:
 
 def test_what_else_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     dora = _chosen(lambda: _bits(4), use_dora=True)
-    assert all("DoraLinearVariant" in reason for reason in pk.apply(dora).fallbacks.values())
+    assert list(pk.apply(dora).fallbacks.values()) == ["its DoRA adapter is on a Linear4bit"]
     biased = _chosen(lambda: _Tanh(SIZE, SIZE), lora_bias=True)
     assert set(pk.apply(biased).fallbacks.values()) == {"an adapter has a bias (lora_bias) beside a _Tanh"}
     fused, plain, report = pair("4 bits")

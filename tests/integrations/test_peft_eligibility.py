@@ -376,7 +376,7 @@ def test_xlora(xlora: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [peft.IA3Config(target_modules=["0"], feedforward_modules=[]), peft.LoHaConfig(target_modules=["0"])],
+    [peft.LoKrConfig(target_modules=["0"]), peft.LoHaConfig(target_modules=["0"])],
     ids=lambda c: c.peft_type.value,
 )
 def test_other_methods_are_reported(config: Any) -> None:

@@ -43,7 +43,7 @@ _OWN = OwnMethods(
 class FusedLoraLinear4bit(Swapped, PeftLinear4bit):
     """PEFT's ``lora.bnb.Linear4bit`` whose base product and low-rank update are one operation."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; what it cannot fuse runs as on any other base module."""
         # A tool may have kept this method, and call it after revert.
         if isinstance(self, FusedLoraLinear4bit):
