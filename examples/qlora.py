@@ -8,6 +8,7 @@ would differ; the memory of a pass is measured with it too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import statistics
 import sys
@@ -43,6 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = Texts(task.load_task().train, device)
     model, head, sizes = build(options, device)
     other, other_head = copy.deepcopy((model, head))
+    # On a CPU auto would leave 4-bit layers to PEFT, whose library decodes faster there.
+    forced = pk.use_backend("torch") if device.type == "cpu" else contextlib.nullcontext()
+    with forced:
+        return compare(options, device, texts, (model, head), (other, other_head), sizes)
+
+
+def compare(
+    options: argparse.Namespace,
+    device: torch.device,
+    texts: Texts,
+    ours: tuple[nn.Module, nn.Module],
+    theirs: tuple[nn.Module, nn.Module],
+    sizes: tuple[int, int],
+) -> int:
+    """Train both, and return the exit status."""
+    (model, head), (other, other_head) = ours, theirs
     report = pk.apply(model)
     ways = [way(OURS, model, head), way(THEIRS, other, other_head)]
     play(ways, texts, options, device)

@@ -206,6 +206,24 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance
         torch.testing.assert_close(got[name], value, **limits, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.fixture(autouse=True)
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU ``auto`` leaves such layers to PEFT."""
+    monkeypatch.setenv("PEFT_KERNELS_BACKEND", "torch")
+
+
+@pytest.mark.parametrize("name", ["4 bits", "hooked"])
+def test_on_a_cpu_they_are_peft_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PEFT_KERNELS_BACKEND")
+    plain = BASES[name]()
+    fused = copy.deepcopy(plain)
+    report = pk.apply(fused)
+    reason = f"PEFT adds to the output of its base layer, a {type(layer_of(fused).base_layer).__name__}, on a CPU"
+    assert list(report.fallbacks.values()) == [reason]
+    assert_same(run(fused, inputs()), run(plain, inputs()), rtol=0.0, atol=0.0)
+    assert dict(report.fallback_calls) == {reason: 1}
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_output_and_gradients(name: str) -> None:
     fused, plain, report = pair(name)

@@ -198,7 +198,7 @@ CALLS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "grad": (lambda layer, x: torch.func.grad(lambda x: layer(x).square().sum())(x), "transformed"),
     "jvp": (lambda layer, x: torch.func.jvp(layer, (x,), (x,))[1], "transformed"),
     "jit.trace": (lambda layer, x: torch.jit.trace(layer, x.detach(), check_trace=False)(x), "transformed"),
-    "export": (lambda layer, x: torch.export.export(layer, (x.detach(),)).module()(x), "FakeTensor"),
+    "export": (lambda layer, x: torch.export.export(layer, (x.detach(),)).module()(x), "on a CPU"),
     "nested": (
         lambda layer, x: layer(torch.nested.as_nested_tensor([x[:1], x[1:]])).to_padded_tensor(0.0),
         "x is nested",

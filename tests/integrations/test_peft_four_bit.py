@@ -26,7 +26,7 @@ K, N = 64, 96
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU ``auto`` leaves the product to bitsandbytes."""
+    """On a CPU ``auto`` leaves such layers to PEFT."""
     monkeypatch.setenv("PEFT_KERNELS_BACKEND", "torch")
 
 
@@ -152,7 +152,7 @@ def test_several_adapters_and_their_dropout() -> None:
         ({"autocast": torch.float16, "dtype": HALF}, None),
         ({"autocast": HALF, "x": torch.float32, "dtype": HALF}, None),
         ({"hook": True}, None),
-        ({"auto": True}, None),
+        ({"auto": True}, "PEFT adds to the output of its base layer, a Linear4bit, on a CPU"),
         (
             {"names": ["default", "__base__"]},
             "rows choose adapters, and its base layer is a Linear4bit that computes by itself",

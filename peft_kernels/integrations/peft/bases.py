@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_kernels._core.dispatch import backend_of_graph, requested_backend
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.hooks import OwnMethods, is_hooked
 from peft_kernels.integrations.sites import library_class
@@ -46,6 +47,16 @@ def kind(layer: Any) -> str:
         return GIVEN
     is_plain = calls.is_plain(base.weight) and (base.bias is None or calls.is_plain(base.bias))
     return PLAIN if is_plain else GIVEN
+
+
+def is_left_to_peft(x: Tensor) -> bool:
+    """Whether PEFT's own sum runs on a given base: on a CPU, where it takes less of the host's time and no more of any
+    other, unless a backend is forced.
+    """
+    if not x.is_cpu:
+        return False
+    backend = backend_of_graph(None) if torch.compiler.is_compiling() else requested_backend(None)
+    return backend.startswith("auto")
 
 
 def is_known(cls: type[nn.Module]) -> bool:

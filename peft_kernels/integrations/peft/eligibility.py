@@ -96,6 +96,10 @@ _GIVEN_BY_ROW = SUPPORT.rule(
     "`adapter_names`, `mixed_batch` and aLoRA on a base module that makes its output by itself",
     "rows choose adapters, and its base layer is a {base} that computes by itself",
 )
+_GIVEN_ON_CPU = SUPPORT.rule(
+    "such a base module on a CPU, unless a backend is forced: PEFT's sum takes less of the host's time there",
+    "PEFT adds to the output of its base layer, a {base}, on a CPU",
+)
 _GIVEN_OUTPUT = SUPPORT.rule(
     "such a base module that returns no plain tensor of x's rows",
     "its base layer, a {base}, returned no plain tensor of {shape} beside x",
@@ -149,7 +153,8 @@ def why_not_now(layer: Any) -> str | None:
         return reason or _why_not_beside(layer, operands, like_x)
     factors = factors_of(adapters)
     like_x = factors.downs[0]
-    return reason or calls.why_not_device(like_x) or _why_not_added(layer, factors, like_x)
+    reason = reason or calls.why_not_device(like_x) or why_not_on(layer, like_x)
+    return reason or _why_not_added(layer, factors, like_x)
 
 
 def is_unused(layer: Any) -> bool:
@@ -165,6 +170,13 @@ def operands_of_call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs
     operands = operands_of(layer, adapters)
     reason = _why_not_plain(operands) or dora.why_not_now(layer, adapters)
     return reason or _why_not_call(layer, operands, x, args, kwargs) or operands
+
+
+def why_not_on(layer: Any, x: Any) -> str | None:
+    """Reason that lies in the device of a call on a given base, or of its like."""
+    if isinstance(x, Tensor) and bases.is_left_to_peft(x):
+        return _GIVEN_ON_CPU(base=bases.name_of(layer))
+    return None
 
 
 def factors_of_call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:

@@ -2,7 +2,7 @@
 
 bitsandbytes multiplies in the layer's compute dtype, to which it decodes the weight, and returns x's dtype. So does the
 operation, in one pass for product and update. Everything else is as on any given base: bitsandbytes' own layer is
-called, and the update is added to what it returns. On a CPU that is the faster way, unless a backend is forced.
+called, and the update is added to what it returns. On a CPU PEFT's own forward runs, unless a backend is forced.
 
 What bitsandbytes knows of a weight is read once, and again when the weight or what is known of it is another.
 """
@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from peft_kernels._core.autocast import autocast_dtype
-from peft_kernels._core.dispatch import backend_of_graph, requested_backend
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.four_bit_weight.quant_state import QuantizedWeight, from_quant_state, understood
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import is_library_faster, is_timed
 from peft_kernels.integrations.hooks import OwnMethods, is_hooked
-from peft_kernels.integrations.peft import given
+from peft_kernels.integrations.peft import bases, given
 from peft_kernels.integrations.peft.eligibility import factors_of_call
 from peft_kernels.integrations.peft.operands import Factors
 from peft_kernels.integrations.sites import Swapped
@@ -70,8 +69,7 @@ class _Call(NamedTuple):
 def _call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     """The operation that a call of the layer is; None where it is none, or slower than what bitsandbytes has."""
     base = layer.base_layer
-    backend = backend_of_graph(None) if torch.compiler.is_compiling() else requested_backend(None)
-    if not isinstance(x, Tensor) or (x.device.type == "cpu" and backend.startswith("auto")):
+    if not isinstance(x, Tensor) or bases.is_left_to_peft(x):
         return None
     if type(base).forward is not bitsandbytes.Linear4bit.forward or is_hooked(base) or _OWN.replaced() is not None:
         return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
 from peft_kernels.integrations.peft import bases
-from peft_kernels.integrations.peft.eligibility import factors_of_call, why_not_output
+from peft_kernels.integrations.peft.eligibility import factors_of_call, why_not_on, why_not_output
 from peft_kernels.integrations.peft.operands import Factors
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.sites import Swapped, library_class
@@ -43,7 +43,7 @@ def class_of(cls: Any) -> type[nn.Module]:
 def run(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """A layer's output, its base module called once."""
     y: Any
-    factors = factors_of_call(layer, x, args, kwargs)
+    factors = why_not_on(layer, x) or factors_of_call(layer, x, args, kwargs)
     if isinstance(factors, str):
         count_fallback(layer, factors)
         y = library_class(layer).forward(layer, x, *args, **kwargs)
