@@ -7,6 +7,7 @@ time, in the forward pass, and in a backward pass where x needs a gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any, overload
 
 from torch import Tensor
@@ -37,14 +38,18 @@ class _Decoded(Sequence[Tensor]):
         return self._decoder.forward(problem.weights[member], self._inputs.weight(member, problem.dtype))
 
 
-def on_decoded(group: Implementation, decoder: Implementation, borrows: tuple[str, ...] = ()) -> Implementation:
-    """An implementation of ``lora_group`` on weights that one of ``dequantize`` decodes."""
+def on_decoded(
+    module: str, group: Implementation, decoder: Implementation, borrows: tuple[str, ...] = ()
+) -> Implementation:
+    """An implementation of ``lora_group`` on weights that one of ``dequantize`` decodes, as one of a module."""
 
+    @wraps(group.forward)
     def forward(problem: LoraFourBitProblem, inputs: Inputs) -> tuple[Tensor, ...]:
         """Return y_j (M, N_j) of each member, and S (M, sum of r)."""
         ys: tuple[Tensor, ...] = group.forward(problem, group_inputs(inputs, _Decoded(problem, inputs, decoder)))
         return ys
 
+    @wraps(group.backward)
     def backward(
         problem: LoraFourBitProblem, inputs: Inputs, s: Tensor, dys: Sequence[Tensor | None], needs: Needs
     ) -> Gradients:
@@ -61,6 +66,7 @@ def on_decoded(group: Implementation, decoder: Implementation, borrows: tuple[st
         # The group's own checks do not run the decoder.
         return group.slower(problem) or decoder.why_not_auto(problem.weights[0])
 
+    forward.__module__ = backward.__module__ = module
     return Implementation(
         name=group.name,
         forward=forward,
@@ -70,7 +76,9 @@ def on_decoded(group: Implementation, decoder: Implementation, borrows: tuple[st
         slower=slower,
         qualification=group.qualification,
         borrows=borrows,
-        row_invariant=None if group.row_invariant is None else on_decoded(group.row_invariant, decoder, borrows),
+        row_invariant=None
+        if group.row_invariant is None
+        else on_decoded(module, group.row_invariant, decoder, borrows),
     )
 
 

@@ -14,4 +14,4 @@ from peft_kernels.four_bit_weight import torch_impl as decoder
 from peft_kernels.lora.four_bit.decoding import on_decoded
 from peft_kernels.lora.group import torch_impl as group
 
-IMPLEMENTATION = on_decoded(group.IMPLEMENTATION, decoder.IMPLEMENTATION)
+IMPLEMENTATION = on_decoded(__name__, group.IMPLEMENTATION, decoder.IMPLEMENTATION)
