@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
+from peft_kernels.integrations.peft import given as given_bases
 from peft_kernels.integrations.peft import grouped, layers
 from peft_kernels.integrations.peft.siblings import Siblings, attached
 
@@ -131,6 +132,6 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     monkeypatch.setattr(grouped, "lora_linear", counted("alone", grouped.lora_linear))
     monkeypatch.setattr(layers, "_fused", counted("alone", layers._fused))
     monkeypatch.setattr(grouped.Scope, "take", counted("hit", grouped.Scope.take))
-    monkeypatch.setattr(grouped, "count_fallback", lambda *_: found.update(peft=1))
-    monkeypatch.setattr(layers, "count_fallback", lambda *_: found.update(peft=1))
+    for module in (grouped, given_bases, layers):
+        monkeypatch.setattr(module, "count_fallback", lambda *_: found.update(peft=1))
     return found
