@@ -2,7 +2,7 @@
 
     y = x W^T + bias;  x' = x[order];  y[order] += scale_t (x'_t A_t^T) B_t^T, slot by slot
 
-The torch implementation's products, whose bits these are, on rows that are gathered and written once for all slots.
+The torch implementation's products, rounded as its are, on rows that are gathered and written once for all slots.
 """
 
 from __future__ import annotations
