@@ -129,6 +129,16 @@ def backward(
     return gradients._replace(x=gradients.x.view(*leading, problem.k))
 
 
+def backward_of_one(
+    problem: Any, call: Any, kept: tuple[Any, ...], dy: Tensor, needs: Any, implementation: Implementation
+) -> Any:
+    """An ``Operator``'s with one weight and one output, whose x, like dY, may have several leading dimensions."""
+    flat = call if call.x is None else call._replace(x=call.x.reshape(problem.m, problem.k))
+    with without_autocast(problem.device.type):
+        gradients = implementation.backward(problem, flat, *kept, dy.reshape(problem.m, problem.n), needs)
+    return gradients if gradients.x is None else gradients._replace(x=gradients.x.view(*dy.shape[:-1], problem.k))
+
+
 def results(problem: Any, call: Any, width: int) -> tuple[Tensor, ...]:
     """An ``Operator``'s; S has so many columns."""
     ys = [call.x.new_empty((*call.x.shape[:-1], n)) for n in problem.n]

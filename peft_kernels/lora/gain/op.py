@@ -10,10 +10,11 @@ from torch import Tensor
 from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
+from peft_kernels.lora import members
 from peft_kernels.lora.gain import torch_impl, triton_impl
 from peft_kernels.lora.gain.composite import composite
 from peft_kernels.lora.gain.native import native
-from peft_kernels.lora.gain.problem import NAME, Gradients, Inputs, LoraGainProblem, Needs, make_problem
+from peft_kernels.lora.gain.problem import NAME, Inputs, LoraGainProblem, Needs, make_problem
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
 
 
@@ -37,20 +38,6 @@ def _forward(problem: LoraGainProblem, call: Inputs, implementation: Implementat
     with without_autocast(problem.device.type):
         y, s, product = implementation.forward(problem, flat)
     return y if flat is call else y.view(*call.x.shape[:-1], problem.n), s, product
-
-
-def _backward(
-    problem: LoraGainProblem,
-    call: Inputs,
-    kept: tuple[Tensor, Tensor],
-    dy: Tensor,
-    needs: Needs,
-    implementation: Implementation,
-) -> Gradients:
-    flat = call if call.x is None else call._replace(x=call.x.reshape(problem.m, problem.k))
-    with without_autocast(problem.device.type):
-        gradients: Gradients = implementation.backward(problem, flat, *kept, dy.reshape(problem.m, problem.n), needs)
-    return gradients if gradients.x is None else gradients._replace(x=gradients.x.view(*dy.shape[:-1], problem.k))
 
 
 def _results(problem: LoraGainProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
@@ -83,7 +70,7 @@ OPERATOR = Operator(
     implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
     forward=_forward,
-    backward=_backward,
+    backward=members.backward_of_one,
     results=_results,
     composite=composite,
     reads=_reads,

@@ -14,6 +14,7 @@ from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
 from peft_kernels.four_bit_weight.quant_state import QuantizedWeight
+from peft_kernels.lora import members
 from peft_kernels.lora.four_bit.op import four_bit_call, without_rows
 from peft_kernels.lora.gain.op import linear_with_gain
 from peft_kernels.lora.kernels import dropout, masks
@@ -21,7 +22,7 @@ from peft_kernels.lora.kernels.masks import Mask
 from peft_kernels.lora.linear import cuda_impl, mask_choice, torch_impl, triton_impl
 from peft_kernels.lora.linear.composite import composite
 from peft_kernels.lora.linear.native import native
-from peft_kernels.lora.linear.problem import NAME, Gradients, Inputs, LoraLinearProblem, Needs, make_problem
+from peft_kernels.lora.linear.problem import NAME, Inputs, LoraLinearProblem, Needs, make_problem
 from peft_kernels.lora.members import Update
 from peft_kernels.lora.qualification import MASKS
 from peft_kernels.lora.rows.op import linear_by_rows
@@ -142,20 +143,6 @@ def _forward(problem: LoraLinearProblem, call: Inputs, implementation: Implement
     return y if flat is call else y.view(*call.x.shape[:-1], problem.n), s
 
 
-def _backward(
-    problem: LoraLinearProblem,
-    call: Inputs,
-    kept: tuple[Tensor],
-    dy: Tensor,
-    needs: Needs,
-    implementation: Implementation,
-) -> Gradients:
-    flat = call if call.x is None else call._replace(x=call.x.reshape(problem.m, problem.k))
-    with without_autocast(problem.device.type):
-        gradients: Gradients = implementation.backward(problem, flat, *kept, dy.reshape(problem.m, problem.n), needs)
-    return gradients if gradients.x is None else gradients._replace(x=gradients.x.view(*dy.shape[:-1], problem.k))
-
-
 def _results(problem: LoraLinearProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
     y = call.x.new_empty((*call.x.shape[:-1], problem.n))
     return y, call.x.new_empty((problem.m, problem.r), dtype=problem.wide_dtype)
@@ -198,7 +185,7 @@ OPERATOR = Operator(
     implementations=(cuda_impl.IMPLEMENTATION, triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
     forward=_forward,
-    backward=_backward,
+    backward=members.backward_of_one,
     results=_results,
     composite=composite,
     reads=_reads,

@@ -12,11 +12,12 @@ from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
+from peft_kernels.lora import members
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.update import torch_impl, triton_impl
 from peft_kernels.lora.update.composite import composite
 from peft_kernels.lora.update.native import native
-from peft_kernels.lora.update.problem import NAME, Gradients, Inputs, LoraUpdateProblem, Needs, are_mixed, make_problem
+from peft_kernels.lora.update.problem import NAME, Inputs, LoraUpdateProblem, Needs, are_mixed, make_problem
 
 
 def lora_update(
@@ -110,20 +111,6 @@ def _forward(problem: LoraUpdateProblem, call: Inputs, implementation: Implement
     return y, s
 
 
-def _backward(
-    problem: LoraUpdateProblem,
-    call: Inputs,
-    kept: tuple[Tensor],
-    dy: Tensor,
-    needs: Needs,
-    implementation: Implementation,
-) -> Gradients:
-    flat = call if call.x is None else call._replace(x=call.x.reshape(problem.m, problem.k))
-    with without_autocast(problem.device.type):
-        gradients: Gradients = implementation.backward(problem, flat, *kept, dy.reshape(problem.m, problem.n), needs)
-    return gradients if gradients.x is None else gradients._replace(x=gradients.x.view(*dy.shape[:-1], problem.k))
-
-
 def _results(problem: LoraUpdateProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
     y = call.y.new_empty((*call.x.shape[:-1], problem.n))
     return y, call.x.new_empty((problem.m, problem.r), dtype=problem.wide_dtype)
@@ -147,7 +134,7 @@ OPERATOR = Operator(
     implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
     forward=_forward,
-    backward=_backward,
+    backward=members.backward_of_one,
     results=_results,
     composite=composite,
     reads=_reads,
