@@ -8,6 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 tomllib = pytest.importorskip("tomllib", reason="Python has it since 3.11")
 
@@ -22,34 +25,37 @@ def project() -> dict:
 
 
 def pinned() -> dict[str, str]:
+    """The newest version of each package that this Python's tests run with."""
     lines = "".join(
         (ROOT / "requirements" / name).read_text() for name in ("constraints.txt", "torch.txt")
     ).splitlines()
-    return dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line)
+    each = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {
+        canonicalize_name(one.name): max((part.version for part in one.specifier), key=Version)
+        for one in each
+        if one.marker is None or one.marker.evaluate()
+    }
 
 
-def requirements(project: dict) -> list[tuple[str, str, str]]:
-    """(name, operator, version) of all that is asked for."""
+def requirements(project: dict) -> list[Requirement]:
+    """All that is asked for."""
     asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
-    return [re.fullmatch(r"([\w-]+)(>=|==)?([\w.]*)", each).groups() for each in asked]
+    return [Requirement(each) for each in asked]
 
 
 def test_every_requirement_has_a_version_that_the_tests_run_with(project: dict) -> None:
     versions = pinned()
-    for name, operator, version in requirements(project):
-        tested = versions[name.lower()]
-        assert operator, name
-        if operator == "==":
-            assert version == tested, name
-        else:
-            numbers = [tuple(int(part) for part in text.split(".")[:3]) for text in (version, tested)]
-            assert numbers[0] <= numbers[1], name
+    for requirement in requirements(project):
+        assert {part.operator for part in requirement.specifier} & {">=", "=="}, requirement.name
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement.name
 
 
 def test_the_least_releases_are_those_that_errors_name_and_that_are_tested(project: dict) -> None:
     from peft_kernels.integrations import versions
 
-    least = {name: version for name, _, version in requirements(project)}
+    least = {
+        each.name: part.version for each in requirements(project) for part in each.specifier if part.operator == ">="
+    }
     tested = {name: (ROOT / "requirements" / f"{name}.txt").read_text() for name in ("oldest", "oldest-constraints")}
     for library in ("peft", "transformers"):
         assert versions.OLDEST[library] == least[library]
@@ -94,5 +100,11 @@ def test_hooks_and_lint_check_the_same_files() -> None:
 
 def test_the_workflow_calls_what_developers_call() -> None:
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    assert re.findall(r"- run: (.*)", workflow) == [".ci/run", "make thorough", "make codegen"]
+    expected = [".ci/run", "make thorough", "make codegen", "make ${{ matrix.target }}", "make quick"]
+    assert re.findall(r"- run: (.*)", workflow) == expected
+    (targets,), (pythons,) = (re.findall(rf"{name}: \[(.*)\]\n", workflow) for name in ("target", "python"))
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}: " in makefile for target in targets.split(", "))
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert sorted([*(version.strip('"') for version in pythons.split(", ")), "3.11"]) == promised
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100

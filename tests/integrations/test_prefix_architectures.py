@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,6 @@ class TestOtherArchitectures:
             ("gpt_oss", {"num_local_experts": 2}, "AttentionInterface, or not as SDPA does"),
             ("bloom", {}, "AttentionInterface, or not as SDPA does"),
             ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "AttentionInterface, or not as SDPA does"),
-            ("codegen", {"n_embd": 32, "n_head": 4, "n_layer": 2}, "AttentionInterface, or not as SDPA does"),
             ("mamba", {}, "AttentionInterface, or not as SDPA does"),
             ("minimax", {"num_local_experts": 2, "block_size": 4}, "not every layer has one self-attention"),
             ("falcon_h1", _FALCON_H1, "more than keys and values"),
@@ -177,8 +177,8 @@ class TestRefused:
         model, _ = with_prefix("llama")
         update = PrefixCache.update
 
-        def other(self: PrefixCache, k: torch.Tensor, v: torch.Tensor, *args: object) -> tuple[torch.Tensor, ...]:
-            k, v = update(self, k, v, *args)
+        def other(self: PrefixCache, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            k, v = update(self, k, v, *args, **kwargs)
             return (2 * k, v) if change == "changes" else (v, k)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(pk.UnsupportedError, match="layer 0 attends to keys"):

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from peft_kernels.integrations.hooks import named_arguments, remove_hooks
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.rules import Support
-from peft_kernels.integrations.transformers import interface, prefix_model
+from peft_kernels.integrations.transformers import cache_argument, interface, prefix_model
 from peft_kernels.integrations.transformers.prefix_state import (
     ARGUMENT,
     LayerPrefixes,
@@ -116,7 +116,7 @@ def _pairs(model: Any) -> Pairs:
 def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take the prefixes out of the cache, which layers may not see, and give them to the attention."""
     kwargs = named_arguments(base, args, kwargs)
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = cache_argument.cache_in(kwargs)
     prefixes: Any = prefixes_in(cache)
     reason = None if prefixes is None else prefix_model.why_not_call(base, kwargs)
     if reason is not None:
@@ -127,13 +127,13 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         prefixes.begin()
         stored = cache.get_seq_length() > prefixes.length or prefix_model.stores(base, kwargs)
         kwargs[ARGUMENT] = prefixes
-        kwargs["past_key_values"] = PrefixCache(prefixes, cache if stored else None)
+        cache_argument.replace(kwargs, PrefixCache(prefixes, cache if stored else None))
     return (), kwargs
 
 
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Check that each layer took its prefix, and hand out the cache that came in, or none if nothing was stored."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_argument.cache_in(kwargs)
     if not isinstance(cache, PrefixCache):
         return output
     prefix_model.check_all_taken(cache.prefixes)

@@ -1,7 +1,7 @@
 """Prefixes on a transformers model: which models can carry them, and the hooks that bring them to each call.
 
 The model is left as it is but for a mark on each attention module, and on the backbone, the part that takes
-past_key_values: hooks, and another attention implementation, in a view of the configuration. Heads are not touched.
+the cache: hooks, and another attention implementation, in a view of the configuration. Heads are not touched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.hooks import hands_on_arguments, named_arguments, remove_hooks
 from peft_kernels.integrations.rules import Support
-from peft_kernels.integrations.transformers import attention_source, interface
+from peft_kernels.integrations.transformers import attention_source, cache_argument, interface
 from peft_kernels.integrations.transformers.config_view import view_of, viewed
 from peft_kernels.integrations.transformers.prefix_state import (
     ARGUMENT,
@@ -53,7 +53,7 @@ _NO_LAYERS = SUPPORT.rule(
     "not every layer has one self-attention module with the layer's index",
 )
 _LATENT = SUPPORT.rule("DeepSeek V2 and V3", "its keys and values are compressed (multi-head latent attention)")
-_NO_CACHE = SUPPORT.rule("backbones that cannot decode", "its backbone takes no past_key_values")
+_NO_CACHE = SUPPORT.rule("backbones that cannot decode", "its backbone takes no {name}")
 _OTHER_KEYS = SUPPORT.rule(
     "keys or values changed behind the cache, or taken from another layer: DiffLlama, JetMoe, Gemma 3n and 4",
     "its attention does not attend to the keys and values that its cache returned",
@@ -103,8 +103,8 @@ def why_not(model: Any) -> str | None:
         return _NO_LAYERS()
     if hasattr(modules[0], "kv_lora_rank"):
         return _LATENT()
-    if "past_key_values" not in inspect.signature(backbone(model).forward).parameters:
-        return _NO_CACHE()
+    if cache_argument.NAME not in inspect.signature(backbone(model).forward).parameters:
+        return _NO_CACHE(name=cache_argument.NAME)
     return _why_not_attention(model, modules)
 
 
@@ -275,8 +275,8 @@ def with_cache(output: Any, cache: PrefixCache, instead: Cache | None) -> Any:
     """A model's output with another cache in place of one."""
     if isinstance(output, tuple):
         return tuple(instead if part is cache else part for part in output)
-    if getattr(output, "past_key_values", None) is cache:
-        output.past_key_values = instead
+    if getattr(output, cache_argument.NAME, None) is cache:
+        setattr(output, cache_argument.NAME, instead)
     return output
 
 
@@ -293,10 +293,11 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     interface.begin_call(has_prefixes=True)
     encoder: PrefixEncoder = getattr(base, ENCODER)
     prefixes = LayerPrefixes(encoder, encoder.prefix_length)
-    inner: Any = kwargs.get("past_key_values")
+    inner: Any = cache_argument.cache_in(kwargs)
     positions = kwargs.get("position_ids")
     if isinstance(inner, (PrefixCache, EncoderDecoderCache)):
-        raise UnsupportedError(f"add_prefix: past_key_values must be a plain cache, got {type(inner).__name__}")
+        name = cache_argument.name_in(kwargs)
+        raise UnsupportedError(f"add_prefix: {name} must be a plain cache, got {type(inner).__name__}")
     if getattr(inner, "is_compileable", False) and any(inner.is_sliding):
         raise UnsupportedError("add_prefix: no static cache for sliding windows, whose masks leave out the prefix")
     if positions is not None:
@@ -308,7 +309,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     kwargs["attention_mask"] = _widened(kwargs.get("attention_mask"), prefixes.length)
     if inner is None and stores(base, kwargs):
         inner = DynamicCache(config=base.config)
-    kwargs["past_key_values"] = PrefixCache(prefixes, inner)
+    cache_argument.replace(kwargs, PrefixCache(prefixes, inner))
     kwargs[ARGUMENT] = prefixes
     return (), kwargs
 
@@ -316,7 +317,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Check that each layer took its prefix, and hand out the cache that holds the keys."""
     check_all_taken(kwargs[ARGUMENT])
-    cache: PrefixCache = kwargs["past_key_values"]
+    cache: PrefixCache = cache_argument.cache_in(kwargs)
     return with_cache(output, cache, cache.inner)
 
 

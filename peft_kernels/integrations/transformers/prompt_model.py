@@ -18,6 +18,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels.integrations.hooks import named_arguments, remove_hooks, takes_any_argument
+from peft_kernels.integrations.transformers.cache_argument import cache_in, name_in
 from peft_kernels.integrations.versions import require
 from peft_kernels.prompt import PromptEmbedding, PromptEnsemble
 
@@ -98,10 +99,10 @@ def _insert(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     kwargs = named_arguments(model, args, kwargs)
     prompt = getattr(model, PROMPT)
     copies = len(prompt.prompts) if isinstance(prompt, PromptEnsemble) else 1
-    length, cache = first_of(prompt).num_tokens, kwargs.get("past_key_values")
+    length, cache = first_of(prompt).num_tokens, cache_in(kwargs)
     if cache is not None and (copies > 1 or getattr(cache, "is_compileable", False)):
         what = "an ensemble answers a call at once" if copies > 1 else "a static cache has no room for the prompt"
-        raise UnsupportedError(f"add_prompt: no past_key_values here: {what}")
+        raise UnsupportedError(f"add_prompt: no {name_in(kwargs)} here: {what}")
     behind = cache is not None and cache.get_seq_length() > 0
     positions = kwargs.get("position_ids")
     if positions is not None:
@@ -137,7 +138,7 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> Any:
 
     Positions of a model that makes them itself are left to it, as PEFT does.
     """
-    cache, new = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
+    cache, new = cache_in(kwargs), kwargs.get("next_sequence_length")
     held = cache.get_seq_length() if kwargs.get("is_first_iteration") and cache is not None else 0
     length = first_of(getattr(model, PROMPT)).num_tokens
     if held and new is not None:
@@ -191,14 +192,14 @@ def _counts_its_own_positions(model: Any) -> bool:
 def _check_positions(model: Any, positions: Tensor, kwargs: dict[str, Any]) -> None:
     if positions.dim() != 2 or _counts_its_own_positions(model):
         raise UnsupportedError("add_prompt: this model's position_ids do not count from 0 in one row; leave them out")
-    alone = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+    alone = kwargs.get("attention_mask") is None and cache_in(kwargs) is None
     if alone and find_packed_sequence_indices(positions) is not None:
         raise UnsupportedError("add_prompt: position_ids tell of packed sequences, and only the first has the prompt")
 
 
 def _check_tokens(kwargs: dict[str, Any]) -> None:
     """A mask that covers the tokens before tells whether any of them are missing between the cache and the input."""
-    mask, cache = kwargs.get("attention_mask"), kwargs["past_key_values"]
+    mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
     given = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
     if mask is not None:
         expected = cache.get_seq_length() + given.shape[1]
