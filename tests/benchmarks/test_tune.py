@@ -148,6 +148,7 @@ def _tune(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.cpu_only
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(why_not_installed() is not None, reason=str(why_not_installed()))
 def test_prune(tmp_path: Path) -> None:
     """No compile ends within the budget, so each run starts one problem, and goes on after what is on file."""

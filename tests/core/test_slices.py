@@ -127,6 +127,7 @@ def test_a_test_that_overruns_is_the_first_of_the_next_slice(tmp_path: Path) -> 
     assert outcomes(tmp_path) == {"test_first": "passed", "test_long": "passed", "test_last": "passed"}
 
 
+@pytest.mark.thorough
 def test_a_test_that_hangs_costs_one_slice(tmp_path: Path) -> None:
     """With a larger budget it is tried again."""
     (tmp_path / "test_it.py").write_text(SLOW + "def test_hangs(): slow()\ndef test_last(): pass\n")

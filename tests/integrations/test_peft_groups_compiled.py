@@ -79,6 +79,7 @@ def test_not_observed_is_each_by_itself() -> None:
     assert graphs["lora_group"] == 4  # what was observed since is traced again
 
 
+@pytest.mark.thorough
 def test_inductor() -> None:
     plain = build()
     fused = copy.deepcopy(plain)
