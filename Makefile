@@ -134,8 +134,8 @@ test-adapterhub: $(ADAPTERHUB_STAMP)
 	@$(ADAPTERHUB_PYTHON) -c 'import adapters' # without it the tests would be skipped
 	$(ADAPTERHUB_PYTHON) -m pytest tests/adapterhub $(PYTEST_ARGS)
 
-# Left out is what older releases do otherwise by themselves: PEFT below 0.21 fails where it deletes an adapter of prefixes
-# or prompts, and a second turn in chunks is refused with another reason.
+# Left out is what an older release does otherwise by itself: PEFT below 0.21 fails where it deletes an adapter of prefixes
+# or prompts.
 OLDEST_TESTS := $(foreach name,from_peft peft_layers peft_prompts prefix_model prompt_model trainer versions,\
   tests/integrations/test_$(name).py) tests/lora/test_peft_parity.py
 
@@ -143,7 +143,7 @@ OLDEST_TESTS := $(foreach name,from_peft peft_layers peft_prompts prefix_model p
 test-oldest: $(OLDEST_STAMP)
 	@$(OLDEST_PYTHON) -c 'import peft, transformers; from peft_kernels.integrations.versions import OLDEST as o; \
 	  assert all(m.__version__.startswith(o[m.__name__]) for m in (peft, transformers)), "these are not the oldest"'
-	$(OLDEST_PYTHON) -m pytest $(OLDEST_TESTS) -n $(WORKERS) -k "not (several_adapters or second_turn_in_chunks)" $(PYTEST_ARGS)
+	$(OLDEST_PYTHON) -m pytest $(OLDEST_TESTS) -n $(WORKERS) -k "not several_adapters" $(PYTEST_ARGS)
 
 # Left out is what compares with PEFT where PEFT itself errs beside a cache that has another name: generation, and
 # prefixes of models without a head for tokens.

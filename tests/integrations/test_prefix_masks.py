@@ -173,7 +173,7 @@ class TestAttentionFunction:
     def test_what_nobody_computes_raises(self) -> None:
         with pytest.raises(pk.UnsupportedError, match="attention sinks"):
             self._run(None, s_aux=torch.zeros(4))
-        with pytest.raises(ValueError, match="softcap"):
+        with pytest.raises(pk.UnsupportedError, match="softcap"):
             self._run(None, softcap=30.0)
         with pytest.raises(ValueError, match=r"must cover 7 keys, or 12 with the prefix, got \(3, 9\)"):
             self._run(torch.ones(B, 9, dtype=torch.bool))

@@ -45,7 +45,9 @@ from peft_kernels.prefix import prefix_attention
 require("transformers")
 
 # What transformers' "sdpa" reads beside q, k, v and the mask, and prefix_attention has no place for.
-_LEFT_TO_SDPA = ("position_bias", "softcap", "cache")
+_LEFT_TO_SDPA = ("position_bias", "cache")
+# What "sdpa" does not compute either; older ones say nothing of a cap.
+_REFUSED = {"s_aux": "attention sinks", "softcap": "caps on the scores"}
 
 # Whether this thread's call of a model has prefixes: masks are made by a function that sees nothing of the call.
 _calls = threading.local()
@@ -82,7 +84,7 @@ def attention(
 
     Raises:
         UnsupportedError: the module needs a prefix and got none, its keys and values are not those of its cache, or the
-            model has attention sinks.
+            model has attention sinks or caps the scores.
         ValueError: the mask is for another number of keys.
     """
     prefixes: LayerPrefixes | None = kwargs.pop(ARGUMENT, None)
@@ -95,8 +97,9 @@ def attention(
             )
             return output
     prefix = None if prefixes is None else _prefix(module, prefixes, key, value)
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedError("prefix_attention: attention sinks (s_aux) are not supported; remove the prefix")
+    for name, what in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"prefix_attention: {what} ({name}) are not supported; remove the prefix")
     causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
     length, keys = (0 if prefix is None else prefix[0].shape[1]), key.shape[2]
     if attention_mask is not None and attention_mask.shape[-1] not in (keys, length + keys):

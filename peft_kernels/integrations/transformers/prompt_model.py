@@ -139,7 +139,9 @@ def _prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> Any:
     Positions of a model that makes them itself are left to it, as PEFT does.
     """
     cache, new = cache_in(kwargs), kwargs.get("next_sequence_length")
-    held = cache.get_seq_length() if kwargs.get("is_first_iteration") and cache is not None else 0
+    # Releases before 5.23 do not say of the first tokens' chunks that they are.
+    is_first = kwargs.get("is_first_iteration") or "next_sequence_length" not in kwargs
+    held = cache.get_seq_length() if is_first and cache is not None else 0
     length = first_of(getattr(model, PROMPT)).num_tokens
     if held and new is not None:
         kwargs["next_sequence_length"] = new + length
