@@ -348,7 +348,21 @@ def eager_rows(
     x: Tensor, weight: Tensor, slots: Sequence[Slot], slot: Sequence[int], bias: Tensor | None = None
 ) -> Tensor:
     """PEFT's loop over the adapters of a mixed batch (``adapter_names``), in the arguments' own dtypes."""
-    result = F.linear(x, weight, bias)
+    return eager_update_rows(F.linear(x, weight, bias), x, slots, slot)
+
+
+def update_rows_forward(y: Tensor, x: Tensor, slots: Sequence[Slot], slot: Sequence[int]) -> Tensor:
+    """Return y (M, N) and what ``rows_forward`` adds to the frozen product."""
+    return y + rows_forward(x, x.new_zeros(y.shape[1], x.shape[1]), slots, slot)
+
+
+def update_rows_backward(dy: Tensor, x: Tensor, slots: Sequence[Slot], slot: Sequence[int]) -> RowsGradients:
+    """Return the gradients of sum(dy * y'): those of ``rows_backward`` where the frozen weight is zero; y's is dy."""
+    return rows_backward(dy, x, x.new_zeros(dy.shape[1], x.shape[1]), slots, slot)
+
+
+def eager_update_rows(result: Tensor, x: Tensor, slots: Sequence[Slot], slot: Sequence[int]) -> Tensor:
+    """What PEFT's loop adds to its base layer's output, in the arguments' own dtypes; the sum has the output's."""
     for t, (lora_a, lora_b, scale, mask, p) in enumerate(slots):
         rows = torch.tensor([m for m, used in enumerate(slot) if used == t], device=x.device, dtype=torch.int64)
         if len(rows) == 0 or lora_a.shape[0] == 0:

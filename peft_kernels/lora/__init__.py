@@ -53,6 +53,7 @@ Map, bottom to top:
     members.py             what these have in common
     update/                the operator `lora_update`: the update of a y that another module made
         qualification.py   the problems by which a machine checks it; its other files are as linear's
+    update_rows/           the operator `lora_update_rows`: what `rows=` of `lora_update` runs, by the steps of `rows`
     slots.py               a layer with slots for adapters, and its call
     bank.py                the adapters in them: which are in a slot, who makes room, what is copied when
     qualification.py       the problems by which a machine checks the kernels

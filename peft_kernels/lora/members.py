@@ -110,6 +110,16 @@ def forward(problem: Any, call: Any, implementation: Implementation) -> tuple[Te
     return *(ys if flat is call else [y.view(*leading, n) for y, n in zip(ys, problem.n, strict=True)]), s
 
 
+def forward_of_given(problem: Any, call: Any, implementation: Implementation) -> tuple[Tensor, Tensor]:
+    """An ``Operator``'s that adds to a given y: the sum, and S."""
+    # Implementations add in place.
+    y = call.y.clone(memory_format=torch.contiguous_format)
+    flat = call._replace(y=y.view(problem.m, problem.n), x=call.x.reshape(problem.m, problem.k))
+    with without_autocast(problem.device.type):
+        s: Tensor = implementation.forward(problem, flat)
+    return y, s
+
+
 def backward(
     problem: Any,
     call: Any,

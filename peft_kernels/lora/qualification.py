@@ -330,24 +330,26 @@ def _make_rows(case: RowsCase, device: torch.device, seed: int) -> tuple[RowsInp
 
 
 def _eager_rows(call: RowsInputs) -> tuple[Tensor, ...]:
-    """PEFT's loop over the adapters of a mixed batch, with the masks of this package."""
-    (m, k), ys = call.x.shape, []
-    for j, (weight, bias) in enumerate(zip(call.weights, call.biases, strict=True)):
-        result = F.linear(call.x, weight, bias)
-        for t, (first, rank, limit) in enumerate(call.host_tables[j].t().tolist()):
-            rows = call.order[call.first[t] : call.first[t + 1]].long()
-            if rank == 0 or len(rows) == 0:
-                continue
-            ranks = slice(first, first + rank)
-            x = call.x[rows].to(call.lora_a[j].dtype)
-            if limit and call.seed is not None:
-                keep = dropout.keep_mask(call.seed, m, k, limit, call.lanes[j])[rows]
-                x = x * keep.to(x.dtype).mul_(dropout.keep_scale(limit))
-            scale = call.scales[j][t].to(x.dtype)
-            update = F.linear(F.linear(x, call.lora_a[j][ranks]), call.lora_b[j][:, ranks]) * scale
-            result = result.index_add(0, rows, update.to(result.dtype))
-        ys.append(result)
-    return tuple(ys)
+    bases = (F.linear(call.x, weight, bias) for weight, bias in zip(call.weights, call.biases, strict=True))
+    return tuple(eager_rows_update(base, call, j) for j, base in enumerate(bases))
+
+
+def eager_rows_update(result: Tensor, call: RowsInputs, j: int) -> Tensor:
+    """PEFT's loop over the adapters of a mixed batch, with the masks of this package, on what member j made."""
+    m, k = call.x.shape
+    for t, (first, rank, limit) in enumerate(call.host_tables[j].t().tolist()):
+        rows = call.order[call.first[t] : call.first[t + 1]].long()
+        if rank == 0 or len(rows) == 0:
+            continue
+        ranks = slice(first, first + rank)
+        x = call.x[rows].to(call.lora_a[j].dtype)
+        if limit and call.seed is not None:
+            keep = dropout.keep_mask(call.seed, m, k, limit, call.lanes[j])[rows]
+            x = x * keep.to(x.dtype).mul_(dropout.keep_scale(limit))
+        scale = call.scales[j][t].to(x.dtype)
+        update = F.linear(F.linear(x, call.lora_a[j][ranks]), call.lora_b[j][:, ranks]) * scale
+        result = result.index_add(0, rows, update.to(result.dtype))
+    return result
 
 
 # Of the tall and of the ragged problem: the ranks of those slots that have a full tile, and of the others.

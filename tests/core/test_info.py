@@ -44,6 +44,7 @@ def test_json_names_every_family_and_backend() -> None:
         "lora_linear",
         "lora_rows",
         "lora_update",
+        "lora_update_rows",
         "prefix_attention",
         "prompt_tuning",
     }

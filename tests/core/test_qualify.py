@@ -320,6 +320,7 @@ def test_problems_fit_beside_a_training_run(operator: Operator, implementation: 
         pytest.param("bottleneck_adapter", "triton", "bfloat16 wide r16", marks=pytest.mark.thorough),
         pytest.param("prefix_attention", "triton", "bfloat16+float32 d16", marks=pytest.mark.thorough),
         pytest.param("lora_update", "triton", "bfloat16+float32 r32 dropout", marks=pytest.mark.thorough),
+        pytest.param("lora_update_rows", "triton", "bfloat16+float32 r32 dropout", marks=pytest.mark.thorough),
         pytest.param("lora_gain", "triton", "bfloat16+float32 r16", marks=pytest.mark.thorough),
         ("prompt_tuning", "triton", "bfloat16+float32"),
         ("four_bit_dequantize", "triton", "nf4 bfloat16"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,13 @@ def test_the_gradient_of_y_is_dy_itself() -> None:
     assert got.data_ptr() == dy.data_ptr()
 
 
-def test_rows_are_refused() -> None:
-    tensors = make(Case(m=3), CPU)
-    with pytest.raises(pk.UnsupportedError, match="no updates by row"):
-        pk.lora_update(*tensors, rows=pk.Rows.of([0, 0, -1], known=1), ranks=(5,))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": (5,)}, "lora_update: ranks are those of the slots of rows, which is None"),
+        ({"dropout_p": [0.1]}, "lora_update: dropout_p must be one number but with rows"),
+    ],
+)
+def test_what_only_rows_have_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pk.lora_update(*make(Case(m=3), CPU), **options)

@@ -21,6 +21,11 @@ from peft_kernels.lora.rows.problem import FIRST, RANK, THRESHOLD, Inputs, LoraR
 def composite(problem: LoraRowsProblem, call: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (..., N_j) of each member."""
     ys = [F.linear(call.x, weight, bias) for weight, bias in zip(call.weights, call.biases, strict=True)]
+    return updated(problem, call, ys)
+
+
+def updated(problem: LoraRowsProblem, call: Inputs, ys: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return y_j (..., N_j) of each member and its updates, in y_j's dtype; where there are none y_j itself."""
     rows = _rows_of_slots(call) if _is_readable(call) else None
     for index, member in enumerate(problem.members):
         x = call.x.to(problem.adapter_dtypes[index])
@@ -29,12 +34,12 @@ def composite(problem: LoraRowsProblem, call: Inputs) -> tuple[Tensor, ...]:
         for t in range(problem.slots):
             if rows is None:
                 update = _of_all_rows(problem, call, index, t, x)
-                ys[member] = ys[member] + update.to(problem.dtype)
+                ys[member] = ys[member] + update.to(ys[member].dtype)
             elif t in rows and int(call.host_tables[index][RANK, t]):
                 mine = torch.tensor(rows[t], device=problem.device)
                 update = _of_its_rows(problem, call, index, t, x.reshape(problem.m, problem.k)[mine])
                 flat = ys[member].reshape(problem.m, problem.n[member])
-                ys[member] = flat.index_add(0, mine, update.to(problem.dtype)).reshape(ys[member].shape)
+                ys[member] = flat.index_add(0, mine, update.to(flat.dtype)).reshape(ys[member].shape)
     return tuple(ys)
 
 

@@ -7,7 +7,7 @@ The torch implementation's products, rounded as its are, on rows that are gather
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -37,18 +37,28 @@ def native(problem: LoraRowsProblem, call: Inputs, records: bool) -> Callable[[I
     Refused are what a GPU runs, whose scales the host may not read; graphs, dropout, half precision, and plans of which
     the host knows nothing.
     """
+    return (lambda call: _unrecorded(problem, call)) if is_native(problem, call, records) else None
+
+
+def is_native(problem: LoraRowsProblem, call: Inputs, records: bool) -> bool:
+    """Whether there is such a form."""
     if records or problem.has_dropout or problem.device.type != "cpu" or call.runs is None:
-        return None
+        return False
     if problem.dtype not in (torch.float32, torch.float64) or any(d != problem.dtype for d in problem.adapter_dtypes):
-        return None
-    if not all(is_host_bound(problem.m, n, problem.k) for n in problem.n):
-        return None
-    return lambda call: _unrecorded(problem, call)
+        return False
+    return all(is_host_bound(problem.m, n, problem.k) for n in problem.n)
 
 
 def _unrecorded(problem: LoraRowsProblem, call: Inputs) -> tuple[Tensor, ...]:
-    assert call.runs is not None
     ys = [F.linear(call.x, weight, bias) for weight, bias in zip(call.weights, call.biases, strict=True)]
+    add_updates(problem, call, ys)
+    # Of an x with several leading dimensions they are views, which could not be changed in place within a graph.
+    return tuple([y.data if y._is_view() else y for y in ys])
+
+
+def add_updates(problem: LoraRowsProblem, call: Inputs, ys: Sequence[Tensor]) -> None:
+    """Add each row's updates to y_j (..., N_j) of each member, contiguous and in x's dtype, in place."""
+    assert call.runs is not None
     counts = [0] * problem.slots
     for slot, _, count in call.runs.tolist():
         counts[slot] += count
@@ -60,8 +70,6 @@ def _unrecorded(problem: LoraRowsProblem, call: Inputs) -> tuple[Tensor, ...]:
             slots = _slots(call, index, rows, counts)
             add = _add_few if max(counts) <= FEW_ROWS else _add_many
             add(ys[member].view(problem.m, problem.n[member]), order, slots)
-    # Of an x with several leading dimensions they are views, which could not be changed in place within a graph.
-    return tuple([y.data if y._is_view() else y for y in ys])
 
 
 def _slots(call: Inputs, index: int, rows: Tensor, counts: list[int]) -> list[_Slot]:

@@ -143,25 +143,33 @@ def slots_of_member(
     ranks: Sequence[int] | None,
     dropout_p: Probabilities,
     rows: Rows,
+    operator: str = NAME,
 ) -> SlotUpdate:
     """A member's update from the arguments of a public function; its lane is the member's number.
+
+    Args:
+        operator: name for messages.
 
     Raises:
         ValueError: ranks are missing, or are not those of lora_a.
     """
     if not isinstance(ranks, Sequence):
-        raise ValueError(f"{NAME}: with rows, ranks must be a sequence of each slot's, got {ranks!r}")
+        raise ValueError(f"{operator}: with rows, ranks must be a sequence of each slot's, got {ranks!r}")
     if isinstance(rows, Rows) and len(ranks) != rows.slots:
-        raise ValueError(f"{NAME}: ranks must be one for each of the rows' {rows.slots} slots, got {len(ranks)}")
+        raise ValueError(f"{operator}: ranks must be one for each of the rows' {rows.slots} slots, got {len(ranks)}")
     if not isinstance(lora_a, Tensor) or lora_a.dim() != 2:
         got = tuple(lora_a.shape) if isinstance(lora_a, Tensor) else type(lora_a).__name__
-        raise ValueError(f"{NAME}: lora_a must be (sum of ranks, K), got {got}")
-    table = table_of(ranks, dropout_p, lora_a.device, lora_a.shape[0])
+        raise ValueError(f"{operator}: lora_a must be (sum of ranks, K), got {got}")
+    table = table_of(ranks, dropout_p, lora_a.device, lora_a.shape[0], operator)
     return SlotUpdate(member, lora_a, lora_b, scale, table, member)
 
 
 def table_of(
-    ranks: Sequence[int], dropout_p: Probabilities, device: torch.device, rows_of_a: int | None = None
+    ranks: Sequence[int],
+    dropout_p: Probabilities,
+    device: torch.device,
+    rows_of_a: int | None = None,
+    operator: str = NAME,
 ) -> Table:
     """The table of slots whose factors follow each other.
 
@@ -170,17 +178,18 @@ def table_of(
         dropout_p: in [0, 1), one for all slots, or one for each.
         device: of the factors.
         rows_of_a: of lora_a, which ranks must add up to.
+        operator: name for messages.
 
     Raises:
         ValueError: ranks are negative or do not add up, or a probability is wrong.
     """
-    found = check_ranks(NAME, ranks, "lora_a", sum(ranks) if rows_of_a is None else rows_of_a)
+    found = check_ranks(operator, ranks, "lora_a", sum(ranks) if rows_of_a is None else rows_of_a)
     if isinstance(dropout_p, Sequence):
         if len(dropout_p) != len(ranks):
-            raise ValueError(f"{NAME}: dropout_p must be one number, or {len(ranks)}, got {len(dropout_p)}")
-        limits = tuple([dropout.threshold(p, NAME) for p in dropout_p])
+            raise ValueError(f"{operator}: dropout_p must be one number, or {len(ranks)}, got {len(dropout_p)}")
+        limits = tuple([dropout.threshold(p, operator) for p in dropout_p])
     else:
-        limits = (dropout.threshold(dropout_p, NAME),) * len(ranks)
+        limits = (dropout.threshold(dropout_p, operator),) * len(ranks)
     values = firsts_of(found), found, limits
     there, host = (tensor_of(values, torch.int32, place) for place in (device, torch.device("cpu")))
     return Table(there, host, max(found, default=0), any(limits))

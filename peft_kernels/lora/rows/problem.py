@@ -163,7 +163,7 @@ def make_problem(call: Inputs) -> LoraRowsProblem:
         n.append(sizes["N"])
     m = math.prod(sizes["..."])
     for name in ("slot", "order", "first"):
-        _check_plan(name, getattr(call, name), slots + 1 if name == "first" else m, x)
+        check_plan(NAME, name, getattr(call, name), slots + 1 if name == "first" else m, x)
     if call.seed is not None:
         check_seed(NAME, call.seed, x.device)
     return LoraRowsProblem(
@@ -186,13 +186,18 @@ def make_problem(call: Inputs) -> LoraRowsProblem:
     )
 
 
-def _check_plan(name: str, tensor: Tensor, size: int, x: Tensor) -> None:
+def check_plan(operator: str, name: str, tensor: Tensor, size: int, x: Tensor) -> None:
+    """Check a tensor of a plan of rows, which must be of a size and on x's device.
+
+    Raises:
+        ValueError: naming it, what it must be and what it was.
+    """
     if name == "slot" and tensor.shape != (size,):
-        raise ValueError(f"{NAME}: rows must be as many as x has, {size}, got {tensor.shape[0]}")
+        raise ValueError(f"{operator}: rows must be as many as x has, {size}, got {tensor.shape[0]}")
     if tensor.shape != (size,) or tensor.dtype != torch.int32:
-        raise ValueError(f"{NAME}: rows.{name} must be int32 ({size},), got {tensor.dtype} {tuple(tensor.shape)}")
+        raise ValueError(f"{operator}: rows.{name} must be int32 ({size},), got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.device != x.device:
-        raise ValueError(f"{NAME}: rows must be on the device of x ({x.device}), got {tensor.device}")
+        raise ValueError(f"{operator}: rows must be on the device of x ({x.device}), got {tensor.device}")
 
 
 def _check_structure(call: Inputs) -> None:

@@ -12,7 +12,7 @@ Refused   nothing. Where only the device knows the rows, each slot takes all of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ def forward(problem: LoraRowsProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     x = inputs.x
     pinned = problem.row_invariant
     ys = [steps.base(x, weight, bias, pinned) for weight, bias in zip(inputs.weights, inputs.biases, strict=True)]
+    return *ys, add_updates(problem, inputs, ys)
+
+
+def add_updates(problem: LoraRowsProblem, inputs: Inputs, ys: Sequence[Tensor]) -> Tensor:
+    """Add each row's updates to y_j (M, N_j) of each member, in place, and return S (M, sum of widths).
+
+    No weight is read, and a y may have another dtype than x beside float32 factors.
+    """
+    x = inputs.x
     # Zeros, because what is in no slot's columns would be different each time.
     s = torch.zeros(problem.m, sum(problem.widths), dtype=problem.wide_dtype, device=problem.device)
     facts = _Facts(problem, inputs)
@@ -54,24 +63,19 @@ def forward(problem: LoraRowsProblem, inputs: Inputs) -> tuple[Tensor, ...]:
             part.put_ordered(s[:, update.columns], of_rows)
             y = ys[problem.members[update.index]]
             some = part.take_apart(y)
-            steps.add_update(update.linear, some, of_rows, update.call.lora_b.t(), update.call.scale)
+            steps.add_update(_beside(update, y), some, of_rows, update.call.lora_b.t(), update.call.scale)
             part.put(y, some)
-    return *ys, s
+    return s
 
 
 def backward(
     problem: LoraRowsProblem, inputs: Inputs, s: Tensor, dys: Sequence[Tensor | None], needs: Needs
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for; a member whose dY is None takes part in none of them."""
-    live = [index for index, member in enumerate(problem.members) if dys[member] is not None]
     dx: Tensor | None = None
     if needs.x:
         dx = steps.sum_of_base_gradients(_any_linear(problem), dys, inputs.weights, None)
-    da, db = _zeros(problem, needs)
-    # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
-    needs_ds = needs.x or any(needs.lora_a[index] for index in live)
-    if needs_ds or any(needs.lora_b[index] for index in live):
-        _add_slots(problem, inputs, s, dys, needs_ds, dx, da, db)
+    da, db = gradients_of_updates(problem, inputs, s, dys, needs, dx)
     return Gradients(
         x=dx,
         weights=tuple(
@@ -80,9 +84,30 @@ def backward(
         biases=tuple(
             dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, needs.biases, strict=True)
         ),
-        lora_a=tuple(_of_live(da, live)),
-        lora_b=tuple(_of_live(db, live)),
+        lora_a=da,
+        lora_b=db,
     )
+
+
+def gradients_of_updates(
+    problem: LoraRowsProblem,
+    inputs: Inputs,
+    s: Tensor,
+    dys: Sequence[Tensor | None],
+    needs: Needs,
+    dx: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Return dA and dB of each update, where asked for, and add all updates' parts of dX, in place, if it is there.
+
+    As ``add_updates``, for a dY of any of its dtypes.
+    """
+    live = [index for index, member in enumerate(problem.members) if dys[member] is not None]
+    da, db = _zeros(problem, needs)
+    # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
+    needs_ds = needs.x or any(needs.lora_a[index] for index in live)
+    if needs_ds or any(needs.lora_b[index] for index in live):
+        _add_slots(problem, inputs, s, dys, needs_ds, dx, da, db)
+    return tuple(_of_live(da, live)), tuple(_of_live(db, live))
 
 
 def _add_slots(
@@ -107,7 +132,7 @@ def _add_slots(
                 continue
             some = None if b is None else part.take_ordered(s[:, update.columns])
             asked = LinearNeeds(needs_ds, False, needs_ds, b is not None, False)
-            ds, of_b = steps.grad_up(update.linear, update.call, some, dy, asked)
+            ds, of_b = steps.grad_up(_beside(update, dy), update.call, some, dy, asked)
             if b is not None and of_b is not None:
                 b[:, update.ranks] = of_b
             if ds is not None:
@@ -133,6 +158,12 @@ def _zeros(problem: LoraRowsProblem, needs: Needs) -> tuple[list[Tensor | None],
 
 def _of_live(gradients: list[Tensor | None], live: list[int]) -> Iterator[Tensor | None]:
     return (gradient if index in live else None for index, gradient in enumerate(gradients))
+
+
+def _beside(update: _Update, y: Tensor) -> LoraLinearProblem:
+    """An update's problem, for what reads y or dY and not x."""
+    linear = update.linear
+    return linear if y.dtype == linear.dtype else replace(linear, dtype=y.dtype)
 
 
 def _parts(problem: LoraRowsProblem, inputs: Inputs) -> Iterator[Part]:

@@ -41,14 +41,11 @@ def why_not(problem: LoraRowsProblem) -> str | None:
 
 def forward(problem: LoraRowsProblem, inputs: Inputs) -> tuple[Tensor, ...]:
     """Return y_j (M, N_j) of each member, and S (M, sum of widths) float32."""
-    launches, x = _Launches.of(problem, inputs), inputs.x
-    s = torch.empty(problem.m, sum(problem.widths), dtype=torch.float32, device=problem.device)
-    for run in launches.runs(range(len(problem.members)), launches.kind_of_a):
-        launches.narrow_product(x, run, s[:, _between(problem.columns, run)])
+    launches, x = Launches.of(problem, inputs), inputs.x
+    s = launches.down()
     pinned = problem.row_invariant
     ys = [base(x, weight, bias, pinned) for weight, bias in zip(inputs.weights, inputs.biases, strict=True)]
-    for index, member in enumerate(problem.members):
-        launches.add_update(ys[member], index, s[:, problem.columns[index]])
+    launches.add_updates(ys, s)
     return *ys, s
 
 
@@ -56,7 +53,34 @@ def backward(
     problem: LoraRowsProblem, inputs: Inputs, s: Tensor, dys: Sequence[Tensor | None], needs: Needs
 ) -> Gradients:
     """Return the gradients that ``needs`` asks for; a member whose dY is None takes part in none of them."""
-    launches = _Launches.of(problem, inputs)
+    dx = _sum_of_bases(inputs, dys, problem.row_invariant) if needs.x else None
+    da, db = gradients_of_updates(problem, inputs, s, dys, needs, dx)
+    return Gradients(
+        x=dx,
+        weights=tuple(
+            dy.t() @ inputs.x if need and dy is not None else None for dy, need in zip(dys, needs.weights, strict=True)
+        ),
+        biases=tuple(
+            dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, needs.biases, strict=True)
+        ),
+        lora_a=da,
+        lora_b=db,
+    )
+
+
+def gradients_of_updates(
+    problem: LoraRowsProblem,
+    inputs: Inputs,
+    s: Tensor,
+    dys: Sequence[Tensor | None],
+    needs: Needs,
+    dx: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Return dA and dB of each update, where asked for, and add all updates' parts of dX, in place, if it is there.
+
+    No weight is read, and a dY may have another dtype than x beside float32 factors.
+    """
+    launches = Launches.of(problem, inputs)
     live = tuple(index for index, member in enumerate(problem.members) if dys[member] is not None)
     # All or none have dS, so that a gradient's bits do not depend on which others are asked for.
     needs_ds = needs.x or any(needs.lora_a[index] for index in live)
@@ -72,7 +96,6 @@ def backward(
             db[index] = launches.zeros(index, problem.n[problem.members[index]], problem.r[index])
         dy, out = dys[problem.members[index]], ds[:, columns[index]] if needs_ds else None
         launches.narrow_and_reduce(dy, index, s, out, db.get(index))
-    dx = _sum_of_bases(inputs, dys, problem.row_invariant) if needs.x else None
     if dx is not None:
         for run in launches.runs(live, launches.kind_of_a):
             launches.add_input_gradient(dx, run, ds[:, _between(columns, run)])
@@ -81,17 +104,8 @@ def backward(
     for run in launches.runs(live, launches.kind):
         if any(needs.lora_a[index] for index in run):
             launches.reduce_rows(inputs.x, run, ds[:, _between(columns, run)], da)
-    return Gradients(
-        x=dx,
-        weights=tuple(
-            dy.t() @ inputs.x if need and dy is not None else None for dy, need in zip(dys, needs.weights, strict=True)
-        ),
-        biases=tuple(
-            dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, needs.biases, strict=True)
-        ),
-        lora_a=tuple(da.get(index) if need else None for index, need in enumerate(needs.lora_a)),
-        lora_b=tuple(map(db.get, range(len(needs.lora_b)))),
-    )
+    of_a = tuple(da.get(index) if need else None for index, need in enumerate(needs.lora_a))
+    return of_a, tuple(map(db.get, range(len(needs.lora_b))))
 
 
 @cache
@@ -101,8 +115,10 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     return triton_rows, triton_rows_bwd
 
 
-class _Launches(NamedTuple):
+class Launches(NamedTuple):
     """The launches of one call: what they share, and the choice of a config for each.
+
+    y and dY may have another dtype than x beside float32 factors.
 
     Attributes:
         plan: as the kernels take it.
@@ -118,9 +134,9 @@ class _Launches(NamedTuple):
     multiples: tuple[int, ...]
 
     @staticmethod
-    def of(problem: LoraRowsProblem, inputs: Inputs) -> _Launches:
+    def of(problem: LoraRowsProblem, inputs: Inputs) -> Launches:
         fwd, bwd = _kernels()
-        return _Launches(
+        return Launches(
             problem=problem,
             inputs=inputs,
             fwd=fwd,
@@ -130,6 +146,19 @@ class _Launches(NamedTuple):
             # Where no gradient asks for them, tables are not there.
             multiples=tuple(1 if table is None else _multiple(table) for table in inputs.host_tables),
         )
+
+    def down(self) -> Tensor:
+        """S (M, sum of widths) float32."""
+        problem = self.problem
+        s = torch.empty(problem.m, sum(problem.widths), dtype=torch.float32, device=problem.device)
+        for run in self.runs(range(len(problem.members)), self.kind_of_a):
+            self.narrow_product(self.inputs.x, run, s[:, _between(problem.columns, run)])
+        return s
+
+    def add_updates(self, ys: Sequence[Tensor], s: Tensor) -> None:
+        """y_j (M, N_j) += scale S B^T of each update, in place."""
+        for index, member in enumerate(self.problem.members):
+            self.add_update(ys[member], index, s[:, self.problem.columns[index]])
 
     def kind(self, index: int) -> Hashable:
         """What lanes of one launch have in common."""
@@ -178,7 +207,7 @@ class _Launches(NamedTuple):
         if dy is None or width == 0 or (ds is None and db is None):
             return
         part = None if db is None or s is None else s[:, problem.columns[index]]
-        exact = self._exact(index)
+        exact = self._exact(index, dy)
         # Partial sums of dS would be added by torch, in an order that may depend on how many rows there are.
         if config.reads_dy_once(width) and not (problem.row_invariant and ds is not None):
             chosen = self._chosen(config.rows_narrow_and_reduce_config, dy.dtype, exact, sizes=(dy.shape[1], width))
@@ -200,7 +229,7 @@ class _Launches(NamedTuple):
         return torch.zeros(shape, dtype=self.problem.adapter_dtypes[index], device=self.problem.device)
 
     def _narrow_product(self, x: Tensor, lanes: list[Any], run: Run, scales: Tensor | None, out: Tensor) -> None:
-        exact = self._exact(run[0])
+        exact = self._exact(run[0], x)
         sizes = x.shape[1], max(self.problem.widths[index] for index in run)
         several = self._lanes(run)
         chosen = self._chosen(config.rows_narrow_product_config, x.dtype, exact, sizes=sizes, lanes=several)
@@ -208,7 +237,7 @@ class _Launches(NamedTuple):
         self.fwd.narrow_product(x, lanes, self.plan, scales, seed, exact, chosen, out)
 
     def _reduce_rows(self, x: Tensor, s: Tensor | None, lanes: list[Any], run: Run, scales: Tensor | None) -> None:
-        exact = self._exact(run[0])
+        exact = self._exact(run[0], x)
         sizes = x.shape[1], max(self.problem.widths[index] for index in run)
         chosen = self._chosen(config.rows_reduce_config, x.dtype, exact, sizes=sizes, lanes=self._lanes(run))
         seed = self.inputs.seed if scales is None else None
@@ -225,8 +254,8 @@ class _Launches(NamedTuple):
             return None
         return Lanes(tuple(self.problem.widths[index] for index in run), tuple(self.problem.lanes[i] for i in run))
 
-    def _exact(self, index: int) -> bool:
-        return self.problem.adapter_dtypes[index] != self.problem.dtype
+    def _exact(self, index: int, beside: Tensor) -> bool:
+        return self.problem.adapter_dtypes[index] != beside.dtype
 
     def _chosen(self, choose: Callable[..., Any], *kind: Any, sizes: Run = (), lanes: Lanes | None = None) -> Any:
         """A config; one on which the bits of a row depend knows nothing of the other rows where these may not count."""

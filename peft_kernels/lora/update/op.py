@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
-from peft_kernels._core.autocast import autocast_dtype, without_autocast
 from peft_kernels._core.dispatch import Implementation
-from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.operator import Operator
 from peft_kernels._core.rows import Rows
 from peft_kernels.lora import members
@@ -17,7 +14,8 @@ from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.update import torch_impl, triton_impl
 from peft_kernels.lora.update.composite import composite
 from peft_kernels.lora.update.native import native
-from peft_kernels.lora.update.problem import NAME, Inputs, LoraUpdateProblem, Needs, are_mixed, make_problem
+from peft_kernels.lora.update.problem import NAME, Inputs, LoraUpdateProblem, Needs, cast_for_y, make_problem
+from peft_kernels.lora.update_rows.op import update_by_rows
 
 
 def lora_update(
@@ -25,9 +23,9 @@ def lora_update(
     x: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    scale: float | Tensor = 1.0,
+    scale: float | Sequence[float] | Tensor = 1.0,
     *,
-    dropout_p: float = 0.0,
+    dropout_p: float | Sequence[float] = 0.0,
     seed: int | Tensor | None = None,
     rows: Rows | None = None,
     ranks: Sequence[int] | None = None,
@@ -36,6 +34,9 @@ def lora_update(
     """Add the low-rank update of a layer (LoRA, Hu et al. 2021, arXiv:2106.09685, section 4.1) to what the layer made.
 
     Semantics: ``y + scale * (drop(x) @ lora_a.T) @ lora_b.T``
+
+    With ``rows`` each row has the update of its own adapter, a slot t of ``lora_a`` and ``lora_b``:
+    ``y[m] + scale[t] * (drop(x[m]) @ lora_a[t].T) @ lora_b[t].T``, ``t = rows.slot[m]``
 
     For frozen layers whose product is another's: quantized weights, layers with hooks, any module. y keeps the graph of
     its own.
@@ -51,7 +52,10 @@ def lora_update(
         dropout_p: in [0, 1), quantised to 1/65536; inverted dropout on x.
         seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor on x's device fixes
             it. ``lora_linear_dropout_mask`` returns the mask of a seed, which is ``lora_linear``'s.
-        rows, ranks: must be None: there are no updates by row yet.
+        rows: as ``Rows.of`` makes it; x has as many rows, and those that use no slot have y's bits. Slots' factors are
+            under each other in lora_a (sum of ranks, K), and side by side in lora_b; scale and dropout_p may be one for
+            each slot.
+        ranks: with ``rows``, of each slot; 0 is an adapter that this layer does not have.
         backend: "torch" or "triton" forces a backend; None takes ``use_backend``'s, then the variable
             PEFT_KERNELS_BACKEND, then chooses.
 
@@ -60,7 +64,7 @@ def lora_update(
 
     Raises:
         ValueError: a shape, dtype, device, probability, seed or backend name is wrong.
-        UnsupportedError: the forced backend cannot run this problem, or rows are given.
+        UnsupportedError: the forced backend cannot run this problem.
 
     Numerics: products accumulate in float32 (float64 for float64). Against a float64 oracle the relative error is at
     most 1.1 times that of eager torch in the same dtypes plus one epsilon of float32, or a quarter of half precision's,
@@ -76,17 +80,14 @@ def lora_update(
         tensor([[1.5000, 1.5000],
                 [1.5000, 1.5000]])
     """
-    if rows is not None or ranks is not None:
-        raise UnsupportedError(f"{NAME}: no updates by row; lora_linear with rows has them for its own product")
-    dtype = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
-    if dtype is not None and x.dtype != torch.float64:
-        x = x.to(dtype)
-        if lora_a.dtype != torch.float32:
-            lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
-    tensors = (x, y, lora_a, lora_b)
-    if all(isinstance(tensor, Tensor) for tensor in tensors) and are_mixed(y.dtype, x.dtype):
-        lora_a, lora_b = (_widened(factor, x.dtype) for factor in (lora_a, lora_b))
-    limit = dropout.threshold(dropout_p, NAME)
+    if rows is not None:
+        return update_by_rows(y, x, lora_a, lora_b, scale, rows, ranks, dropout_p, seed, backend)
+    if ranks is not None:
+        raise ValueError(f"{NAME}: ranks are those of the slots of rows, which is None")
+    if isinstance(dropout_p, (list, tuple)):
+        raise ValueError(f"{NAME}: dropout_p must be one number but with rows, got {dropout_p}")
+    x, lora_a, lora_b = cast_for_y(y, x, lora_a, lora_b)
+    limit = dropout.threshold(dropout_p, NAME)  # type: ignore[arg-type]
     seed_tensor: Tensor | None = None
     if limit > 0:
         seed_tensor = dropout.draw_seed(x.device) if seed is None else dropout.as_seed(seed, x.device, NAME)
@@ -94,21 +95,7 @@ def lora_update(
         scale = scale.to(device=x.device)
     elif isinstance(scale, bool):
         scale = float(scale)
-    return OPERATOR(Inputs(x, y, lora_a, lora_b, scale, dropout_p, seed_tensor), backend)
-
-
-def _widened(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor of x's dtype in float32, which loses nothing; another one is refused as it is."""
-    return factor.float() if factor.dtype == dtype else factor
-
-
-def _forward(problem: LoraUpdateProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
-    # Implementations add in place.
-    y = call.y.clone(memory_format=torch.contiguous_format)
-    flat = call._replace(y=y.view(problem.m, problem.n), x=call.x.reshape(problem.m, problem.k))
-    with without_autocast(problem.device.type):
-        s: Tensor = implementation.forward(problem, flat)
-    return y, s
+    return OPERATOR(Inputs(x, y, lora_a, lora_b, scale, dropout_p, seed_tensor), backend)  # type: ignore[arg-type]
 
 
 def _results(problem: LoraUpdateProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, Tensor]:
@@ -133,7 +120,7 @@ OPERATOR = Operator(
     needs=Needs,
     implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
-    forward=_forward,
+    forward=members.forward_of_given,
     backward=members.backward_of_one,
     results=_results,
     composite=composite,

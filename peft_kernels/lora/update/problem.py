@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from peft_kernels._core import checks
+from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels.lora.kernels import dropout
 from peft_kernels.lora.linear.problem import FACTORS, LoraLinearProblem, check_seed
 from peft_kernels.lora.linear.problem import Inputs as LinearInputs
+from peft_kernels.lora.members import Needs as MembersNeeds
 
 NAME = "lora_update"
 
@@ -55,6 +57,11 @@ class Needs(NamedTuple):
     x: bool
     lora_a: bool
     lora_b: bool
+
+    @property
+    def of_members(self) -> MembersNeeds:
+        """As steps of operators on members take it, of which there is one, with one update."""
+        return MembersNeeds(self.x, (False,), (False,), (self.lora_a,), (self.lora_b,))
 
 
 class Gradients(NamedTuple):
@@ -129,7 +136,7 @@ def make_problem(call: Inputs) -> LoraUpdateProblem:
     """
     x, y = call.x, call.y
     sizes = TENSORS.check(call)
-    _check_dtypes(y.dtype, x.dtype, call.lora_a.dtype)
+    check_dtypes(NAME, y.dtype, x.dtype, call.lora_a.dtype)
     checks.scalar(NAME, "scale", call.scale)
     threshold = dropout.threshold(call.dropout_p, NAME)
     if call.seed is not None:
@@ -152,8 +159,28 @@ def are_mixed(y: torch.dtype, x: torch.dtype) -> bool:
     return y != x and torch.float64 not in (y, x) and y in checks.FLOATING
 
 
-def _check_dtypes(y: torch.dtype, x: torch.dtype, adapter: torch.dtype) -> None:
+def cast_for_y(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x and factors in the dtypes that an update of y takes: autocast's, and float32 factors where x's is not y's.
+
+    What is no tensor, or a factor of some other dtype, is refused by the checks as it is.
+    """
+    dtype = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)
+        if lora_a.dtype != torch.float32:
+            lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    if all(isinstance(tensor, Tensor) for tensor in (x, y, lora_a, lora_b)) and are_mixed(y.dtype, x.dtype):
+        lora_a, lora_b = (factor.float() if factor.dtype == x.dtype else factor for factor in (lora_a, lora_b))
+    return x, lora_a, lora_b
+
+
+def check_dtypes(operator: str, y: torch.dtype, x: torch.dtype, adapter: torch.dtype) -> None:
+    """Check that y's dtype is one of those beside x's and the factors'.
+
+    Raises:
+        ValueError: naming what it must be and what it was.
+    """
     if y != x and not are_mixed(y, x):
-        raise ValueError(f"{NAME}: y must have x's dtype ({x}), or another floating one below float64, got {y}")
+        raise ValueError(f"{operator}: y must have x's dtype ({x}), or another floating one below float64, got {y}")
     if y != x and adapter != torch.float32:
-        raise ValueError(f"{NAME}: lora_a must be {torch.float32} where y is {y} and x is {x}, got {adapter}")
+        raise ValueError(f"{operator}: lora_a must be {torch.float32} where y is {y} and x is {x}, got {adapter}")
