@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_kernels as pk
-from peft_kernels.integrations.peft import by_row, layers, slots
+from peft_kernels.integrations.peft import by_row, row_calls, slots
 from tests.integrations.mixed import (
     BASE,
     LAST_BITS,
@@ -74,7 +74,7 @@ def test_logits_are_peft_s(architecture: str, order: str) -> None:
 
 def test_every_layer_is_one_operation_of_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, _, _ = pair()
-    calls, plans = _counted(monkeypatch, layers, "rows_call"), _counted(monkeypatch, by_row, "_made")
+    calls, plans = _counted(monkeypatch, row_calls, "rows_call"), _counted(monkeypatch, by_row, "_made")
     for _ in range(3):
         _logits(fused, list(NAMES))
     assert calls == {"rows_call": 3 * len(lora_layers(fused))} and plans == {"_made": 1}

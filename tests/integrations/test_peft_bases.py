@@ -349,31 +349,6 @@ def test_several_adapters() -> None:
     assert not torch.equal(results[0], results[2]) and not report.fallback_calls
 
 
-def test_adapter_names_are_peft_s() -> None:
-    fused, plain, report = pair("4 bits")
-    names = ["default", "__base__", "default", "__base__", "default"]
-    with torch.no_grad():
-        got, expected = (model.eval()(inputs(), adapter_names=names) for model in (fused, plain))
-    compare.assert_bitwise_equal("y", got, expected)
-    assert set(report.fallback_calls) == {
-        "rows choose adapters, and its base layer is a Linear4bit that computes by itself"
-    }
-
-
-def test_adapter_names_on_lora_linear() -> None:
-    fused, plain, report = pair("hooked")
-    names = ["default", "__base__", "default", "__base__", "default"]
-    with torch.no_grad():
-        got, expected = (model.eval()(inputs(), adapter_names=names) for model in (fused, plain))
-    compare.assert_bitwise_equal("y", got, expected)
-    with pk.mixed_batch(fused, names):
-        compare.assert_bitwise_equal("y", fused(inputs()).detach(), expected)
-    assert report.fallback_calls.total() == 2
-    quantized = pair("4 bits")[0]
-    with pytest.raises((pk.UnsupportedError, ValueError), match="on these kernels"), pk.mixed_batch(quantized, names):
-        pass
-
-
 @pytest.mark.parametrize("name", ["4 bits", "8 bits", "other class"])
 def test_disabled_merged_and_unmerged(name: str) -> None:
     """Merging is PEFT's, and so is a merged layer's call."""

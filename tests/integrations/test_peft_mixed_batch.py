@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_kernels as pk
-from peft_kernels.integrations.peft import layers
+from peft_kernels.integrations.peft import row_calls
 from peft_kernels.lora.kernels import dropout
 from tests.integrations.mixed import (
     ADAPTERS,
@@ -542,7 +542,7 @@ class TestAlora:
 def test_every_layer_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, _, _ = pair()
     counts: list[int] = []
-    run: Callable[..., Any] = layers.rows_call
-    monkeypatch.setattr(layers, "rows_call", lambda *args: (counts.append(1), run(*args))[1])
+    run: Callable[..., Any] = row_calls.rows_call
+    monkeypatch.setattr(row_calls, "rows_call", lambda *args: (counts.append(1), run(*args))[1])
     mixed(fused)
     assert len(counts) == len(lora_layers(fused))

@@ -10,6 +10,7 @@ four_bit.py        the layers on bitsandbytes' 4-bit weights: the operation that
 operands.py        what a call of a layer computes with, and the operations that this makes
 dora.py            layers whose adapter is DoRA: the rules, and the call with a gain
 by_row.py          which adapter each row of a call uses, and the plan that this is
+row_calls.py       the forward of layers whose rows choose among adapters
 slots.py           what a call computes with whose rows choose among adapters
 mixed.py           mixed_batch: the batch that surrounds a call, and checkpointed calls that take it along
 groups.py          apply's groups: which parents have layers that may share an input

@@ -34,6 +34,10 @@ _FOLLOW_AUTOCAST = (
     "eetq.EetqLoraLinear",
     "aqlm.AqlmLoraLinear",
 )
+# Those whose forward takes ``adapter_names`` beside PEFT's lora.Linear, and aLoRA's offsets with them.
+_TAKE_NAMES = ("torchao.TorchaoLoraLinear", "inc.IncLoraLinear", "bnb.Linear8bitLt", "bnb.Linear4bit")
+# The same without offsets.
+_TAKE_NAMES_ALONE = ("hqq.HqqLoraLinear",)
 _PACKAGE = "peft.tuners.lora."
 
 # Attributes under which PEFT's layers have the base module; they call the first that there is.
@@ -74,6 +78,12 @@ def follows_autocast(layer: Any) -> bool:
     return torch.is_autocast_enabled() and _name(library_class(layer)) in _FOLLOW_AUTOCAST
 
 
+def takes_names(layer: Any, with_offsets: bool = False) -> bool:
+    """Whether PEFT's layer takes ``adapter_names``, of aLoRA adapters too."""
+    name = _name(library_class(layer))
+    return name in ("layer.Linear", *_TAKE_NAMES) or (name in _TAKE_NAMES_ALONE and not with_offsets)
+
+
 def replaced(layer: Any) -> str | None:
     """The name of a method of the layer's class that another tool replaced, if one did."""
     cls: Any = library_class(layer)
@@ -109,7 +119,7 @@ def with_output(layer: Any, y: Any) -> Any:
 
 @cache
 def _methods(cls: Any) -> OwnMethods:
-    names = ("forward", "_cast_input_dtype", "_check_forward_args")
+    names = ("forward", "_cast_input_dtype", "_check_forward_args", "_mixed_batch_forward")
     return OwnMethods(*((cls, name) for name in names if hasattr(cls, name)))
 
 

@@ -92,9 +92,10 @@ _ADAPTER_DTYPE = SUPPORT.rule(
     "adapters neither in the input's dtype nor in float32 outside autocast", "x is {x}, the adapters are {adapter}"
 )
 
-_GIVEN_BY_ROW = SUPPORT.rule(
-    "`adapter_names`, `mixed_batch` and aLoRA on a base module that makes its output by itself",
-    "rows choose adapters, and its base layer is a {base} that computes by itself",
+_GIVEN_NO_NAMES = SUPPORT.rule(
+    "`adapter_names` and aLoRA on PEFT's layers that take none (GPTQ, AWQ, EETQ, AQLM, TransformerEngine), aLoRA on"
+    " HQQ: PEFT's answer, mostly an error; `mixed_batch` runs there",
+    "PEFT's {layer} takes no adapters by row, or none of aLoRA",
 )
 _GIVEN_ON_CPU = SUPPORT.rule(
     "such a base module on a CPU, unless a backend is forced: PEFT's sum takes less of the host's time there",
@@ -183,8 +184,8 @@ def factors_of_call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str,
     """What is added to a given base's output, or the reason why PEFT adds it."""
     adapters = active(layer)
     reason = _why_not_state(layer, adapters) or _why_not_modules(layer, adapters) or calls.why_not_input(x)
-    if reason is None and kwargs.get("adapter_names") is not None:
-        reason = _why_not_by_row(layer)
+    if reason is None:
+        reason = _why_not_names(kwargs.get("adapter_names"), x)
     # Some of PEFT's layers take none at all.
     reason = reason or _why_not_arguments((*args, *kwargs), {})
     if reason is not None:
@@ -193,15 +194,15 @@ def factors_of_call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str,
     return _why_not_plain(factors) or _why_not_added(layer, factors, x) or factors
 
 
-def why_not_output(layer: Any, factors: Factors, x: Tensor, y: Any) -> str | None:
-    """Reason that lies in what a base module returned for x."""
-    shape = (*x.shape[:-1], factors.ups[0].shape[0])
+def why_not_output(layer: Any, up: Tensor, x: Tensor, y: Any) -> str | None:
+    """Reason that lies in what a base module returned for x, beside a factor B."""
+    shape = (*x.shape[:-1], up.shape[0])
     if not calls.is_plain(y) or y.shape != shape or y.device != x.device:
         return _GIVEN_OUTPUT(base=bases.name_of(layer), shape=shape)
     if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
         return _GIVEN_GRADIENT(base=bases.name_of(layer))
     cast = autocast_dtype(x.device.type)
-    other = bases.cast_of(x.dtype, factors.downs[0].dtype) if cast is None else cast
+    other = bases.cast_of(x.dtype, up.dtype) if cast is None else cast
     is_right = y.dtype == other or are_mixed(y.dtype, other)
     if bases.follows_autocast(layer):
         # PEFT's sum has the wider dtype.
@@ -210,24 +211,32 @@ def why_not_output(layer: Any, factors: Factors, x: Tensor, y: Any) -> str | Non
 
 
 def slots_of_call(
-    layer: PeftLinear, by_row: ByRow, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: Any, by_row: ByRow, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], is_peft_s: bool
 ) -> Slots | str | None:
-    """What a call computes with whose rows choose adapters; None: what the base layer does; or why it is not fused."""
+    """What a call computes with whose rows choose adapters; None: what the base layer does; or why it is not fused.
+
+    Args:
+        is_peft_s: whether PEFT's layer has been told which, and has an answer of its own; else ``mixed_batch`` knows.
+    """
     reason = _why_not_merged(layer) or calls.why_not_input(x) or _why_not_arguments(args, kwargs)
     reason = reason or _why_not_names(by_row.names, x)
     if reason is not None:
         return reason
     adapters = named(layer, by_row.adapters)
     late = frozenset([adapter.name for adapter in adapters if is_late(layer, adapter.name)])
-    reason = (_why_not_offsets(by_row, x) if late else None) or _why_not_modules(
-        layer, adapters, may_be_late=True, by_row=True
-    )
+    is_given = bases.kind(layer) != bases.PLAIN
+    reason = _why_not_by_names(layer, x, bool(late)) if is_given and is_peft_s else None
+    reason = reason or (_why_not_offsets(by_row, x) if late else None)
+    reason = reason or _why_not_modules(layer, adapters, may_be_late=True, by_row=True)
     if reason is not None or not adapters:
         return reason
-    if bases.kind(layer) != bases.PLAIN:
-        return _why_not_by_row(layer)
-    operands = operands_of(layer, adapters)
-    reason = _why_not_plain(operands) or _why_not_beside(layer, operands, x, by_row=True)
+    operands: Operands | Factors
+    if is_given:
+        operands = factors_of(adapters)
+        reason = _why_not_plain(operands) or _why_not_added(layer, operands, x)
+    else:
+        operands = operands_of(layer, adapters)
+        reason = _why_not_plain(operands) or _why_not_beside(layer, operands, x, by_row=True)
     return reason or slots_of(layer, operands, adapters, x, by_row.rows(x, late))
 
 
@@ -272,8 +281,10 @@ def _why_not_modules(
     return _HOOKED() if hooked else None
 
 
-def _why_not_by_row(layer: Any) -> str:
-    return _GIVEN_BY_ROW(base=bases.name_of(layer))
+def _why_not_by_names(layer: Any, x: Tensor, with_offsets: bool) -> str | None:
+    if not bases.takes_names(layer, with_offsets):
+        return _GIVEN_NO_NAMES(layer=library_class(layer).__name__)
+    return why_not_on(layer, x)
 
 
 def _why_not_plain(operands: Operands | Factors) -> str | None:

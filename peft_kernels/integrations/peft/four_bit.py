@@ -25,9 +25,10 @@ from peft_kernels.four_bit_weight.quant_state import QuantizedWeight, from_quant
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import is_library_faster, is_timed
 from peft_kernels.integrations.hooks import OwnMethods, is_hooked
-from peft_kernels.integrations.peft import bases, given
+from peft_kernels.integrations.peft import bases, given, row_calls
 from peft_kernels.integrations.peft.eligibility import factors_of_call
 from peft_kernels.integrations.peft.operands import Factors
+from peft_kernels.integrations.peft.row_calls import chosen_by_rows
 from peft_kernels.integrations.sites import Swapped
 from peft_kernels.lora.four_bit.op import OPERATOR, four_bit_call, inputs_of
 from peft_kernels.lora.members import Update
@@ -46,6 +47,9 @@ class FusedLoraLinear4bit(Swapped, PeftLinear4bit):
         """As PEFT's; what it cannot fuse runs as on any other base module."""
         # A tool may have kept this method, and call it after revert.
         if isinstance(self, FusedLoraLinear4bit):
+            by_row = chosen_by_rows(self, x, kwargs)
+            if by_row is not None:
+                return row_calls.run(self, by_row, x, args, kwargs)
             call = _call(self, x, args, kwargs)
             try:
                 if call is not None and not (is_timed(x) and _is_faster_by_peft(self, call)):

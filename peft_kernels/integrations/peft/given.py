@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
-from peft_kernels.integrations.peft import bases
+from peft_kernels.integrations.peft import bases, row_calls
 from peft_kernels.integrations.peft.eligibility import factors_of_call, why_not_on, why_not_output
 from peft_kernels.integrations.peft.operands import Factors
+from peft_kernels.integrations.peft.row_calls import chosen_by_rows
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.sites import Swapped, library_class
 from peft_kernels.lora.update.op import OPERATOR, lora_update
@@ -29,6 +30,9 @@ class GivenLayer(Swapped):
         """As PEFT's; what it cannot fuse runs PEFT's own."""
         # A tool may have kept this method, and call it after revert.
         if isinstance(self, GivenLayer):
+            by_row = chosen_by_rows(self, x, kwargs)
+            if by_row is not None:
+                return row_calls.run(self, by_row, x, args, kwargs)
             return run(self, x, args, kwargs)
         y: Tensor = type(self).forward(self, x, *args, **kwargs)
         return y
@@ -49,7 +53,7 @@ def run(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         y = library_class(layer).forward(layer, x, *args, **kwargs)
         return y
     y = bases.call(layer, x)
-    reason = why_not_output(layer, factors, x, y)
+    reason = why_not_output(layer, factors.ups[0], x, y)
     if reason is None:
         try:
             if not (is_timed(x) and _is_faster_by_peft(layer, factors, x, y)):

@@ -20,7 +20,7 @@ from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.plans import is_seen_into
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_group_slower, is_timed
-from peft_kernels.integrations.peft import bases, dora, layers
+from peft_kernels.integrations.peft import bases, dora, layers, row_calls
 from peft_kernels.integrations.peft.eligibility import operands_of_call
 from peft_kernels.integrations.peft.layers import FusedLoraLinear
 from peft_kernels.integrations.peft.operands import Operands, base_of, group_inputs, joined, updates_of
@@ -42,7 +42,7 @@ class GroupedLoraLinear(FusedLoraLinear):
             siblings, name = place_of(self)
             scope = None if siblings is None else siblings.scope()
             is_apart = dora.is_active(self) or bases.kind(self) != bases.PLAIN
-            if scope is not None and not is_apart and layers.chosen_by_rows(self, x, kwargs) is None:
+            if scope is not None and not is_apart and row_calls.chosen_by_rows(self, x, kwargs) is None:
                 return _in_scope(self, scope, name, x, args, kwargs)
         return FusedLoraLinear.forward(self, x, *args, **kwargs)
 

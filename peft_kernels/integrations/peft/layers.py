@@ -20,21 +20,18 @@ from peft_kernels._core.autocast import is_any_autocast
 from peft_kernels._core.plans import Plan, Recent
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
-from peft_kernels.integrations.peft import bases, dora, given, mixed
-from peft_kernels.integrations.peft.by_row import ByRow
+from peft_kernels.integrations.peft import bases, dora, given, row_calls
 from peft_kernels.integrations.peft.dora import Gained
 from peft_kernels.integrations.peft.eligibility import (
     OWN,
-    is_late,
     is_unused,
     operands_of_call,
-    slots_of_call,
     why_not,
     why_not_now,
 )
 from peft_kernels.integrations.peft.merging import Merging
-from peft_kernels.integrations.peft.operands import Lanes, active, joined
-from peft_kernels.integrations.peft.slots import Slots
+from peft_kernels.integrations.peft.operands import Lanes, joined
+from peft_kernels.integrations.peft.row_calls import chosen_by_rows
 from peft_kernels.integrations.report import count_fallback
 from peft_kernels.integrations.sites import Site, library_class
 from peft_kernels.lora import lora_linear
@@ -43,7 +40,6 @@ from peft_kernels.lora.group.op import OPERATOR as GROUP
 from peft_kernels.lora.group.op import group_call
 from peft_kernels.lora.linear.op import OPERATOR
 from peft_kernels.lora.linear.problem import Inputs
-from peft_kernels.lora.rows.op import rows_call
 
 # Of layers with one adapter, whose scaling is a float and whose dropout is not at work.
 _RECENT = Recent()
@@ -58,7 +54,7 @@ class FusedLoraLinear(Merging, PeftLinear):
         if isinstance(self, FusedLoraLinear):
             by_row = chosen_by_rows(self, x, kwargs)
             if by_row is not None:
-                return _by_row(self, by_row, x, args, kwargs)
+                return row_calls.run(self, by_row, x, args, kwargs)
             known = None if args or kwargs or torch.compiler.is_compiling() else _known(self, x)
             if known is not None and not known[1].is_timed:
                 return _fused(*known)
@@ -100,46 +96,6 @@ def _classes(layer: Any) -> dict[type[nn.Module], type[nn.Module]]:
 
         return {cls: four_bit.FusedLoraLinear4bit}
     return {cls: given.class_of(cls)} if bases.is_known(cls) else {}
-
-
-def chosen_by_rows(layer: Any, x: Any, kwargs: dict[str, Any]) -> ByRow | None:
-    """Which adapter each row of a call uses; None where all use the active ones."""
-    batch, names = mixed.of(layer), kwargs.get("adapter_names")
-    if batch is not None:
-        if names is not None:
-            raise ValueError("mixed_batch: a call within its block has adapter_names of its own")
-        return batch.for_layer(x)
-    offsets = kwargs.get("alora_offsets")
-    if isinstance(names, (list, tuple)):
-        return ByRow.of(names, offsets)
-    if names is None and layer.lora_variant and isinstance(x, Tensor) and x.dim() > 1:
-        adapters = active(layer)
-        if len(adapters) == 1 and is_late(layer, adapters[0].name):
-            return ByRow.of([adapters[0].name] * x.shape[0], offsets)
-    return None
-
-
-def _by_row(layer: Any, by_row: ByRow, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A layer's output where rows choose adapters."""
-    call = slots_of_call(layer, by_row, x, args, kwargs)
-    if call is None:
-        y: Tensor = layer.base_layer(x)
-        return y
-    if isinstance(call, Slots):
-        try:
-            return run_slots(call)
-        except ValueError as error:
-            call = calls.why_not_operation(error)
-    count_fallback(layer, call)
-    if mixed.of(layer) is not None:
-        kwargs = kwargs | {"adapter_names": list(by_row.names), "alora_offsets": by_row.offsets}
-    return PeftLinear.forward(layer, x, *args, **kwargs)
-
-
-def run_slots(call: Slots) -> Tensor:
-    """The operation that a call is."""
-    (y,) = rows_call(call.x, (call.weight,), (call.bias,), call.updates, call.rows)
-    return y
 
 
 def _call(layer: PeftLinear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | Lanes | Gained | str:

@@ -19,7 +19,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -27,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_kernels._core.errors import UnsupportedError
 from peft_kernels._core.rows import BASE, Rows
+from peft_kernels.integrations.peft import bases
+from peft_kernels.integrations.peft.banked import Banked
 from peft_kernels.integrations.peft.by_row import ByRow, of_batch, plan_of, used_in
 from peft_kernels.integrations.peft.eligibility import is_late
 from peft_kernels.integrations.sites import Swapped, library_class
@@ -129,7 +130,8 @@ def mixed_batch(
     if torch.is_grad_enabled() and model.training:
         _warn_of_frozen(model, layers, used)
     _bind_checkpoints(model)
-    device = layers[0].get_base_layer().weight.device
+    # Some base layers have no weight.
+    device = next((part.device for layer in layers for part in layer.lora_A.parameters()), torch.device("cpu"))
     batch = MixedBatch(names, alora_offsets, frozenset(map(id, layers)), device)
     with _current(batch):
         yield batch
@@ -221,7 +223,7 @@ def _layers(model: Any, names: Any) -> list[Any]:
         raise UnsupportedError("mixed_batch: not under nn.DataParallel, whose replicas see parts of the batch; use DDP")
     layers, used, others = [], set(names), []
     for name, module in model.named_modules():
-        if isinstance(module, Swapped) and library_class(module) is PeftLinear:
+        if isinstance(module, Swapped) and not isinstance(module, Banked) and bases.is_known(library_class(module)):
             layers.append(module)
         elif isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) and _adapters_of(module) & (
             used | set(module.active_adapters)
@@ -231,7 +233,7 @@ def _layers(model: Any, names: Any) -> list[Any]:
         raise ValueError("mixed_batch: no LoRA layer of the model is on these kernels; call peft_kernels.apply first")
     if others:
         raise UnsupportedError(
-            f"mixed_batch: {len(others)} modules of these or of active adapters are no lora.Linear on these kernels, "
+            f"mixed_batch: {len(others)} modules of these or of active adapters are no linear layers on these kernels, "
             f"and would not know of the batch ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); apply's "
             "report says why"
         )

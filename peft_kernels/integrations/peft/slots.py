@@ -15,15 +15,15 @@ from torch import Tensor
 from peft_kernels._core.cuda_tools import is_capturing
 from peft_kernels._core.plans import is_seen_into
 from peft_kernels._core.rows import Rows
-from peft_kernels.integrations.peft.operands import Modules, Operands, base_of
+from peft_kernels.integrations.peft.operands import Factors, Modules, Operands, base_of
 from peft_kernels.lora.rows.op import SlotUpdate, table_of
 
 
 class Slots(NamedTuple):
-    """A call of a layer in which rows choose among adapters."""
+    """A call of a layer in which rows choose among adapters; weight is None where the base module is given."""
 
     x: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     updates: list[SlotUpdate]
     rows: Rows
@@ -49,7 +49,7 @@ def named(layer: PeftLinear, names: Sequence[str]) -> list[Modules]:
     ]
 
 
-def slots_of(layer: PeftLinear, operands: Operands, of: Sequence[Modules], x: Tensor, rows: Rows) -> Slots:
+def slots_of(layer: PeftLinear, operands: Operands | Factors, of: Sequence[Modules], x: Tensor, rows: Rows) -> Slots:
     """The call that operands of some of a plan's adapters make; the others have no ranks here."""
     places = {module.name: place for place, module in enumerate(of)}
     ranks, ps, scalings = [], [], []
@@ -62,7 +62,7 @@ def slots_of(layer: PeftLinear, operands: Operands, of: Sequence[Modules], x: Te
     if any(isinstance(scaling, Tensor) for scaling in scalings):
         scales = torch.stack([torch.as_tensor(scaling, device=x.device) for scaling in scalings])
     lora_a, lora_b = _stacked(layer, operands.downs, operands.ups)
-    weight, bias = base_of(operands)
+    weight, bias = base_of(operands) if isinstance(operands, Operands) else (None, None)
     table = table_of(ranks, ps, lora_a.device)
     return Slots(x, weight, bias, [SlotUpdate(0, lora_a, lora_b, scales, table)], rows)
 
