@@ -49,6 +49,7 @@ Map, bottom to top:
     gain/                  the operator `lora_gain`: what `gain=` of `lora_linear` runs, in the same files
         dora.py            `dora_gain`: magnitudes over norms of rows
         qualification.py   the problems by which a machine checks its kernels
+    gain_four_bit/         the operator `lora_gain_four_bit`: the gain's implementations on a 4-bit weight, likewise
     rows/                  the operator `lora_rows`: adapters by row, what `rows=` of the others runs
     members.py             what these have in common
     update/                the operator `lora_update`: the update of a y that another module made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -86,11 +87,16 @@ class Tensors(NamedTuple):
 
 
 def weight_of(case: Case, tensors: Tensors, member: int) -> pk.four_bit.QuantizedWeight:
-    packed, scales, code, absmax, offset = (getattr(tensors, f"{part}_{member}") for part in PACKED)
+    return quantized(case, case.n[member], [getattr(tensors, f"{part}_{member}") for part in PACKED])
+
+
+def quantized(case: Any, n: int, parts: Sequence[Any]) -> pk.four_bit.QuantizedWeight:
+    """A weight (n, K) of its parts, in the order of PACKED."""
+    packed, scales, code, absmax, offset = parts
     nested = None if code is None else (code, absmax, case.second, offset)
-    shape, of_all = (case.n[member], case.k), GLOBAL_SCALE if case.kind == "nvfp4" else None
+    of_all = GLOBAL_SCALE if case.kind == "nvfp4" else None
     # Its own dtype plays no part.
-    return pk.four_bit.QuantizedWeight(packed, case.kind, shape, torch.int8, scales, case.block, nested, of_all)
+    return pk.four_bit.QuantizedWeight(packed, case.kind, (n, case.k), torch.int8, scales, case.block, nested, of_all)
 
 
 def lora_four_bit(
@@ -113,19 +119,26 @@ def drawn(case: Case, device: torch.device, draw: Draw, x: Tensor, of: dict[str,
     """Codes and scales of both weights, and the other parts from ``of``, a function of a shape for each."""
     values: dict[str, Tensor | None] = {"x": laid_out(x.to(device, case.dtype), case.layout)}
     for j, (n, r) in enumerate(zip(case.n, case.r, strict=True)):
-        count = n * case.k
-        blocks, is_bytes = -(-count // case.block), case.second or case.kind in ("mxfp4", "nvfp4")
-        least, end = {"mxfp4": (124, 130), "nvfp4": (40, 64)}.get(case.kind, (0, 256))
-        values[f"packed_{j}"] = _codes(draw, 0, 256, (count + 1) // 2)
-        values[f"scales_{j}"] = _codes(draw, least, end, blocks) if is_bytes else of["scales"](blocks).float()
-        values[f"code_{j}"] = draw.normal(256).float() if case.second else None
-        values[f"absmax_{j}"] = draw.normal(-(-blocks // case.second)).float() if case.second else None
-        values[f"offset_{j}"] = draw.normal(1)[0].float() if case.second else None
+        values |= {f"{part}_{j}": value for part, value in stored(case, draw, n, of.get("scales", draw.normal)).items()}
         shapes = {"lora_a": (r, case.k), "lora_b": (n, r), "bias": (n,)}
         for part, shape in shapes.items():
             dtype = case.dtype if part == "bias" else case.adapter or case.dtype
             values[f"{part}_{j}"] = None if part == "bias" and j else of[part](*shape).to(dtype)
     return Tensors(**{name: None if x is None else x.to(device) for name, x in values.items()})
+
+
+def stored(case: Any, draw: Draw, n: int, scales: Callable[[int], Tensor]) -> dict[str, Tensor | None]:
+    """Random codes of a weight (n, K), and its scales by a function of how many there are."""
+    count = n * case.k
+    blocks, is_bytes = -(-count // case.block), case.second or case.kind in ("mxfp4", "nvfp4")
+    least, end = {"mxfp4": (124, 130), "nvfp4": (40, 64)}.get(case.kind, (0, 256))
+    return {
+        "packed": _codes(draw, 0, 256, (count + 1) // 2),
+        "scales": _codes(draw, least, end, blocks) if is_bytes else scales(blocks).float(),
+        "code": draw.normal(256).float() if case.second else None,
+        "absmax": draw.normal(-(-blocks // case.second)).float() if case.second else None,
+        "offset": draw.normal(1)[0].float() if case.second else None,
+    }
 
 
 def _codes(draw: Draw, least: int, end: int, count: int) -> Tensor:
@@ -170,26 +183,31 @@ def _eager(case: Case, tensors: Tensors) -> Tensor:
     """What QLoRA's layers compute: a decoded weight for each product."""
     if case.dtype == torch.float64:
         return torch.cat(oracle.eager_group(tensors.x, _members(case, tensors, _exact_weights(case, tensors))), dim=-1)
-    weights = []
-    for j in range(2):
-        given = weight_of(case, tensors, j)
-        of_all = 1.0 if given.global_scale is None else given.global_scale
-        rest = given.kind, given.shape, case.dtype, given.scales, given.block_size, given.nested, of_all
-        weights.append(packed_oracle.eager(given.packed, *rest))
+    weights = [decoded(weight_of(case, tensors, j), case.dtype) for j in range(2)]
     return torch.cat(oracle.eager_group(tensors.x, _members(case, tensors, weights)), dim=-1)
 
 
+def decoded(weight: pk.four_bit.QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """By eager torch."""
+    of_all = 1.0 if weight.global_scale is None else weight.global_scale
+    rest = weight.kind, weight.shape, dtype, weight.scales, weight.block_size, weight.nested, of_all
+    return packed_oracle.eager(weight.packed, *rest)
+
+
+def exact(weight: pk.four_bit.QuantizedWeight) -> Tensor:
+    """By the oracle, in float64."""
+    nested = None
+    if weight.nested is not None:
+        code, absmax, second, offset = weight.nested
+        nested = packed_oracle.Nested(code.tolist(), absmax.tolist(), second, float(offset))
+    count, of_all = weight.shape[0] * weight.shape[1], 1.0 if weight.global_scale is None else weight.global_scale
+    given = weight.packed.tolist(), weight.kind, count, weight.scales.tolist(), weight.block_size, nested
+    flat = packed_oracle.dequantize(*given, of_all)
+    return torch.tensor(flat, dtype=torch.float64, device=weight.packed.device).reshape(weight.shape)
+
+
 def _exact_weights(case: Case, tensors: Tensors) -> list[Tensor]:
-    weights = []
-    for j, n in enumerate(case.n):
-        packed, scales, code, absmax, offset = (getattr(tensors, f"{part}_{j}") for part in PACKED)
-        nested = None
-        if code is not None:
-            nested = packed_oracle.Nested(code.tolist(), absmax.tolist(), case.second, float(offset))
-        given = packed.tolist(), case.kind, n * case.k, scales.tolist(), case.block, nested
-        flat = packed_oracle.dequantize(*given, GLOBAL_SCALE if case.kind == "nvfp4" else 1.0)
-        weights.append(torch.tensor(flat, dtype=torch.float64, device=tensors.x.device).reshape(n, case.k))
-    return weights
+    return [exact(weight_of(case, tensors, j)) for j in range(2)]
 
 
 def _oracle(case: Case, tensors: Tensors, dy: Tensor) -> tuple[Tensor, Tensors]:

@@ -7,11 +7,15 @@ from torch import Tensor
 
 from peft_kernels._core.autocast import without_autocast
 from peft_kernels._core.checks import wide_dtype
+from peft_kernels.four_bit_weight.op import dequantize
+from peft_kernels.four_bit_weight.quant_state import QuantizedWeight
 from peft_kernels.lora.gain.problem import check_dora
 from peft_kernels.lora.kernels.config import torch_rows_per_block
 
 
-def dora_gain(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor, magnitude: Tensor) -> Tensor:
+def dora_gain(
+    weight: Tensor | QuantizedWeight, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor, magnitude: Tensor
+) -> Tensor:
     """Return DoRA's gain, magnitudes over the norms of the rows of W + scale * B A (Liu et al. 2024, arXiv:2402.09353).
 
     Semantics: ``magnitude / norm(weight + scale * lora_b @ lora_a, dim=1)``, and 0 where a row is zero.
@@ -20,7 +24,8 @@ def dora_gain(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Ten
     to ``magnitude`` alone. ``lora_linear(..., gain=dora_gain(...))`` is a layer.
 
     Args:
-        weight (N, K): floating, as nn.Linear stores it.
+        weight (N, K): floating, as nn.Linear stores it. Or a ``peft_kernels.four_bit.QuantizedWeight``, which is
+            decoded to its own dtype; say the one in which it is multiplied.
         lora_a (r, K), lora_b (N, r): any floating dtype; rank r >= 1.
         scale: float, or 0-d floating tensor, which is never read by the host; not differentiated.
         magnitude (N,): any floating dtype.
@@ -30,6 +35,7 @@ def dora_gain(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Ten
 
     Raises:
         ValueError: a shape, dtype or device is wrong.
+        UnsupportedError: a 4-bit weight that the forced backend cannot decode.
 
     Numerics: each row is summed as it is, in float32 or float64, a block of rows at a time, so that an update that
     nearly cancels the weight loses no more than the sum of the two does.
@@ -39,6 +45,8 @@ def dora_gain(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Ten
         >>> pk.dora_gain(torch.eye(2) * 2, torch.zeros(1, 2), torch.zeros(2, 1), 1.0, torch.tensor([2.0, 3.0]))
         tensor([1.0000, 1.5000])
     """
+    if isinstance(weight, QuantizedWeight):
+        weight = dequantize(**weight._asdict())
     check_dora(weight, lora_a, lora_b, scale, magnitude)
     wide = wide_dtype(weight.dtype)
     with torch.no_grad(), without_autocast(weight.device.type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,27 +27,36 @@ def linear_with_gain(call: LinearInputs, gain: Tensor, backend: str | None) -> T
         UnsupportedError: the forced backend cannot run this problem.
     """
     x, weight, lora_a, lora_b, scale, bias, dropout_p, seed = call
-    if isinstance(x, Tensor) and isinstance(gain, Tensor) and gain.dtype not in (x.dtype, torch.float32):
-        casts = autocast_dtype(x.device.type) is not None and gain.dtype in (torch.bfloat16, torch.float16)
-        gain = gain.to(x.dtype) if casts else gain
+    gain = cast_for_autocast(x, gain)
     y: Tensor = OPERATOR(Inputs(x, weight, lora_a, lora_b, gain, scale, bias, dropout_p, seed), backend)
     return y
 
 
-def _forward(problem: LoraGainProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
+def cast_for_autocast(x: Tensor, gain: Tensor) -> Tensor:
+    """A gain as autocast would cast it beside an x that it has cast; float32 stays."""
+    if isinstance(x, Tensor) and isinstance(gain, Tensor) and gain.dtype not in (x.dtype, torch.float32):
+        casts = autocast_dtype(x.device.type) is not None and gain.dtype in (torch.bfloat16, torch.float16)
+        gain = gain.to(x.dtype) if casts else gain
+    return gain
+
+
+def forward(problem: LoraGainProblem, call: Any, implementation: Implementation) -> tuple[Tensor, ...]:
+    """An ``Operator``'s."""
     flat = call if call.x.dim() == 2 else call._replace(x=call.x.reshape(problem.m, problem.k))
     with without_autocast(problem.device.type):
         y, s, product = implementation.forward(problem, flat)
     return y if flat is call else y.view(*call.x.shape[:-1], problem.n), s, product
 
 
-def _results(problem: LoraGainProblem, call: Inputs, implementation: Implementation) -> tuple[Tensor, ...]:
+def results(problem: LoraGainProblem, call: Any, implementation: Implementation) -> tuple[Tensor, ...]:
+    """An ``Operator``'s."""
     y = call.x.new_empty((*call.x.shape[:-1], problem.n))
     s = call.x.new_empty((problem.m, problem.r), dtype=problem.wide_dtype)
     return y, s, call.x.new_empty((problem.m, problem.n))
 
 
-def _reads(needs: Needs) -> Iterable[str]:
+def reads(needs: Needs) -> Iterable[str]:
+    """An ``Operator``'s."""
     if needs.x or needs.weight or needs.lora_a or needs.lora_b:
         yield "gain"
     if needs.x or needs.lora_a:
@@ -69,11 +79,11 @@ OPERATOR = Operator(
     needs=Needs,
     implementations=(triton_impl.IMPLEMENTATION, torch_impl.IMPLEMENTATION),
     make_problem=make_problem,
-    forward=_forward,
+    forward=forward,
     backward=members.backward_of_one,
-    results=_results,
+    results=results,
     composite=composite,
-    reads=_reads,
+    reads=reads,
     varying=("m",),
     kept=("s", "product"),
     activations=("x",),

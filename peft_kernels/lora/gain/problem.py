@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +45,18 @@ class Inputs(NamedTuple):
     dropout_p: float
     seed: Tensor | None
 
+    @property
+    def has_own_weight(self) -> bool:
+        """Whether a weight that was asked for is nobody else's, and may be written to."""
+        return False
+
     def linear(self, lora_b: Tensor | None) -> LinearInputs:
-        """As a call of ``lora_linear``, with another B and without the bias, which no gain multiplies."""
+        """As a call of ``lora_linear``'s steps with another B; without the weight, which these do not read, and the
+        bias, which no gain multiplies.
+        """
         return LinearInputs(
             self.x,
-            self.weight,
+            None,  # type: ignore[arg-type]
             self.lora_a,
             lora_b,  # type: ignore[arg-type]
             self.scale,
@@ -94,23 +101,31 @@ def make_problem(call: Inputs) -> LoraGainProblem:
     Raises:
         ValueError: naming the argument, what it must be and what it was.
     """
+    return LoraGainProblem(**facts(call, TENSORS.check(call), NAME))
+
+
+def facts(call: Any, sizes: checks.Sizes, operator: str) -> dict[str, Any]:
+    """A problem's fields, of a call with these sizes; checks what its table does not.
+
+    Raises:
+        ValueError: as ``make_problem``.
+    """
     x = call.x
-    sizes = TENSORS.check(call)
-    checks.scalar(NAME, "scale", call.scale)
-    threshold = dropout.threshold(call.dropout_p, NAME)
+    checks.scalar(operator, "scale", call.scale)
+    threshold = dropout.threshold(call.dropout_p, operator)
     if call.seed is not None:
-        check_seed(NAME, call.seed, x.device)
-    return LoraGainProblem(
-        m=math.prod(sizes["..."]),
-        n=sizes["N"],
-        k=sizes["K"],
-        r=sizes["r"],
-        dtype=x.dtype,
-        adapter_dtype=call.lora_a.dtype,
-        device=x.device,
-        dropout_threshold=threshold,
-        gain_dtype=call.gain.dtype,
-    )
+        check_seed(operator, call.seed, x.device)
+    return {
+        "m": math.prod(sizes["..."]),
+        "n": sizes["N"],
+        "k": sizes["K"],
+        "r": sizes["r"],
+        "dtype": x.dtype,
+        "adapter_dtype": call.lora_a.dtype,
+        "device": x.device,
+        "dropout_threshold": threshold,
+        "gain_dtype": call.gain.dtype,
+    }
 
 
 class _Dora(NamedTuple):

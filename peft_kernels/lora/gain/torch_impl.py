@@ -99,7 +99,8 @@ def base_factors(problem: LoraGainProblem, inputs: Inputs, dy: Tensor, scaled: T
     if _scales_gradient(problem):
         assert scaled is not None
         return scaled, inputs.weight
-    return dy, times_rows(problem, inputs.weight, inputs.gain)
+    weight = inputs.weight
+    return dy, times_rows(problem, weight, inputs.gain, weight if inputs.has_own_weight else None)
 
 
 def scaled_gradient(problem: LoraGainProblem, dy: Tensor, gain: Tensor, needs: Needs) -> Tensor | None:
@@ -117,9 +118,9 @@ def _scales_gradient(problem: LoraGainProblem) -> bool:
     return problem.m < problem.k
 
 
-def times_rows(problem: LoraGainProblem, matrix: Tensor, gain: Tensor) -> Tensor:
-    """gain * matrix, (N, any) in the matrix's dtype, rounded once."""
-    out = torch.empty_like(matrix)
+def times_rows(problem: LoraGainProblem, matrix: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
+    """gain * matrix, (N, any) in the matrix's dtype, rounded once; ``out`` may be the matrix."""
+    out = torch.empty_like(matrix) if out is None else out
     step = max(1, problem.n) if _casts_nothing(problem, matrix) else torch_rows_per_block(matrix.shape[1], "cpu")
     for first in range(0, problem.n, step):
         rows = slice(first, first + step)

@@ -17,6 +17,7 @@ from peft_kernels.four_bit_weight.quant_state import QuantizedWeight
 from peft_kernels.lora import members
 from peft_kernels.lora.four_bit.op import four_bit_call, without_rows
 from peft_kernels.lora.gain.op import linear_with_gain
+from peft_kernels.lora.gain_four_bit.op import four_bit_with_gain
 from peft_kernels.lora.kernels import dropout, masks
 from peft_kernels.lora.kernels.masks import Mask
 from peft_kernels.lora.linear import cuda_impl, mask_choice, torch_impl, triton_impl
@@ -105,9 +106,9 @@ def lora_linear(
     if isinstance(dropout_p, (list, tuple)):
         raise ValueError(f"{NAME}: dropout_p must be one number but with rows, got {dropout_p}")
     if isinstance(weight, QuantizedWeight):
-        if gain is not None:
-            raise UnsupportedError(f"{NAME}: a gain and a QuantizedWeight; four_bit.dequantize decodes it")
         update = Update(0, lora_a, lora_b, scale, dropout_p, 0)  # type: ignore[arg-type]
+        if gain is not None:
+            return four_bit_with_gain(x, weight, bias, update, gain, seed, backend)
         (y,) = four_bit_call(x, (weight,), (bias,), (update,), seed, backend)
         return y
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
