@@ -40,6 +40,7 @@ def is_library_faster(
     call: Any,
     ours: Callable[[Tensor], Tensor],
     theirs: Callable[[Tensor], Tensor],
+    variant: str = "",
 ) -> bool:
     """Whether ``theirs`` should run a call that is timed, instead of ``ours``.
 
@@ -47,8 +48,9 @@ def is_library_faster(
         layer: the fused one.
         operator, call: what it calls, and with what; x is the first argument.
         ours, theirs: x -> y.
+        variant: what else both do, beside calls that are alike.
     """
-    return _is_slower(operator, call, library_class(layer).__qualname__, lambda: (ours, theirs), (layer,))
+    return _is_slower(operator, call, library_class(layer).__qualname__ + variant, lambda: (ours, theirs), (layer,))
 
 
 def is_group_slower(

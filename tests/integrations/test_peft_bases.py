@@ -428,8 +428,6 @@ def test_a_base_s_output_is_left_alone(records: bool) -> None:
 
 
 def test_what_else_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    dora = _chosen(lambda: _bits(4), use_dora=True)
-    assert list(pk.apply(dora).fallbacks.values()) == ["its DoRA adapter is on a Linear4bit"]
     biased = _chosen(lambda: _Tanh(SIZE, SIZE), lora_bias=True)
     assert set(pk.apply(biased).fallbacks.values()) == {"an adapter has a bias (lora_bias) beside a _Tanh"}
     fused, plain, report = pair("4 bits")

@@ -185,11 +185,6 @@ def test_what_else_there_is_runs_on_bitsandbytes_product(
     assert dict(report.fallback_calls) == ({} if reason is None else {reason: 1})
 
 
-def test_variants_stay_peft_s() -> None:
-    report = pk.apply(_model(lora={"use_dora": True}))
-    assert list(report.fallbacks.values()) == ["its DoRA adapter is on a Linear4bit"]
-
-
 def test_a_weight_is_read_once_and_again_when_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its table is compared on the host, which must not happen in each step."""
     reads: list[int] = []

@@ -73,6 +73,14 @@ def is_four_bit(cls: type[nn.Module]) -> bool:
     return _name(cls) == "bnb.Linear4bit"
 
 
+def is_decoded_by_peft(layer: Any) -> bool:
+    """Whether PEFT's DoRA has the norms of a given base from a weight of its own, or of bitsandbytes'."""
+    cls = library_class(layer)
+    if _name(cls) in ("bnb.Linear8bitLt", "bnb.Linear4bit"):
+        return True
+    return cls is PeftLinear and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
+
+
 def follows_autocast(layer: Any) -> bool:
     """Whether PEFT's layer casts nothing now, because CUDA's autocast is on."""
     return torch.is_autocast_enabled() and _name(library_class(layer)) in _FOLLOW_AUTOCAST

@@ -154,7 +154,7 @@ def why_not_now(layer: Any) -> str | None:
         return reason or _why_not_beside(layer, operands, like_x)
     factors = factors_of(adapters)
     like_x = factors.downs[0]
-    reason = reason or calls.why_not_device(like_x) or why_not_on(layer, like_x)
+    reason = reason or calls.why_not_device(like_x) or why_not_on(layer, like_x) or dora.why_not_now(layer, adapters)
     return reason or _why_not_added(layer, factors, like_x)
 
 
@@ -191,7 +191,8 @@ def factors_of_call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str,
     if reason is not None:
         return reason
     factors = factors_of(adapters)
-    return _why_not_plain(factors) or _why_not_added(layer, factors, x) or factors
+    reason = _why_not_plain(factors) or dora.why_not_now(layer, adapters)
+    return reason or _why_not_added(layer, factors, x) or factors
 
 
 def why_not_output(layer: Any, up: Tensor, x: Tensor, y: Any) -> str | None:

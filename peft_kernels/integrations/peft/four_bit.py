@@ -21,16 +21,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from peft_kernels._core.autocast import autocast_dtype
 from peft_kernels._core.errors import UnsupportedError
+from peft_kernels._core.operator import Operator
 from peft_kernels.four_bit_weight.quant_state import QuantizedWeight, from_quant_state, understood
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import is_library_faster, is_timed
 from peft_kernels.integrations.hooks import OwnMethods, is_hooked
-from peft_kernels.integrations.peft import bases, given, row_calls
+from peft_kernels.integrations.peft import bases, dora, given, row_calls
 from peft_kernels.integrations.peft.eligibility import factors_of_call
 from peft_kernels.integrations.peft.operands import Factors
 from peft_kernels.integrations.peft.row_calls import chosen_by_rows
 from peft_kernels.integrations.sites import Swapped
+from peft_kernels.lora import dora_gain
 from peft_kernels.lora.four_bit.op import OPERATOR, four_bit_call, inputs_of
+from peft_kernels.lora.gain_four_bit.op import OPERATOR as GAIN
+from peft_kernels.lora.gain_four_bit.op import four_bit_with_gain
+from peft_kernels.lora.gain_four_bit.op import inputs_of as inputs_with_gain
 from peft_kernels.lora.members import Update
 
 _OWN = OwnMethods(
@@ -62,12 +67,14 @@ class FusedLoraLinear4bit(Swapped, PeftLinear4bit):
 
 
 class _Call(NamedTuple):
-    """The operation that a layer's call is."""
+    """The operation that a layer's call is; ``magnitude`` and the result's ``dtype`` where its adapter is DoRA."""
 
     x: Tensor
     weight: QuantizedWeight
     bias: Tensor | None
     updates: list[Update]
+    magnitude: Tensor | None = None
+    dtype: torch.dtype | None = None
 
 
 def _call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
@@ -87,7 +94,10 @@ def _call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     is_right = x.dtype == dtype and autocast_dtype(x.device.type) in (None, dtype)
     if not is_right or factors.downs[0].dtype not in (dtype, torch.float32):
         return None
-    return _Call(x, weight._replace(dtype=dtype), base.bias, _updates(factors))
+    call = _Call(x, weight._replace(dtype=dtype), base.bias, _updates(factors))
+    if not dora.is_active(layer):
+        return call
+    return call._replace(magnitude=dora.vector_of(layer).weight, dtype=dora.result_dtype(layer, dtype))
 
 
 def _updates(factors: Factors) -> list[Update]:
@@ -109,13 +119,22 @@ def _compute_dtype(base: Any, x: Tensor) -> torch.dtype:
 
 
 def _fused(call: _Call) -> Tensor:
-    (y,) = four_bit_call(call.x, (call.weight,), (call.bias,), call.updates)
-    return y
+    if call.magnitude is None:
+        (y,) = four_bit_call(call.x, (call.weight,), (call.bias,), call.updates)
+        return y
+    (update,) = call.updates
+    gain = dora_gain(call.weight, update.lora_a, update.lora_b, update.scale, call.magnitude)
+    return four_bit_with_gain(call.x, call.weight, call.bias, update, gain).to(call.dtype)
 
 
 def _is_faster_by_peft(layer: Any, call: _Call) -> bool:
     """Whether PEFT's forward should run a call that is timed."""
-    inputs = inputs_of(call.x, (call.weight,), (call.bias,), call.updates, 0)
+    operator: Operator = OPERATOR
+    inputs: Any = inputs_of(call.x, (call.weight,), (call.bias,), call.updates, 0)
+    if call.magnitude is not None:
+        # The gain is not made yet; it has the magnitudes' shape, and float32.
+        operator, gain = GAIN, call.magnitude.detach().float()
+        inputs = inputs_with_gain(call.x, call.weight, call.bias, call.updates[0], gain, 0)
 
     def ours(x: Tensor) -> Tensor:
         return _fused(call._replace(x=x))
@@ -124,7 +143,7 @@ def _is_faster_by_peft(layer: Any, call: _Call) -> bool:
         y: Tensor = PeftLinear4bit.forward(layer, x)
         return y
 
-    return is_library_faster(layer, OPERATOR, inputs, ours, theirs)
+    return is_library_faster(layer, operator, inputs, ours, theirs)
 
 
 class _Read(NamedTuple):

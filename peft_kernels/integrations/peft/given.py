@@ -1,7 +1,7 @@
 """PEFT's LoRA layers whose base module makes its output by itself: it is called, and ``lora_update`` adds to that.
 
-The result is PEFT's: y + scaling B A drop(x) in y's dtype. y is never written to: a module may keep what it returns, or
-return what it keeps.
+The result is PEFT's: y + scaling B A drop(x) in y's dtype; dora.py says what it is with DoRA. y is never written to: a
+module may keep what it returns, or return what it keeps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
-from peft_kernels.integrations.peft import bases, row_calls
+from peft_kernels.integrations.peft import bases, dora, row_calls
 from peft_kernels.integrations.peft.eligibility import factors_of_call, why_not_on, why_not_output
 from peft_kernels.integrations.peft.operands import Factors
 from peft_kernels.integrations.peft.row_calls import chosen_by_rows
@@ -68,6 +68,8 @@ def run(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _updated(layer: Any, factors: Factors, x: Tensor, y: Tensor) -> Tensor:
     if not bases.follows_autocast(layer):
         x = x.to(bases.cast_of(x.dtype, factors.downs[0].dtype))
+    if dora.is_active(layer):
+        return dora.on_output(layer, factors, x, y)
     if not factors.drops():
         return lora_update(y, x, *factors.joined())
     for down, up, _, scaling, p in zip(*factors, strict=True):
@@ -92,4 +94,5 @@ def _is_faster_by_peft(layer: Any, factors: Factors, x: Tensor, y: Tensor) -> bo
         like,
         lambda x: _updated(layer, factors, x, given),
         lambda x: _by_peft(layer, x, given),
+        "DoRA" * dora.is_active(layer),
     )
