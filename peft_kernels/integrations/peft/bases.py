@@ -74,9 +74,12 @@ def is_four_bit(cls: type[nn.Module]) -> bool:
 
 
 def is_decoded_by_peft(layer: Any) -> bool:
-    """Whether PEFT's DoRA has the norms of a given base from a weight of its own, or of bitsandbytes'."""
+    """Whether PEFT's DoRA has the norms of a given base from a weight of its own, or of bitsandbytes' 4 bits.
+
+    Of 8 bits too, but by code that changes the layer's state: on a CPU PEFT's own second call fails.
+    """
     cls = library_class(layer)
-    if _name(cls) in ("bnb.Linear8bitLt", "bnb.Linear4bit"):
+    if is_four_bit(cls):
         return True
     return cls is PeftLinear and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
 

@@ -32,8 +32,8 @@ SUPPORT = Support(
     "PEFT: DoRA",
     (
         "`use_dora` on `lora.Linear`: on `nn.Linear` and `Conv1D`, in float32, half precision and under autocast",
-        "`use_dora` on bitsandbytes' 4 bits (QDoRA), whose weight is decoded for each product; on its 8 bits, and on"
-        " layers with hooks, the base module makes its output by itself, and the gain multiplies that",
+        "`use_dora` on bitsandbytes' 4 bits (QDoRA), whose weight is decoded for each product; on layers with hooks"
+        " the base module makes its output by itself, and the gain multiplies that",
         "magnitudes over rows of zeros, where PEFT has nan: a gain of 0",
     ),
 )
