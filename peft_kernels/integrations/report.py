@@ -89,7 +89,10 @@ class Report:
 def count_fallback(module: nn.Module, reason: str) -> None:
     """Remember that a fused module ran its library's code; a compiled graph is not made to remember."""
     if not torch.compiler.is_dynamo_compiling():
-        _fallen_back.setdefault(module, Counter())[reason] += 1
+        counts = _fallen_back.get(module)
+        if counts is None:
+            counts = _fallen_back[module] = Counter()
+        counts[reason] += 1
         note(lambda: f"{type(module).__name__}: its library's own code\n  peft_kernels: {reason}")
 
 

@@ -7,8 +7,10 @@ import copyreg
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
@@ -85,4 +87,15 @@ class Swapped(nn.Module):
 
 def library_class(module: nn.Module) -> type[nn.Module]:
     """The class in whose place the module's stands; the module's own where a tool derived one from ours."""
-    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("peft_kernels."))
+    # A compiler warns of what is remembered.
+    cls: Any = type(module)
+    return _found(cls) if torch.compiler.is_compiling() else _remembered(cls)
+
+
+def _found(cls: Any) -> type[nn.Module]:
+    return next(each for each in cls.__mro__ if not each.__module__.startswith("peft_kernels."))
+
+
+@cache
+def _remembered(cls: Any) -> type[nn.Module]:
+    return _found(cls)
