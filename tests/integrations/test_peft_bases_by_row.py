@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -63,6 +65,16 @@ def _by_adapter(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": leaf.grad, **gradients}
 
 
+def _outcome(model: nn.Module, call: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """A call's output and all gradients."""
+    leaf = inputs().requires_grad_()
+    model.zero_grad()
+    y = call(leaf)
+    y.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": leaf.grad, **gradients}
+
+
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("name", TAKE_NAMES)
 def test_adapter_names(name: str) -> None:
@@ -88,6 +100,56 @@ def test_mixed_batch_trains(name: str) -> None:
     with pk.mixed_batch(fused.train(), NAMES):
         got = run(fused, inputs())
     assert_same(got, _by_adapter(plain.train(), inputs()), **EXACT[torch.float32])
+    assert not report.fallback_calls
+
+
+@pytest.mark.parametrize("name", ["hooked", "4 bits"])
+def test_mixed_batch_that_is_checkpointed(name: str) -> None:
+    """The repetition has the batch of its call, and the same masks."""
+    fused, _, report = _pair(name, p=0.5)
+    layer, results = layer_of(fused.train()), []
+    with pk.mixed_batch(fused, NAMES) as batch:
+        for call in (layer, lambda x: checkpoint(batch.bound(layer), x, use_reentrant=False)):
+            torch.manual_seed(4)
+            results.append(_outcome(fused, call))
+    for value, (name, expected) in zip(results[1].values(), results[0].items(), strict=True):
+        compare.assert_bitwise_equal(name, value, expected)
+    assert not report.fallback_calls
+
+
+@pytest.mark.parametrize("name", ["other class", "4 bits"])
+def test_mixed_batch_compiles(name: str) -> None:
+    fused, _, _ = _pair(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused.train(), backend="aot_eager", fullgraph=True)
+    with pk.mixed_batch(fused, NAMES):
+        expected, got = _outcome(fused, fused), _outcome(fused, compiled)
+    assert_same(got, expected, **EXACT[torch.float32])
+
+
+@pytest.mark.parametrize("name", ["other class", "hooked", "8 bits"])
+def test_mixed_batch_under_autocast(name: str) -> None:
+    """As PEFT's layers on the rows of each adapter, but for half precision's rounding."""
+    fused, plain, report = _pair(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pk.mixed_batch(fused.train(), NAMES):
+            got = _outcome(fused, fused)
+        expected = _by_adapter(plain.train(), inputs())
+    assert got.keys() == expected.keys() and got["y"].dtype == expected["y"].dtype
+    for key, value in expected.items():
+        assert (got[key].float() - value.float()).norm() <= 0.02 * value.float().norm(), key
+    assert not report.fallback_calls
+
+
+def test_mixed_batch_with_invocations() -> None:
+    """Tokens before an adapter's invocation have what the base layer makes."""
+    fused, plain, report = _pair("4 bits", **LATE)
+    offsets = [2, None, None, 1, None]
+    with torch.no_grad(), pk.mixed_batch(fused.eval(), NAMES, alora_offsets=offsets):
+        got = fused(inputs())
+    with torch.no_grad():
+        expected = plain.eval()(inputs(), adapter_names=NAMES, alora_offsets=offsets)
+    torch.testing.assert_close(got, expected, **EXACT[torch.float32])
     assert not report.fallback_calls
 
 
