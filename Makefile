@@ -136,7 +136,7 @@ test-adapterhub: $(ADAPTERHUB_STAMP)
 
 # Left out is what an older release does otherwise by itself: PEFT below 0.21 fails where it deletes an adapter of prefixes
 # or prompts.
-OLDEST_TESTS := $(foreach name,from_peft peft_layers peft_prompts prefix_model prompt_model trainer versions,\
+OLDEST_TESTS := $(foreach name,from_peft peft_dora peft_layers peft_prompts prefix_model prompt_model trainer versions,\
   tests/integrations/test_$(name).py) tests/lora/test_peft_parity.py
 
 ## test-oldest  run tests of the integrations with the oldest PEFT and transformers, in .venv-oldest, which it creates

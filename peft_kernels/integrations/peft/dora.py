@@ -59,9 +59,11 @@ _DROPS = SUPPORT.rule(
     "its DoRA adapter drops elements of x, with p = {p}",
 )
 
+_METHODS = ("forward", "get_weight_norm", "get_lora_weight")
 _OWN = OwnMethods(
     (DoraLinearVariant, "forward"),
-    *((DoraLinearLayer, name) for name in ("forward", "get_weight_norm", "get_lora_weight")),
+    # Of older releases the first two.
+    *((DoraLinearLayer, name) for name in _METHODS if hasattr(DoraLinearLayer, name)),
 )
 # Whether a base layer stores (in, out), as the magnitudes' ``fan_in_fan_out`` has to say too.
 _TRANSPOSED = {nn.Linear: False, Conv1D: True}
