@@ -240,6 +240,38 @@ def eager_gain(
     return (result + ((gain - 1) * base + gain * update * scale)).to(result.dtype)
 
 
+class GainAloneGradients(NamedTuple):
+    """Gradients of every input of ``gain_alone_forward``."""
+
+    x: Tensor
+    weight: Tensor
+    gain: Tensor
+    bias: Tensor
+
+
+def gain_alone_forward(x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return gain * (x W^T + bias) (..., N), as (IA)^3 has it (Liu et al. 2022, arXiv:2205.05638); gain (N,)."""
+    y = x @ weight.t()
+    return gain * (y if bias is None else y + bias)
+
+
+def gain_alone_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None = None
+) -> GainAloneGradients:
+    """Return the gradients of sum(dy * y)."""
+    (n, k), m = weight.shape, math.prod(dy.shape[:-1])
+    rows, flat = dy.reshape(m, n), x.reshape(m, k)
+    product = flat @ weight.t() if bias is None else flat @ weight.t() + bias
+    dp = rows * gain
+    return GainAloneGradients((dp @ weight).view(x.shape), dp.t() @ flat, (rows * product).sum(0), dp.sum(0))
+
+
+def eager_gain_alone(x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """PEFT's (IA)^3 in the arguments' own dtypes, op by op."""
+    result = F.linear(x, weight, bias)
+    return (result * gain).to(result.dtype)
+
+
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Return the norms (N,) of the rows of W + scale * B A: what DoRA divides its magnitudes by."""
     return torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1)

@@ -49,6 +49,7 @@ Map, bottom to top:
     gain/                  the operator `lora_gain`: what `gain=` of `lora_linear` runs, in the same files
         dora.py            `dora_gain`: magnitudes over norms of rows
         qualification.py   the problems by which a machine checks its kernels
+    gain_alone/            the operator `lora_gain_alone`: a gain and no update, (IA)^3, in the same files
     gain_four_bit/         the operator `lora_gain_four_bit`: the gain's implementations on a 4-bit weight, likewise
     rows/                  the operator `lora_rows`: adapters by row, what `rows=` of the others runs
     members.py             what these have in common
@@ -68,6 +69,7 @@ Map, bottom to top:
 """
 
 from peft_kernels.lora.gain.dora import dora_gain
+from peft_kernels.lora.gain_alone import op as _gain_alone  # noqa: F401 (declares an operator that layers of others call)
 from peft_kernels.lora.group.op import Member, lora_group
 from peft_kernels.lora.injection import inject_lora
 from peft_kernels.lora.linear.mask_choice import lora_linear_dropout_mask

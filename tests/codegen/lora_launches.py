@@ -11,6 +11,8 @@ import torch
 
 from peft_kernels.lora.gain import problem as gain_problem
 from peft_kernels.lora.gain import triton_impl as gain_impl
+from peft_kernels.lora.gain_alone import problem as gain_alone_problem
+from peft_kernels.lora.gain_alone import triton_impl as gain_alone_impl
 from peft_kernels.lora.group import problem as group_problem
 from peft_kernels.lora.group import triton_impl as group_impl
 from peft_kernels.lora.kernels import masks
@@ -60,6 +62,8 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         (BF16, FP32, 64, FP32),
     ):
         yield _gain_case(dtype, adapter, r, gain)
+    for dtype, gain in ((BF16, FP32), (FP16, FP16), (FP32, FP32)):
+        yield _name(dtype, gain, 0, 0.0, 4096) + "/gain alone", functools.partial(_launch_gain_alone, dtype, gain)
     # Few rows of each slot.
     for m, slots, p in ((8192, 256, 0.1), (64, 64, 0.0)):
         yield _rows_case(BF16, BF16, (16,) * slots, p, m)
@@ -176,6 +180,18 @@ def _launch_gain(dtype: torch.dtype, adapter: torch.dtype, r: int, gain: torch.d
         gain_impl.backward(problem, inputs, s, product, torch.empty_like(y), needs)
 
 
+def _launch_gain_alone(dtype: torch.dtype, gain: torch.dtype) -> None:
+    m, n, k = 8192, 4096, 4096
+    make = functools.partial(torch.empty, device="meta")
+    tensors = make(m, k, dtype=dtype), make(n, k, dtype=dtype), make(n, dtype=gain), make(n, dtype=dtype)
+    inputs = gain_alone_problem.Inputs(*tensors)
+    problem = gain_alone_problem.make_problem(inputs)
+    y, product = gain_alone_impl.forward(problem, inputs)
+    for bias in (True, False):
+        needs = gain_alone_problem.Needs(x=True, weight=False, gain=True, bias=bias)
+        gain_alone_impl.backward(problem, inputs, product, torch.empty_like(y), needs)
+
+
 def _launch_group(dtype: torch.dtype, adapter: torch.dtype, ranks: tuple[int, ...], p: float) -> None:
     m = n = k = 4096
     make, count = functools.partial(torch.empty, device="meta"), len(ranks)
@@ -239,9 +255,9 @@ def required_opcodes(kernel: str, launch: str, arch: int) -> tuple[str, ...]:
     """Instructions without which a kernel is not what it was written to be; ``A|B`` is either."""
     if kernel in ("dropout_kernel", "rows_sum_spans_kernel"):
         return ("LDG", "STG")
-    if kernel == "gain_narrow_and_reduce_kernel" and "/r64/" in launch:
-        # Sums of columns alone.
-        return ("FFMA", "STG")
+    if kernel == "gain_narrow_and_reduce_kernel" and ("/r64/" in launch or launch.endswith("/gain alone")):
+        # Sums of columns alone, on sm_100 of pairs, which are no FFMA.
+        return ("LDG", "STG") if arch >= 100 else ("FFMA", "STG")
     if launch.startswith("fp32"):
         # Without TF32, float32 products have no tensor core.
         return ("FFMA",)

@@ -40,6 +40,7 @@ def test_json_names_every_family_and_backend() -> None:
         "four_bit_dequantize",
         "lora_four_bit",
         "lora_gain",
+        "lora_gain_alone",
         "lora_gain_four_bit",
         "lora_group",
         "lora_linear",

@@ -9,6 +9,7 @@ eligibility.py     which of them are fused, and which calls: every rule
 four_bit.py        the layers on bitsandbytes' 4-bit weights: the operation that a call is, when a weight is read
 operands.py        what a call of a layer computes with, and the operations that this makes
 dora.py            layers whose adapter is DoRA: the rules, and the call with a gain
+ia3.py             (IA)^3's layers: the rules, and the fused forward
 by_row.py          which adapter each row of a call uses, and the plan that this is
 row_calls.py       the forward of layers whose rows choose among adapters
 slots.py           what a call computes with whose rows choose among adapters

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import ALoraLinearVariant
@@ -38,10 +37,6 @@ SUPPORT = Support(
         "several active adapters in one call, each with its own dropout",
         "`adapter_names`, in `generate` too, and `mixed_batch`: several adapters in one batch; aLoRA",
     ),
-)
-_IA3 = SUPPORT.rule(
-    "(IA)^3: one multiplication beside a base layer, which leaves little to fuse and nothing on a CPU",
-    "it is (IA)^3, whose one multiplication PEFT makes",
 )
 _OTHER_LAYER = SUPPORT.rule(
     "a layer of another class: embeddings, convolutions, MoE parameters; methods other than LoRA",
@@ -125,8 +120,6 @@ OWN = OwnMethods(
 
 def why_not(layer: Any) -> str | None:
     """Reason that lies in what the layer is, and is made of."""
-    if isinstance(layer, IA3Layer):
-        return _IA3()
     if not bases.is_known(library_class(layer)):
         return _OTHER_LAYER(layer=f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}")
     if has_other_forward(layer):

@@ -20,7 +20,7 @@ from peft_kernels._core.autocast import is_any_autocast
 from peft_kernels._core.plans import Plan, Recent
 from peft_kernels.integrations import calls
 from peft_kernels.integrations.faster import SLOWER, is_library_faster, is_timed
-from peft_kernels.integrations.peft import bases, dora, given, row_calls
+from peft_kernels.integrations.peft import bases, dora, given, ia3, row_calls
 from peft_kernels.integrations.peft.dora import Gained
 from peft_kernels.integrations.peft.eligibility import (
     OWN,
@@ -75,7 +75,15 @@ class FusedLoraLinear(Merging, PeftLinear):
 def sites(model: nn.Module) -> Iterator[Site]:
     """PEFT's layers, each by itself."""
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if ia3.is_layer(module):
+            yield Site(
+                {name: module},
+                ia3.classes(module),
+                why_not=partial(ia3.why_not, module),
+                why_not_now=partial(ia3.why_not_now, module),
+                is_unused=partial(ia3.is_unused, module),
+            )
+        elif isinstance(module, BaseTunerLayer):
             yield Site(
                 {name: module},
                 _classes(module),

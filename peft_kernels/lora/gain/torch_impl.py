@@ -15,6 +15,7 @@ Refused   nothing
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def backward(
         weight=scaled.t() @ inputs.x if scaled is not None and needs.weight else None,
         lora_a=da,
         lora_b=grad_b(problem, gain, t) if needs.lora_b else None,
-        gain=grad_gain(problem, _column_sums(problem, dy, product), inputs.lora_b, t) if needs.gain else None,
+        gain=grad_gain(problem, column_sums(problem, dy, product), inputs.lora_b, t) if needs.gain else None,
         bias=dy.sum(0) if needs.bias else None,
     )
 
@@ -94,7 +95,7 @@ def grad_gain(problem: LoraGainProblem, of_product: Tensor, lora_b: Tensor, t: T
     return of_product.add_((t.to(wide) * lora_b.to(wide)).sum(1)).to(problem.gain_dtype)
 
 
-def base_factors(problem: LoraGainProblem, inputs: Inputs, dy: Tensor, scaled: Tensor | None) -> tuple[Tensor, Tensor]:
+def base_factors(problem: Any, inputs: Any, dy: Tensor, scaled: Tensor | None) -> tuple[Tensor, Tensor]:
     """The factors of dX's product, the smaller of which the gain multiplies; ``scaled`` as below."""
     if _scales_gradient(problem):
         assert scaled is not None
@@ -103,22 +104,25 @@ def base_factors(problem: LoraGainProblem, inputs: Inputs, dy: Tensor, scaled: T
     return dy, times_rows(problem, weight, inputs.gain, weight if inputs.has_own_weight else None)
 
 
-def scaled_gradient(problem: LoraGainProblem, dy: Tensor, gain: Tensor, needs: Needs) -> Tensor | None:
+def scaled_gradient(problem: Any, dy: Tensor, gain: Tensor, needs: Any) -> Tensor | None:
     """gain * dY, (M, N) in dY's dtype, rounded once, where a product takes it."""
-    if not (needs.weight or (needs.x and _scales_gradient(problem))):
-        return None
-    out = torch.empty_like(dy)
-    for rows in _blocks(problem, dy):
-        torch.mul(dy[rows], gain, out=out[rows])
+    return times_columns(problem, dy, gain) if needs.weight or (needs.x and _scales_gradient(problem)) else None
+
+
+def times_columns(problem: Any, activation: Tensor, gain: Tensor) -> Tensor:
+    """gain * activation, (M, N) in the activation's dtype, rounded once."""
+    out = torch.empty_like(activation)
+    for rows in _blocks(problem, activation):
+        torch.mul(activation[rows], gain, out=out[rows])
     return out
 
 
-def _scales_gradient(problem: LoraGainProblem) -> bool:
+def _scales_gradient(problem: Any) -> bool:
     """Whether the gain multiplies dY (M, N) on its way to dX, and not the weight (N, K)."""
     return problem.m < problem.k
 
 
-def times_rows(problem: LoraGainProblem, matrix: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
+def times_rows(problem: Any, matrix: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
     """gain * matrix, (N, any) in the matrix's dtype, rounded once; ``out`` may be the matrix."""
     out = torch.empty_like(matrix) if out is None else out
     step = max(1, problem.n) if _casts_nothing(problem, matrix) else torch_rows_per_block(matrix.shape[1], "cpu")
@@ -159,7 +163,7 @@ def _wide_product(problem: LoraGainProblem, s: Tensor | None, dy: Tensor) -> Ten
     return total.t()
 
 
-def _column_sums(problem: LoraGainProblem, dy: Tensor, product: Tensor | None) -> Tensor:
+def column_sums(problem: Any, dy: Tensor, product: Tensor | None) -> Tensor:
     """Sums over rows of dY * P, float32 or float64: a block after another, so that two runs give the same bits."""
     assert product is not None
     wide = problem.wide_dtype
@@ -169,12 +173,12 @@ def _column_sums(problem: LoraGainProblem, dy: Tensor, product: Tensor | None) -
     return total
 
 
-def _blocks(problem: LoraGainProblem, matrix: Tensor) -> Iterable[slice]:
+def _blocks(problem: Any, matrix: Tensor) -> Iterable[slice]:
     """Rows of an activation that an operation with the gain may take at a time."""
     return (slice(None),) if _casts_nothing(problem, matrix) else steps.blocks(problem, problem.n)
 
 
-def _casts_nothing(problem: LoraGainProblem, matrix: Tensor) -> bool:
+def _casts_nothing(problem: Any, matrix: Tensor) -> bool:
     """Whether torch makes no copy of a matrix of another dtype than the gain's, as it does on a CPU."""
     return problem.gain_dtype == matrix.dtype or problem.device.type != "cpu"
 
