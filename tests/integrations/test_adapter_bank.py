@@ -276,11 +276,14 @@ def test_a_thousand_adapters_come_and_go(saved: tuple[nn.Module, dict[str, Path]
 
     come_and_go(50)
     gc.collect()
-    objects, host, tensors = len(gc.get_objects()), bank.host_nbytes, storage_bytes()
-    come_and_go(1000)
-    gc.collect()
-    # One that is left of each would be a thousand; a process that runs other tests too makes some of its own.
-    assert len(gc.get_objects()) - objects < 500
+    host, tensors, grown = bank.host_nbytes, storage_bytes(), []
+    for _ in range(2):
+        objects = len(gc.get_objects())
+        come_and_go(500)
+        gc.collect()
+        grown.append(len(gc.get_objects()) - objects)
+    # One that is left of each would be 500 both times; a process that runs other tests too makes some of its own once.
+    assert min(grown) < 250, grown
     assert bank.host_nbytes == host
     assert storage_bytes() == tensors
 
