@@ -179,6 +179,23 @@ def test_tokens_before_an_invocation_have_none() -> None:
     assert not report.fallback_calls
 
 
+@pytest.mark.parametrize("name", ["other class", "GPTQ, fake"])
+def test_an_error_of_the_base_module_is_the_caller_s(name: str) -> None:
+    """After one call of it, and as it was."""
+    fused, _, report = _pair(name)
+    called = []
+
+    def fails(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        called.append(args)
+        raise ValueError("no such block of the weight")
+
+    modules = layer_of(fused)._modules
+    modules.get("quant_linear_module", modules["base_layer"]).register_forward_pre_hook(fails)
+    with pk.mixed_batch(fused, NAMES), pytest.raises(ValueError, match="no such block of the weight"):
+        fused(inputs())
+    assert len(called) == 1 and not report.fallback_calls
+
+
 def test_adapter_names_on_a_cpu_are_peft_s() -> None:
     fused, plain, report = _pair("4 bits")
     with torch.no_grad():

@@ -48,16 +48,16 @@ def run(layer: Any, by_row: ByRow, x: Tensor, args: tuple[Any, ...], kwargs: dic
         return y
     called = layer
     if isinstance(call, Slots):
-        try:
-            if call.weight is not None:
-                return run_slots(call)
-            # A base module is not called again, whatever comes of its output.
+        given = None
+        if call.weight is None:
+            # A base module is not called again, whatever comes of its output; an error of its own is the caller's.
             given = bases.call(layer, x)
-            called, update = bases.with_output(layer, given), call.updates[0]
-            reason = why_not_output(layer, update.lora_b, x, given)
-            if reason is None:
-                return update_rows_call(given, _cast(layer, x, update.lora_b), update, call.rows)
-            call = reason
+            called = bases.with_output(layer, given)
+        try:
+            made = _made(layer, call, x, given)
+            if isinstance(made, Tensor):
+                return made
+            call = made
         except ValueError as error:
             call = calls.why_not_operation(error)
     count_fallback(layer, call)
@@ -67,6 +67,15 @@ def run(layer: Any, by_row: ByRow, x: Tensor, args: tuple[Any, ...], kwargs: dic
         kwargs = kwargs | {"adapter_names": list(by_row.names), "alora_offsets": by_row.offsets}
     y = library_class(layer).forward(called, x, *args, **kwargs)
     return y
+
+
+def _made(layer: Any, call: Slots, x: Tensor, given: Any) -> Tensor | str:
+    """The operation's result, or the reason that lies in what a base module returned."""
+    if call.weight is not None:
+        return run_slots(call)
+    update = call.updates[0]
+    reason = why_not_output(layer, update.lora_b, x, given)
+    return reason or update_rows_call(given, _cast(layer, x, update.lora_b), update, call.rows)
 
 
 def run_slots(call: Slots) -> Tensor:
