@@ -72,7 +72,10 @@ def _process(rank: int, work: Callable[..., int], folder: Path, arguments: tuple
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), WORLD), rank=rank, world_size=WORLD)
-        Path(folder, f"{rank}.ok").write_text(str(work(rank, *arguments)))
+        found = work(rank, *arguments)
+        # Who ends a group that the other one still works in may bring it down.
+        dist.barrier()
+        Path(folder, f"{rank}.ok").write_text(str(found))
     except BaseException:
         # Before the group ends, which fails the other process: the cause is written first.
         Path(folder, f"{rank}.error").write_text(f"process {rank}: {traceback.format_exc()}")
