@@ -117,6 +117,9 @@ def test_autocast() -> None:
     fused, plain, report = _pair()
     with torch.autocast("cpu", HALF):
         _close(_results(fused, *_data()), _results(plain, *_data()), 0.02)
+        # Which autocast leaves alone.
+        data = _data(torch.float64)
+        _close(_results(fused.double(), *data), _results(plain.double(), *data), 1e-12)
     assert not report.fallback_calls
 
 

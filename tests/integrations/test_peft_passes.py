@@ -90,5 +90,5 @@ def test_fewer_than_peft_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (forward, backward), (theirs_forward, theirs_backward) = _passes(fused), _passes(plain)
     assert not report.fallback_calls
     assert forward < theirs_forward
-    # Of a weight's gradient there is none; DoRA's magnitudes have one.
+    # LoRA's own passes over dY are PEFT's; those for the gradient of DoRA's magnitudes are fewer.
     assert backward < theirs_backward if "DoRA" in name else backward == theirs_backward

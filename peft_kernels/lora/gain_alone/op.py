@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from peft_kernels._core.autocast import autocast_dtype, without_autocast
+from peft_kernels._core.autocast import without_autocast
 from peft_kernels._core.dispatch import Implementation
 from peft_kernels._core.operator import Operator
 from peft_kernels.lora import members
@@ -30,16 +30,14 @@ def linear_with_gain_alone(
         backend: as ``lora_linear``'s.
 
     Returns:
-        y (..., N) in x's dtype; under autocast in its dtype, to which x, weight and bias are cast.
+        y (..., N) in x's dtype; under autocast in its dtype, to which x, weight and bias are cast, but for float64.
 
     Raises:
         ValueError: a shape, dtype, device or backend name is wrong.
         UnsupportedError: the forced backend cannot run this problem.
     """
-    dtype = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
-    if dtype is not None and x.is_floating_point():
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if isinstance(x, Tensor):
+        x, (weight,), (bias,), _ = members.cast_for_autocast(x, (weight,), (bias,), ())
         gain = cast_for_autocast(x, gain)
     y: Tensor = OPERATOR(Inputs(x, weight, gain, bias), backend)
     return y
